@@ -1,0 +1,26 @@
+"""patchc: a declarative compiler for activation-patching experiments on transformer language models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from patchc.api import Compiled, load, load_graph
+    from patchc.diagnostics import PatchcError
+
+__all__ = ["Compiled", "PatchcError", "__version__", "load", "load_graph"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: importing any part of patchc (the hooks backend, the parser) must not load the others, nor torch.
+    if name in ("Compiled", "load", "load_graph"):
+        from patchc import api
+
+        return getattr(api, name)
+    if name == "PatchcError":
+        from patchc.diagnostics import PatchcError
+
+        return PatchcError
+    raise AttributeError(f"module 'patchc' has no attribute {name!r}")

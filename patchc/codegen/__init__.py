@@ -1,0 +1,1 @@
+"""From a masked variant DAG to one differentiable `torch.fx.GraphModule`, and its saved form."""

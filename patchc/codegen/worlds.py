@@ -1,0 +1,127 @@
+"""Plain runs inside a compiled graph: each stored value of each world as a graph node, emitted when first asked for."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from patchc.ir.graph import PORTS, BlockKind, Kind, ResidualGraph
+from patchc.model.pieces import TracedPieces
+
+aten = torch.ops.aten
+
+
+class Worlds:
+    """Writes nodes into `graph` of a module `root`. b = batch, s = pos."""
+
+    def __init__(self, residual: ResidualGraph, pieces: TracedPieces, worlds: tuple[str, ...]):
+        self.residual, self.pieces = residual, pieces
+        self.root, self.graph = nn.Module(), fx.Graph()
+        self.ids = {w: self.graph.placeholder(w) for w in worlds}
+        self.base = worlds[0]
+        self._made: dict[tuple[Any, ...], fx.Node] = {}
+        self._n_buffers = 0
+
+    # ---- writing
+    def call(self, function: Any, *args: Any, name: str | None = None) -> fx.Node:
+        return self.graph.create_node("call_function", function, args, name=name)
+
+    def module(self, piece: str, *args: fx.Node, name: str | None = None) -> fx.Node:
+        """A piece of the model; what it reads of the statics follows its own arguments."""
+        if not hasattr(self.root, piece):
+            self.root.add_module(piece, self.pieces.modules[piece])
+        statics = [self._static(i) for i in self.pieces.static_args[piece]]
+        return self.graph.create_node("call_module", piece, (*args, *statics), name=name)
+
+    def buffer(self, name: str, value: Tensor) -> fx.Node:
+        self._n_buffers += 1
+        unique = f"{name}_{self._n_buffers}"
+        self.root.register_buffer(unique, value)
+        return self.graph.create_node("get_attr", unique)
+
+    def _once(self, key: tuple[Any, ...], make: Any) -> fx.Node:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _static(self, index: int) -> fx.Node:
+        if not hasattr(self.root, "statics"):
+            self.root.add_module("statics", self.pieces.modules["statics"])
+        every = self._once(("statics",), lambda: self.graph.create_node("call_module", "statics", (self.ids[self.base],)))
+        return self._once(("static", index), lambda: self.call(operator.getitem, every, index))
+
+    # ---- reading: [b, s, ...]
+    def embed(self, world: str, node: int) -> fx.Node:
+        """One embedding node's output `[b, s, d_model]`."""
+        piece = "pos_embed" if self.residual.nodes[node].kind is Kind.POS_EMBED else "embed"
+        return self._once((piece, world), lambda: self.module(piece, self.ids[world], name=f"{world}_{piece}"))
+
+    def stream(self, world: str, rank: int) -> fx.Node:
+        """The stream below `rank`, `[b, s, d_model]`."""
+        return self._once(("stream", world, rank), lambda: self._stream(world, rank))
+
+    def _stream(self, world: str, rank: int) -> fx.Node:
+        if rank == 1:
+            parts = [self.embed(world, n.id) for n in self.residual.members(self.residual.blocks[0].nodes)]
+        else:
+            below = [i for i, b in enumerate(self.residual.blocks) if b.rank == rank - 1]
+            parts = [self.stream(world, rank - 1), *(self.written(world, i) for i in below)]
+        out = parts[0]
+        for i, part in enumerate(parts[1:], 2):
+            out = self.call(operator.add, out, part, name=f"{world}_stream_{rank}" if i == len(parts) else None)
+        return out
+
+    def written(self, world: str, block: int) -> fx.Node:
+        """All that a block writes, bias included."""
+        kind, layer = self.residual.blocks[block].kind, self.residual.blocks[block].layer
+        if kind is BlockKind.MLP:
+            rank = self.residual.blocks[block].rank
+            return self._once(
+                ("mlp", world, block),
+                lambda: self.module(f"layer{layer}_mlp", self.stream(world, rank), name=f"{world}_mlp_{layer}"),
+            )
+        return self._once(("attn", world, block), lambda: self._attention(world, block))
+
+    def _attention(self, world: str, block: int) -> fx.Node:
+        total = self.call(aten.sum.dim_IntList, self.heads(world, block), [2])
+        bias = self.bias(block)
+        return total if bias is None else self.call(operator.add, total, bias)
+
+    def bias(self, block: int) -> fx.Node | None:
+        piece = f"layer{self.residual.blocks[block].layer}_attn_bias"
+        if piece not in self.pieces.modules:
+            return None
+        return self._once((piece,), lambda: self.module(piece))
+
+    def heads(self, world: str, block: int) -> fx.Node:
+        """What each head writes `[b, s, head, d_model]`."""
+        layer = self.residual.blocks[block].layer
+        return self._once(
+            ("heads", world, block),
+            lambda: self.module(f"layer{layer}_write", self.z(world, block), name=f"{world}_heads_{layer}"),
+        )
+
+    def z(self, world: str, block: int) -> fx.Node:
+        """`[b, s, head, d_head]`."""
+        layer = self.residual.blocks[block].layer
+        return self._once(
+            ("z", world, block),
+            lambda: self.module(f"layer{layer}_attend", *(self.projection(world, block, p) for p in range(3))),
+        )
+
+    def projection(self, world: str, block: int, port: int) -> fx.Node:
+        """q, k or v before rotary, one per query head, `[b, s, head, d_head]`."""
+        rank = self.residual.blocks[block].rank
+        return self._once(
+            (PORTS[port], world, block), lambda: self.project(block, port, self.stream(world, rank), f"{world}_{PORTS[port]}")
+        )
+
+    def project(self, block: int, port: int, x: fx.Node, name: str) -> fx.Node:
+        """A stream's q, k or v, one per query head."""
+        layer = self.residual.blocks[block].layer
+        out = self.module(f"layer{layer}_{PORTS[port]}", x, name=f"{name}_{layer}")
+        n, kv = self.residual.n_heads, self.residual.n_kv_heads
+        return out if port == 0 or n == kv else self.call(aten.repeat_interleave.self_int, out, n // kv, 2)

@@ -1,0 +1,221 @@
+"""Attention of many variants of one block at once.
+
+For each port there is a *bank*: the base run's rows, then the rows that some variant projects anew. A query, key or value
+of a variant is an index into it, so unchanged positions are read from the base run and nothing is copied a variant.
+Variants that need every head are computed together; where only some heads are read, (variant, head) pairs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from patchc.execute.indices import pick, rows, where
+from patchc.ir.bits import bits
+from patchc.ir.dag import Core, Replaced, VariantId
+from patchc.ir.tokens import Tokens
+
+if TYPE_CHECKING:
+    from patchc.execute.walk import Walk
+
+Key = tuple[int, tuple[Replaced, ...]]
+"""Whose rows: the input that a port reads, or minus a core's number where some of its projections are set."""
+
+PAIRS = 4096
+"""(variant, prompt, head) triples of one attention call, times positions: bounds its memory."""
+
+
+@dataclass
+class Bank:
+    """Rows of one port, flattened to `[row * head, d_head]`; `first[key]`: where a key's rows begin; `tokens[key]`: at
+    which tokens it has some; `heads[key]`: which heads stand in each of its rows."""
+
+    parts: list[Tensor]
+    size: int
+    first: dict[Key, int] = field(default_factory=dict[Key, int])
+    tokens: dict[Key, Tokens] = field(default_factory=dict[Key, Tokens])
+    heads: dict[Key, list[int]] = field(default_factory=dict[Key, list[int]])
+
+    def add(self, key: Key, tokens: Tokens, heads: list[int], values: Tensor) -> None:
+        self.first[key], self.tokens[key], self.heads[key] = self.size, tokens, heads
+        self.parts.append(values.reshape(-1, values.shape[-1]))
+        self.size += len(self.parts[-1])
+
+    def flat(self) -> Tensor:
+        if len(self.parts) > 1:
+            self.parts = [torch.cat(self.parts)]
+        return self.parts[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One variant on one prompt: the queries wanted, as positions, and how many keys they may read."""
+
+    core: VariantId
+    prompt: int
+    positions: tuple[int, ...]
+    n_keys: int
+    heads: tuple[int, ...]
+
+
+class Attention:
+    """The cores of one attention block in one pass."""
+
+    def __init__(self, walk: Walk, block: int, layer: int):
+        self.walk, self.block, self.layer = walk, block, layer
+        self.dag, self.pieces, self.demand = walk.dag, walk.pieces, walk.demand
+        self.base = walk.stored.base_run.attention[block]
+        self.n_heads = self.dag.graph.n_heads
+        self.kv = [self.pieces.kv_head(h) for h in range(self.n_heads)]
+
+    def cores(self, cores: list[VariantId]) -> dict[VariantId, tuple[list[int], Tensor]]:
+        """For each core: its heads, and z less the base run's at its demanded tokens, `[n, head, d_head]`."""
+        ops = {i: op for i in cores if isinstance(op := self.dag.ops[i], Core)}
+        banks = self._banks(ops)
+        out: dict[VariantId, tuple[list[int], Tensor]] = {}
+        for i in cores:
+            heads = list(bits(self.demand.heads[i]))
+            at = rows(self.demand.tokens[i])
+            out[i] = heads, -self.base.z[at][:, heads]
+        groups: dict[tuple[int, int, int, tuple[int, ...] | None], list[Item]] = {}
+        for item in self._items(cores):
+            length = self.dag.layout.lengths[item.prompt]
+            dense = item.heads if len(item.heads) == self.n_heads else None
+            groups.setdefault((length, len(item.positions), item.n_keys, dense), []).append(item)
+        for (length, n_queries, n_keys, _), items in groups.items():
+            step = max(1, PAIRS * 64 // ((n_queries + n_keys) * len(items[0].heads)))
+            for first in range(0, len(items), step):
+                self._attend(items[first : first + step], length, ops, banks, out)
+        return out
+
+    # ---- projections
+    def _key(self, number: VariantId, core: Core, port: int) -> Key:
+        """Rows with projections set belong to one core, whose demanded heads they have; others to whoever reads them."""
+        replaced = tuple(r for r in core.replaced if r.port == port)
+        return (-number if replaced else core.input(port)), replaced
+
+    def _banks(self, ops: dict[VariantId, Core]) -> list[Bank]:
+        asked = self.demand.projections.get(self.block, {})
+        banks: list[Bank] = []
+        for port in range(3):
+            flat = self.base.ready[port].reshape(-1, self.base.ready[port].shape[-1])
+            bank = Bank([flat], len(flat))
+            raw = self._projected(port, asked, bank)
+            for i, core in ops.items():
+                key = self._key(i, core, port)
+                if key[1]:
+                    self._set(bank, port, i, key, raw.get(core.input(port)))
+            banks.append(bank)
+        for x in {x for x, _ in asked}:
+            self.walk.release(x)
+        return banks
+
+    def _projected(
+        self, port: int, asked: dict[tuple[VariantId, int], tuple[int, Tokens]], bank: Bank
+    ) -> dict[VariantId, tuple[Tokens, list[int], Tensor]]:
+        """Projects what is asked of this port, inputs that need the same heads together; gives the rows before rotary."""
+        from patchc.execute.walk import packed
+
+        out: dict[VariantId, tuple[Tokens, list[int], Tensor]] = {}
+        by_heads: dict[tuple[int, ...], list[tuple[VariantId, Tokens]]] = {}
+        for (x, p), (heads, tokens) in asked.items():
+            if p == port:
+                columns = sorted({h if port == 0 else self.kv[h] for h in bits(heads)})
+                by_heads.setdefault(tuple(columns), []).append((x, tokens))
+        for columns, parts in by_heads.items():
+            every = len(columns) == (self.n_heads if port == 0 else self.dag.graph.n_kv_heads)
+            for batch in packed([(p, p[1].bit_count()) for p in parts]):
+                y = self.pieces.norm(self.layer, port, self.walk.stream_rows(self.dag.graph.blocks[self.block].rank, batch))
+                raw = self.pieces.project(self.layer, port, y, None if every else columns)
+                at = torch.cat([rows(tokens) for _, tokens in batch])
+                ready = self.pieces.prepare(self.layer, port, raw, at, self.walk.tables)
+                sizes = [tokens.bit_count() for _, tokens in batch]
+                for (x, tokens), r, values in zip(batch, raw.split(sizes), ready.split(sizes), strict=True):
+                    out[x] = tokens, list(columns), r
+                    bank.add((x, ()), tokens, list(columns), values)
+        return out
+
+    def _set(
+        self, bank: Bank, port: int, core: VariantId, key: Key, raw: tuple[Tokens, list[int], Tensor] | None
+    ) -> None:
+        """Rows of a port with some projections set: one row a query head, so that heads that share a KV head can differ."""
+        _, replaced = key
+        tokens = 0
+        for r in replaced:
+            tokens |= r.tokens
+        have, columns, computed = raw or (0, [], self.base.raw[port][:0])
+        needed = self.demand.tokens[core] if port == 0 else self.dag.reach(self.demand.tokens[core])
+        tokens = (tokens | have) & needed
+        heads = list(bits(self.demand.heads[core]))
+        own = [h if port == 0 else self.kv[h] for h in heads]
+        values = self.base.raw[port][rows(tokens)][:, own].clone()
+        if both := have & tokens:
+            changed = pick(computed, have, both)
+            values[where(tokens, both)] = changed[:, [columns.index(c) for c in own]]
+        for r in replaced:
+            here = r.tokens & tokens
+            for j, h in enumerate(heads):
+                if here and r.heads >> h & 1:
+                    at = where(tokens, here)
+                    value = self.dag.values[r.value]
+                    values[at, j] = self.walk.stored.projection(self.block, port, h, value, rows(here), values[at, j])
+        ready = self.pieces.prepare(self.layer, port, values, rows(tokens), self.walk.tables)
+        bank.add(key, tokens, [-1 - h for h in heads], ready)
+
+    # ---- attention
+    def _items(self, cores: Iterable[VariantId]) -> Iterable[Item]:
+        for i in cores:
+            heads = tuple(bits(self.demand.heads[i]))
+            for prompt, positions in self.dag.layout.split(self.demand.tokens[i]):
+                n_keys = positions.bit_length() if self.dag.graph.causal else self.dag.layout.lengths[prompt]
+                chosen = tuple(bits(positions))
+                if len(heads) == self.n_heads:
+                    yield Item(i, prompt, chosen, n_keys, heads)
+                else:
+                    for h in heads:
+                        yield Item(i, prompt, chosen, n_keys, (h,))
+
+    def _attend(
+        self,
+        items: list[Item],
+        length: int,
+        ops: dict[VariantId, Core],
+        banks: list[Bank],
+        out: dict[VariantId, tuple[list[int], Tensor]],
+    ) -> None:
+        operands: list[Tensor] = []
+        for port in range(3):
+            index = [self._index(banks[port], self._key(item.core, ops[item.core], port), port, item) for item in items]
+            operands.append(banks[port].flat()[torch.stack(index)])
+        positions = torch.tensor([item.positions for item in items], device=self.pieces.device)
+        heads = items[0].heads if len(items[0].heads) < self.n_heads and len({i.heads for i in items}) == 1 else None
+        z = self.pieces.attend(self.layer, *operands, positions, length, self.walk.tables, heads)
+        for item, values in zip(items, z, strict=True):
+            have, all_rows = out[item.core]
+            tokens = sum(1 << p for p in item.positions) << self.dag.layout.offsets[item.prompt]
+            at = where(self.demand.tokens[item.core], tokens)
+            if len(item.heads) == len(have):
+                all_rows[at] += values
+            else:
+                all_rows[at, have.index(item.heads[0])] += values[:, 0]
+
+    def _index(self, bank: Bank, key: Key, port: int, item: Item) -> Tensor:
+        """`[position, head]`: where an item's rows stand in the bank; the base run's, with its own laid over them."""
+        offset = self.dag.layout.offsets[item.prompt]
+        positions = item.positions if port == 0 else range(item.n_keys)
+        n_columns = self.n_heads if port == 0 else self.dag.graph.n_kv_heads
+        columns = torch.tensor([h if port == 0 else self.kv[h] for h in item.heads])
+        at = torch.tensor([offset + p for p in positions])
+        out = at[:, None] * n_columns + columns
+        tokens = bank.tokens.get(key, 0)
+        own = [j for j, t in enumerate(at.tolist()) if tokens >> t & 1]
+        if own:
+            have = bank.heads[key]
+            mine = torch.tensor([have.index(-1 - h) if have[0] < 0 else have.index(h if port == 0 else self.kv[h]) for h in item.heads])
+            places = torch.tensor([(tokens & ((1 << int(at[j])) - 1)).bit_count() for j in own])
+            out[own] = bank.first[key] + places[:, None] * len(have) + mine
+        return out

@@ -1,0 +1,98 @@
+"""Plain runs of the model with every stored value kept: the base run and the worlds that patches take values from.
+
+Rows are tokens of all prompts one after another (`ir.tokens.Layout`), so prompts of different lengths stand side by side;
+only attention is computed prompt by prompt, prompts of one length together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from patchc.ir.experiment import World
+from patchc.ir.graph import BlockKind
+from patchc.ir.tokens import Layout
+from patchc.model.pieces import Pieces, Tables
+
+
+@dataclass
+class AttentionRun:
+    """One layer's attention. `raw`: q, k, v before rotary; `ready`: as the attention core takes them; z: `[token, head,
+    d_head]`. k and v have KV heads."""
+
+    raw: tuple[Tensor, Tensor, Tensor]
+    ready: tuple[Tensor, Tensor, Tensor]
+    z: Tensor
+
+
+@dataclass
+class PlainRun:
+    """One world's run. `embed` `[node, token, d_model]`; `stream[rank]` `[token, d_model]`, the stream below that rank."""
+
+    embed: Tensor
+    stream: list[Tensor] = field(default_factory=list[Tensor])
+    attention: dict[int, AttentionRun] = field(default_factory=dict[int, AttentionRun])
+    mlp: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+
+def by_length(layout: Layout) -> dict[int, list[int]]:
+    """The prompts of each length."""
+    out: dict[int, list[int]] = {}
+    for prompt, length in enumerate(layout.lengths):
+        out.setdefault(length, []).append(prompt)
+    return out
+
+
+def token_numbers(layout: Layout, prompts: list[int], device: torch.device) -> Tensor:
+    """`[prompt, pos]` token numbers of prompts of one length."""
+    first = torch.tensor([layout.offsets[p] for p in prompts], device=device)
+    return first[:, None] + torch.arange(layout.lengths[prompts[0]], device=device)
+
+
+def run_world(pieces: Pieces, world: World, layout: Layout, tables: Tables) -> PlainRun:
+    """Run one world and keep everything."""
+    embed = _embed(pieces, world, layout)
+    run = PlainRun(embed, [torch.zeros_like(embed[0]), embed.sum(0)])
+    tokens = torch.arange(layout.n_tokens, device=pieces.device)
+    written = torch.zeros_like(embed[0])
+    for i, block in enumerate(pieces.graph.blocks[1:], 1):
+        if block.rank == len(run.stream):
+            run.stream.append(run.stream[-1] + written)
+            written = torch.zeros_like(written)
+        assert block.layer is not None
+        x = run.stream[block.rank]
+        if block.kind is BlockKind.ATTENTION:
+            run.attention[i] = _attention(pieces, block.layer, x, tokens, layout, tables)
+            written = written + pieces.write(block.layer, run.attention[i].z)
+            bias = pieces.attn_bias(block.layer)
+            written = written if bias is None else written + bias
+        else:
+            run.mlp[i] = pieces.mlp(block.layer, x)
+            written = written + run.mlp[i]
+    run.stream.append(run.stream[-1] + written)
+    return run
+
+
+def _embed(pieces: Pieces, world: World, layout: Layout) -> Tensor:
+    n_nodes = pieces.graph.blocks[0].size
+    out = torch.empty(n_nodes, layout.n_tokens, pieces.graph.d_model, device=pieces.device, dtype=pieces.dtype)
+    for prompts in by_length(layout).values():
+        ids = torch.tensor([world.ids[p] for p in prompts], device=pieces.device)
+        out[:, token_numbers(layout, prompts, pieces.device)] = pieces.embed(ids)
+    return out
+
+
+def _attention(pieces: Pieces, layer: int, x: Tensor, tokens: Tensor, layout: Layout, tables: Tables) -> AttentionRun:
+    normed = [pieces.norm(layer, 0, x)]
+    normed += normed * 2 if pieces.shares_norm(layer) else [pieces.norm(layer, p, x) for p in (1, 2)]
+    raw = [pieces.project(layer, p, y) for p, y in enumerate(normed)]
+    q, k, v = (pieces.prepare(layer, p, r, tokens, tables) for p, r in enumerate(raw))
+    group = torch.tensor([pieces.kv_head(h) for h in range(pieces.graph.n_heads)], device=x.device)
+    z = torch.empty(layout.n_tokens, pieces.graph.n_heads, v.shape[-1], device=x.device, dtype=x.dtype)
+    for length, prompts in by_length(layout).items():
+        at = token_numbers(layout, prompts, x.device)
+        positions = torch.arange(length, device=x.device).expand(len(prompts), length)
+        z[at] = pieces.attend(layer, q[at], k[at][:, :, group], v[at][:, :, group], positions, length, tables)
+    return AttentionRun((raw[0], raw[1], raw[2]), (q, k, v), z)

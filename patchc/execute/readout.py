@@ -1,0 +1,138 @@
+"""From final streams to metrics: logits where they are read, numbers a prompt, means and normalisation in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchc.execute.indices import rows
+from patchc.ir.experiment import (
+    Called,
+    Constant,
+    Expression,
+    Kl,
+    Measure,
+    Metric,
+    Product,
+    Prompts,
+    Quotient,
+    Read,
+    Sum,
+)
+from patchc.ir.tokens import Tokens
+from patchc.model.pieces import Pieces
+
+MetricFunction = Callable[[Tensor], Tensor]
+UNEMBED_ROWS = 480
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A metric over prompts: mean and standard error (NaN for one prompt), each `[cell]`."""
+
+    mean: Tensor
+    stderr: Tensor
+
+
+@dataclass
+class Readout:
+    """Evaluates an experiment's metrics on final streams `[measured token, d_model]`. `world_streams` are the plain runs'
+    whole final streams."""
+
+    pieces: Pieces
+    prompts: Prompts
+    measured: Tokens
+    columns: tuple[int, ...] | None
+    functions: Mapping[str, MetricFunction]
+    world_streams: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self.places = {int(t): i for i, t in enumerate(rows(self.measured))}
+        self.column_of = {c: i for i, c in enumerate(self.columns or ())}
+        self._log_probs: dict[str, Tensor] = {}
+
+    # ---- logits
+    def logits(self, streams: Tensor) -> Tensor:
+        """`[cell, measured token, d_model]` to `[cell, measured token, column or d_vocab]`, float64."""
+        cells, n, width = streams.shape
+        columns = None if self.columns is None else torch.tensor(self.columns, device=streams.device)
+        parts = [self.pieces.unembed(x, columns) for x in streams.reshape(-1, width).split(UNEMBED_ROWS)]
+        return torch.cat(parts).double().view(cells, n, -1)
+
+    def of_world(self, world: str) -> Tensor:
+        """A plain run's final stream at the measured tokens, as one cell."""
+        return self.world_streams[world][rows(self.measured)][None]
+
+    # ---- numbers
+    def per_prompt(self, expression: Expression, logits: Tensor) -> Tensor:
+        """`[cell, prompt]`."""
+        match expression:
+            case Read():
+                return self._read(expression, logits)
+            case Kl(world, tokens):
+                return self._kl(world, tokens, logits)
+            case Called(name):
+                return self._called(name, logits)
+            case Constant(number):
+                return torch.full((len(logits), self.prompts.layout.n_prompts), number, dtype=torch.float64)
+            case Sum(terms):
+                return sum((f * self.per_prompt(e, logits) for f, e in terms[1:]), terms[0][0] * self.per_prompt(terms[0][1], logits))
+            case Product(factors):
+                out = self.per_prompt(factors[0], logits)
+                for factor in factors[1:]:
+                    out = out * self.per_prompt(factor, logits)
+                return out
+            case Quotient(over, under):
+                return self.per_prompt(over, logits) / self.per_prompt(under, logits)
+
+    def _read(self, read: Read, logits: Tensor) -> Tensor:
+        at = [self.places[t] for t in read.tokens]
+        here = logits[:, at]
+        if read.measure is Measure.LOGIT:
+            chosen = [[self.column_of.get(a, a) if self.columns is not None else a for a in answers] for answers in read.answers]
+            return torch.stack([here[:, i, c].mean(-1) for i, c in enumerate(chosen)], -1).cpu()
+        logprobs = here.log_softmax(-1)
+        picked = torch.stack([logprobs[:, i, list(a)].logsumexp(-1) for i, a in enumerate(read.answers)], -1)
+        match read.measure:
+            case Measure.LOGPROB:
+                out = picked
+            case Measure.LOSS:
+                out = -picked
+            case Measure.PROB:
+                out = picked.exp()
+            case Measure.RANK | Measure.CORRECT:
+                best = torch.stack([here[:, i, list(a)].amax(-1) for i, a in enumerate(read.answers)], -1)
+                rank = (here > best[..., None]).sum(-1).double()
+                out = rank if read.measure is Measure.RANK else (rank == 0).double()
+        return out.cpu()
+
+    def _kl(self, world: str, tokens: tuple[int, ...], logits: Tensor) -> Tensor:
+        if world not in self._log_probs:
+            self._log_probs[world] = self.logits(self.of_world(world))[0].log_softmax(-1)
+        at = [self.places[t] for t in tokens]
+        theirs = self._log_probs[world][at]
+        return (theirs.exp() * (theirs - logits[:, at].log_softmax(-1))).sum(-1).cpu()
+
+    def _called(self, name: str, logits: Tensor) -> Tensor:
+        layout = self.prompts.layout
+        out: list[Tensor] = []
+        for cell in logits.to(self.pieces.dtype):
+            value = torch.as_tensor(self.functions[name](cell.view(layout.n_prompts, layout.lengths[0], -1))).double()
+            out.append(value.reshape(-1).expand(layout.n_prompts) if value.numel() == 1 else value.reshape(layout.n_prompts))
+        return torch.stack(out).detach().cpu()
+
+    # ---- means
+    def summary(self, metric: Metric, values: Tensor) -> Summary:
+        """Mean and standard error of `values` `[cell, prompt]`, normalised as the metric says. The ends of a ratio of means
+        count as known numbers in its standard error."""
+        if metric.zero is not None and metric.one is not None:
+            zero, one = (self.per_prompt(metric.expression, self.logits(self.of_world(w)))[0] for w in (metric.zero, metric.one))
+            if not metric.per_prompt:
+                zero, one = zero.mean(), one.mean()
+            values = (values - zero) / (one - zero)
+        n = values.shape[-1]
+        stderr = values.std(-1) / n**0.5 if n > 1 else torch.full_like(values[:, 0], float("nan"))
+        return Summary(values.mean(-1), stderr)

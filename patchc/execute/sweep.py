@@ -1,0 +1,129 @@
+"""Runs a program: the plain runs that it needs, then its passes; gives a mean and a standard error a cell and metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from patchc.diagnostics import RULES
+from patchc.execute.base import PlainRun, run_world
+from patchc.execute.readout import UNEMBED_ROWS, MetricFunction, Readout
+from patchc.execute.stored import Stored
+from patchc.execute.walk import Walk
+from patchc.ir.experiment import Metric
+from patchc.ir.program import Program
+from patchc.model.pieces import Pieces, Tables
+
+NON_FINITE = RULES.add("non-finite-metric", "a metric is not a finite number", exit=3)
+SAME_ENDS = RULES.add("equal-ends", "a normalised metric has the same value at both of its ends", exit=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Numbers by cell, float64. `baselines[metric][world]` are the plain runs' own, not normalised ones normalised too;
+    `silent` counts cells that ran and came out exactly as the base run."""
+
+    mean: dict[str, Tensor]
+    stderr: dict[str, Tensor]
+    baselines: dict[str, dict[str, float]]
+    silent: tuple[int, ...] = ()
+
+
+@dataclass
+class Sweep:
+    """One experiment's run. Plain runs are shared with other experiments through `runs`."""
+
+    program: Program
+    pieces: Pieces
+    tables: Tables
+    functions: Mapping[str, MetricFunction] = field(default_factory=dict[str, MetricFunction])
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
+
+    def run(self, progress: Callable[[int], None] | None = None) -> Outcome:
+        """Every cell; `progress` is told how many are done."""
+        with torch.no_grad():
+            return self._run(progress or (lambda _: None))
+
+    def _run(self, progress: Callable[[int], None]) -> Outcome:
+        program = self.program
+        self._plain_runs()
+        self.readout = Readout(
+            self.pieces,
+            program.prompts,
+            program.measured,
+            program.columns,
+            self.functions,
+            {w: self.runs[w].stream[-1] for w in program.worlds},
+        )
+        metrics = program.experiment.metrics
+        values = {m.name: self._of_base(m, len(program.roots)) for m in metrics}
+        silent: list[int] = []
+        done = len(program.no_effect)
+        progress(done)
+        stored = Stored(self.pieces, program.prompts.layout, program.base, self.runs, self.tensors)
+        for work in program.passes:
+            walk = Walk(program.dag, self.pieces, self.tables, stored, program.measured)
+            streams = walk.streams([program.roots[c] for c in work.cells])
+            silent += self._measure(work.cells, streams, values)
+            done += len(work.cells)
+            progress(done)
+        return self._outcome(values, tuple(silent))
+
+    def _plain_runs(self) -> None:
+        for world in self.program.worlds:
+            if world not in self.runs:
+                prompts = self.program.prompts
+                self.runs[world] = run_world(self.pieces, prompts.world(world), prompts.layout, self.tables)
+
+    def _of_base(self, metric: Metric, n_cells: int) -> Tensor:
+        """`[cell, prompt]`, the base run's number everywhere: what a cell without effect keeps."""
+        logits = self.readout.logits(self.readout.of_world(self.program.base))
+        return self.readout.per_prompt(metric.expression, logits).repeat(n_cells, 1)
+
+    def _measure(self, cells: Sequence[int], streams: list[Tensor], values: dict[str, Tensor]) -> list[int]:
+        """Reads the metrics of a pass's cells, some at a time; gives the cells that equal the base run to the bit."""
+        base = self.readout.of_world(self.program.base)[0]
+        step = max(1, UNEMBED_ROWS // max(1, len(base)))
+        for first in range(0, len(cells), step):
+            logits = self.readout.logits(torch.stack(streams[first : first + step]))
+            for metric in self.program.experiment.metrics:
+                values[metric.name][list(cells[first : first + step])] = self.readout.per_prompt(metric.expression, logits)
+        return [c for c, x in zip(cells, streams, strict=True) if torch.equal(x, base)]
+
+    def _outcome(self, values: dict[str, Tensor], silent: tuple[int, ...]) -> Outcome:
+        mean: dict[str, Tensor] = {}
+        stderr: dict[str, Tensor] = {}
+        for metric in self.program.experiment.metrics:
+            self._check_ends(metric)
+            summary = self.readout.summary(metric, values[metric.name])
+            if not bool(summary.mean.isfinite().all()):
+                cell = int((~summary.mean.isfinite()).nonzero()[0])
+                raise NON_FINITE.error(f"`{metric.name}` is not a finite number in cell {cell}", span=metric.span)
+            mean[metric.name], stderr[metric.name] = summary.mean, summary.stderr
+        return Outcome(mean, stderr, {m.name: self._baselines(m) for m in self.program.experiment.metrics}, silent)
+
+    def _check_ends(self, metric: Metric) -> None:
+        if metric.zero is None or metric.one is None:
+            return
+        zero, one = (
+            self.readout.per_prompt(metric.expression, self.readout.logits(self.readout.of_world(w)))[0]
+            for w in (metric.zero, metric.one)
+        )
+        apart = (one - zero) if metric.per_prompt else (one.mean() - zero.mean())
+        if bool((apart == 0).any()):
+            raise SAME_ENDS.error(
+                f"`{metric.name}` cannot be normalised: it has the same value at `{metric.zero}` and at `{metric.one}`",
+                span=metric.span,
+            )
+
+    def _baselines(self, metric: Metric) -> dict[str, float]:
+        return {
+            w: float(self.readout.summary(metric, self._world(metric, w)).mean[0]) for w in self.program.worlds
+        }
+
+    def _world(self, metric: Metric, world: str) -> Tensor:
+        return self.readout.per_prompt(metric.expression, self.readout.logits(self.readout.of_world(world)))

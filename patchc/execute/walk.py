@@ -1,0 +1,199 @@
+"""One pass: a walk over the model's blocks that computes every variant of the pass's cells, block by block.
+
+At each block the rows of all variants are packed into common matrix products. Values are differences from the base run,
+`[token rows, d_model]`, made when a block first reads them and dropped after their last reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from patchc.execute.attention import Attention
+from patchc.execute.indices import pick, rows, where
+from patchc.execute.stored import Stored
+from patchc.ir.dag import EQUAL_TO_BASE, Const, Core, Dag, Masked, Mix, Out, Run, Scale, Stream, Sum, Tokenwise, VariantId
+from patchc.ir.graph import BlockKind
+from patchc.ir.tokens import Tokens
+from patchc.model.pieces import Pieces, Tables
+from patchc.optimise.demand import Demand, demand
+
+T = TypeVar("T")
+
+ROWS = 960
+"""Token rows of one matrix product: more only costs memory, fewer than half run slowly."""
+
+
+def packed(items: Sequence[tuple[T, int]]) -> Iterator[list[T]]:
+    """Runs of items, given with their rows, of about ROWS rows each."""
+    batch: list[T] = []
+    total = 0
+    for item, n in items:
+        if batch and total + n > ROWS * 1.25:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += n
+    if batch:
+        yield batch
+
+
+@dataclass
+class Walk:
+    """The state of one pass. `streams()` gives the final stream of each root at the measured tokens."""
+
+    dag: Dag
+    pieces: Pieces
+    tables: Tables
+    stored: Stored
+    measured: Tokens
+
+    def streams(self, roots: Sequence[VariantId]) -> list[Tensor]:
+        """For each root `[measured token, d_model]`: the base run's final stream with the root's difference added."""
+        length = len(self.dag)
+        explicit = [self._without_runs(r) for r in roots]
+        try:
+            self.demand = demand(self.dag, ((r, self.measured) for r in explicit))
+            self.values: dict[VariantId, Tensor] = {}
+            self.left = list(self.demand.uses)
+            self._blocks()
+            return [self._final(r) for r in explicit]
+        finally:
+            self.dag.truncate(length)
+
+    def _without_runs(self, root: VariantId) -> VariantId:
+        """A root with its suffixes written out; they stand at the root or in its mix over tokens only."""
+        match self.dag.ops[root]:
+            case Run() as run:
+                return self.dag.expand(run)
+            case Mix(parts):
+                return self.dag.mix((tokens, self._without_runs(p)) for tokens, p in parts)
+            case _:
+                return root
+
+    def _final(self, root: VariantId) -> Tensor:
+        out = self.stored.base_run.stream[-1][rows(self.measured)]
+        here = self.demand.tokens[root] & self.measured
+        if root == EQUAL_TO_BASE or not here:
+            return out
+        out[where(self.measured, here)] += pick(self.value(root), self.demand.tokens[root], here)
+        self.release(root)
+        return out
+
+    # ---- values that need no model
+    def value(self, i: VariantId) -> Tensor:
+        """A variant's difference at its demanded tokens; the reader calls `release` when it is done."""
+        if i not in self.values:
+            self.values[i] = self._make(i)
+        return self.values[i]
+
+    def release(self, i: VariantId) -> None:
+        self.left[i] -= 1
+        if not self.left[i]:
+            self.values.pop(i, None)
+
+    def _make(self, i: VariantId) -> Tensor:
+        tokens = self.demand.tokens[i]
+        match self.dag.ops[i]:
+            case Const(block, members, value, _):
+                return self.stored.node(block, members, self.dag.values[value], rows(tokens))
+            case Stream(rank, value, _):
+                return self.stored.stream(rank, self.dag.values[value], rows(tokens))
+            case Sum(parts):
+                return self._add([(tokens, p) for p in parts], tokens)
+            case Mix(parts):
+                return self._add(parts, tokens)
+            case Scale(factor, x):
+                return factor * self._add([(tokens, x)], tokens)
+            case Core() | Out() | Tokenwise() | Run() | Masked() as op:
+                raise AssertionError(f"variant {i} was read before its block ran: {op}")
+
+    def _add(self, parts: Sequence[tuple[Tokens, VariantId]], tokens: Tokens) -> Tensor:
+        """The sum of parts, each at its own tokens."""
+        out = torch.zeros(tokens.bit_count(), self.dag.graph.d_model, device=self.pieces.device, dtype=self.pieces.dtype)
+        for some, p in parts:
+            here = some & tokens & self.dag.changed[p]
+            if here:
+                out[where(tokens, here)] += pick(self.value(p), self.demand.tokens[p], here)
+                self.release(p)
+        return out
+
+    def stream_rows(self, rank: int, parts: Sequence[tuple[VariantId, Tokens]]) -> Tensor:
+        """The whole stream below `rank` for several variants, each at its tokens: `[rows, d_model]`."""
+        deltas = [pick(self.value(x), self.demand.tokens[x], tokens) for x, tokens in parts]
+        at = torch.cat([rows(tokens) for _, tokens in parts])
+        return torch.cat(deltas) + self.stored.base_run.stream[rank][at]
+
+    # ---- the model's nodes
+    def _blocks(self) -> None:
+        by_block = self._by_block()
+        for index, block in enumerate(self.dag.graph.blocks):
+            variants = by_block.get(index, [])
+            if not variants:
+                continue
+            if block.kind is BlockKind.MLP:
+                self._mlps(index, variants)
+            else:
+                self._attention(index, variants)
+
+    def _by_block(self) -> dict[int, list[VariantId]]:
+        """The demanded outputs of each block."""
+        out: dict[int, list[VariantId]] = {}
+        for i, op in enumerate(self.dag.ops):
+            if self.demand.tokens[i]:
+                match op:
+                    case Tokenwise(block):
+                        out.setdefault(block, []).append(i)
+                    case Out(core):
+                        core_op = self.dag.ops[core]
+                        assert isinstance(core_op, Core)
+                        out.setdefault(core_op.block, []).append(i)
+                    case _:
+                        pass
+        return out
+
+    def _mlps(self, index: int, variants: list[VariantId]) -> None:
+        block = self.dag.graph.blocks[index]
+        assert block.layer is not None
+        tokens = self.demand.tokens
+        for batch in packed([(i, tokens[i].bit_count()) for i in variants]):
+            inputs = [op.input for i in batch if isinstance(op := self.dag.ops[i], Tokenwise)]
+            x = self.stream_rows(block.rank, [(x, tokens[i]) for x, i in zip(inputs, batch, strict=True)])
+            for x_id in inputs:
+                self.release(x_id)
+            at = torch.cat([rows(tokens[i]) for i in batch])
+            written = self.pieces.mlp(block.layer, x) - self.stored.base_run.mlp[index][at]
+            self._keep(batch, written)
+
+    def _attention(self, index: int, variants: list[VariantId]) -> None:
+        block = self.dag.graph.blocks[index]
+        assert block.layer is not None
+        outs = [(i, op) for i in variants if isinstance(op := self.dag.ops[i], Out)]
+        cores = sorted({op.core for _, op in outs})
+        z = Attention(self, index, block.layer).cores(cores)
+        by_heads: dict[int, list[tuple[VariantId, VariantId]]] = {}
+        for i, op in outs:
+            by_heads.setdefault(op.heads, []).append((i, op.core))
+        for heads, group in by_heads.items():
+            for batch in packed([((i, core), self.demand.tokens[i].bit_count()) for i, core in group]):
+                self._keep([i for i, _ in batch], self._written(block.layer, heads, batch, z))
+
+    def _written(
+        self, layer: int, heads: int, batch: list[tuple[VariantId, VariantId]], z: dict[VariantId, tuple[list[int], Tensor]]
+    ) -> Tensor:
+        wanted = [h for h in range(self.dag.graph.n_heads) if heads >> h & 1]
+        parts: list[Tensor] = []
+        for i, core in batch:
+            have, values = z[core]
+            mine = pick(values, self.demand.tokens[core], self.demand.tokens[i])
+            parts.append(mine if have == wanted else mine[:, [have.index(h) for h in wanted]])
+        return self.pieces.write(layer, torch.cat(parts), wanted if len(wanted) < self.dag.graph.n_heads else None)
+
+    def _keep(self, variants: list[VariantId], values: Tensor) -> None:
+        sizes = [self.demand.tokens[i].bit_count() for i in variants]
+        for i, value in zip(variants, values.split(sizes), strict=True):
+            self.values[i] = value

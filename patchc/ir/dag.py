@@ -1,0 +1,282 @@
+"""The variant DAG: every value that some cell needs and that is not the base run's, each once.
+
+A value is a *difference from the base run* in stream space, `[token, d_model]`; number 0 is "equal to the base run".
+Operations are hash-consed: two that are equal are one number, within a cell and across the cells of a sweep. Children
+have lower numbers than their parents. No tensors here, and no path language: `lower` writes it, `execute` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from patchc.ir.experiment import Value
+from patchc.ir.graph import ResidualGraph
+from patchc.ir.tokens import Layout, Tokens
+
+ValueId = int
+VariantId = int
+EQUAL_TO_BASE: VariantId = 0
+NEVER = 1 << 30
+"""The rank of something that never happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Const:
+    """The stored value of some members of a block (bits, counted from the block's first node) at `tokens`."""
+
+    block: int
+    members: int
+    value: ValueId
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The stored value of the whole stream below `rank`, at `tokens`."""
+
+    rank: int
+    value: ValueId
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A head's q, k or v set to a value at some tokens: `heads` are bits within the block. `mask`: the mask that the
+    replacement is multiplied by (see `Masked`), -1 where it is outright."""
+
+    port: int
+    heads: int
+    value: ValueId
+    tokens: Tokens
+    mask: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """Attention of one block over q, k and v inputs. Heads are no part of it: demand says which are computed, except
+    where projections are replaced. Its value is z, not a stream value: only `Out` reads it."""
+
+    block: int
+    q: VariantId
+    k: VariantId
+    v: VariantId
+    replaced: tuple[Replaced, ...] = ()
+
+    def input(self, port: int) -> VariantId:
+        return (self.q, self.k, self.v)[port]
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """What some heads (bits within the block) of a core write into the stream."""
+
+    core: VariantId
+    heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenwise:
+    """An MLP run again on a changed stream."""
+
+    block: int
+    input: VariantId
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    parts: tuple[VariantId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A difference times a number: what is left of `self` in a mixture."""
+
+    factor: float
+    input: VariantId
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Different variants at disjoint sets of tokens; the base run's elsewhere."""
+
+    parts: tuple[tuple[Tokens, VariantId], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """`input + sum over starts of mask * (value - input)` at the start's tokens: patches whose masks are inputs."""
+
+    input: VariantId
+    starts: tuple[tuple[int, Tokens, VariantId], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The plain model from `rank` up to the logits on a changed stream: a whole suffix as one value, expanded by
+    `Dag.expand` only while it is executed."""
+
+    rank: int
+    input: VariantId
+
+
+Op = Const | Stream | Core | Out | Tokenwise | Sum | Scale | Mix | Masked | Run
+
+
+@dataclass
+class Dag:
+    """The arena. Beside each operation: `changed`, the tokens at which it may differ from the base run, and `low`, the
+    lowest rank that it computes (a cell enters there; nothing below runs)."""
+
+    graph: ResidualGraph
+    layout: Layout
+    ops: list[Op] = field(default_factory=lambda: [Sum(())])
+    changed: list[Tokens] = field(default_factory=lambda: [0])
+    low: list[int] = field(default_factory=lambda: [NEVER])
+    values: list[Value] = field(default_factory=list[Value])
+    _index: dict[Op, VariantId] = field(default_factory=dict[Op, VariantId])
+    _value_index: dict[Value, ValueId] = field(default_factory=dict[Value, ValueId])
+
+    def __len__(self) -> int:
+        return len(self.ops)
+
+    def spread(self, tokens: Tokens) -> Tokens:
+        """The tokens that attention can change when its keys and values change at `tokens`."""
+        return self.layout.after(tokens) if self.graph.causal else self.layout.whole(tokens)
+
+    def reach(self, tokens: Tokens) -> Tokens:
+        """The tokens whose keys and values attention reads to compute `tokens`."""
+        return self.layout.upto(tokens) if self.graph.causal else self.layout.whole(tokens)
+
+    # ---- making values; each returns EQUAL_TO_BASE where nothing can change
+    def value(self, value: Value) -> ValueId:
+        if value not in self._value_index:
+            self._value_index[value] = len(self.values)
+            self.values.append(value)
+        return self._value_index[value]
+
+    def make(self, op: Op, changed: Tokens, low: int) -> VariantId:
+        if not changed:
+            return EQUAL_TO_BASE
+        found = self._index.get(op)
+        if found is None:
+            found = self._index[op] = len(self.ops)
+            self.ops.append(op)
+            self.changed.append(changed)
+            self.low.append(low)
+        return found
+
+    def const(self, block: int, members: int, value: Value, tokens: Tokens) -> VariantId:
+        return self.make(Const(block, members, self.value(value), tokens), tokens, NEVER)
+
+    def stream(self, rank: int, value: Value, tokens: Tokens) -> VariantId:
+        return self.make(Stream(rank, self.value(value), tokens), tokens, NEVER)
+
+    def masked(self, input: VariantId, starts: tuple[tuple[int, Tokens, VariantId], ...]) -> VariantId:
+        changed = self.changed[input]
+        for _, tokens, value in starts:
+            changed |= tokens & self.layout.all & (self.changed[value] | self.changed[input])
+        return self.make(Masked(input, starts), changed, self.low[input])
+
+    def core(
+        self, block: int, q: VariantId, k: VariantId, v: VariantId, replaced: tuple[Replaced, ...] = ()
+    ) -> VariantId:
+        asked = self.changed[q]
+        looked_at = self.changed[k] | self.changed[v]
+        for r in replaced:
+            if r.port == 0:
+                asked |= r.tokens
+            else:
+                looked_at |= r.tokens
+        return self.make(Core(block, q, k, v, replaced), asked | self.spread(looked_at), self.graph.blocks[block].rank)
+
+    def out(self, core: VariantId, heads: int) -> VariantId:
+        if core == EQUAL_TO_BASE or not heads:
+            return EQUAL_TO_BASE
+        return self.make(Out(core, heads), self.changed[core], self.low[core])
+
+    def tokenwise(self, block: int, input: VariantId) -> VariantId:
+        rank = self.graph.blocks[block].rank
+        return self.make(Tokenwise(block, input), self.changed[input], min(rank, self.low[input]))
+
+    def sum(self, parts: Iterable[VariantId]) -> VariantId:
+        """A part that stands twice counts twice."""
+        kept = sorted(p for p in parts if p)
+        if len(kept) < 2:
+            return kept[0] if kept else EQUAL_TO_BASE
+        changed, low = 0, NEVER
+        for p in kept:
+            changed |= self.changed[p]
+            low = min(low, self.low[p])
+        return self.make(Sum(tuple(kept)), changed, low)
+
+    def scale(self, factor: float, input: VariantId) -> VariantId:
+        if factor == 1.0 or input == EQUAL_TO_BASE:
+            return input
+        return self.make(Scale(factor, input), self.changed[input] if factor else 0, self.low[input])
+
+    def mix(self, parts: Iterable[tuple[Tokens, VariantId]]) -> VariantId:
+        """Parts at disjoint tokens; what is equal to the base run there is dropped, equal neighbours are joined."""
+        joined: dict[VariantId, Tokens] = {}
+        for tokens, p in parts:
+            if here := tokens & self.changed[p]:
+                joined[p] = joined.get(p, 0) | here
+        if len(joined) == 1:
+            ((p, tokens),) = joined.items()
+            if tokens == self.changed[p]:
+                return p
+        changed, low = 0, NEVER
+        for p, tokens in joined.items():
+            changed |= tokens
+            low = min(low, self.low[p])
+        return self.make(Mix(tuple((t, p) for p, t in sorted(joined.items()))), changed, low)
+
+    def run(self, rank: int, input: VariantId) -> VariantId:
+        top = self.graph.top
+        if rank >= top or input == EQUAL_TO_BASE:
+            return input
+        has_attention = any(b.rank >= rank and b.kind == "attention" for b in self.graph.blocks)
+        changed = self.spread(self.changed[input]) if has_attention else self.changed[input]
+        return self.make(Run(rank, input), changed, min(rank, self.low[input]))
+
+    # ---- suffixes
+    def expand(self, run: Run) -> VariantId:
+        """The plain model's layers from `run.rank` up, as values of their own at the end of the arena."""
+        x = run.input
+        for rank in range(run.rank, self.graph.top):
+            parts = [x]
+            for index, block in enumerate(self.graph.blocks):
+                if block.rank == rank:
+                    attention = block.kind == "attention"
+                    heads = (1 << self.graph.n_heads) - 1
+                    parts.append(self.out(self.core(index, x, x, x), heads) if attention else self.tokenwise(index, x))
+            x = self.sum(parts)
+        return x
+
+    def truncate(self, length: int) -> None:
+        """Forget every value from number `length` on."""
+        for op in self.ops[length:]:
+            del self._index[op]
+        del self.ops[length:], self.changed[length:], self.low[length:]
+
+
+def children(op: Op) -> Iterator[VariantId]:
+    """The variants that an operation reads; one may come twice."""
+    match op:
+        case Sum(parts):
+            yield from parts
+        case Core(_, q, k, v, _):
+            yield from (q, k, v)
+        case Out(core, _):
+            yield core
+        case Tokenwise(_, x) | Scale(_, x) | Run(_, x):
+            yield x
+        case Mix(parts):
+            for _, x in parts:
+                yield x
+        case Masked(x, starts):
+            yield x
+            for _, _, value in starts:
+                yield value
+        case Const() | Stream():
+            pass

@@ -1,0 +1,278 @@
+"""What `resolve` gives: experiments with every name looked up, every selector expanded, every number known.
+
+No tensors and no syntax. Spans serve diagnostics and take no part in equality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+from patchc.diagnostics import Span
+from patchc.ir.paths import Path
+from patchc.ir.tokens import Layout
+
+# ---- data
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One text column, tokenised: one run of the model. `ids[prompt][position]`."""
+
+    name: str
+    ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The data of a spec. All worlds of one prompt have the same length; `texts` are the first world's tokens."""
+
+    layout: Layout
+    worlds: tuple[World, ...]
+    texts: tuple[tuple[str, ...], ...] = ()
+
+    @cached_property
+    def _worlds(self) -> dict[str, World]:
+        return {w.name: w for w in self.worlds}
+
+    def world(self, name: str) -> World:
+        return self._worlds[name]
+
+
+# ---- values
+
+
+@dataclass(frozen=True, slots=True)
+class FromWorld:
+    """What the node computes in another world's run."""
+
+    world: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of the node's value in a world's run, over its prompts at the same position; `over_positions`: over
+    every position too."""
+
+    world: str
+    over_positions: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Itself:
+    """`self`: what the patched run itself would have computed there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A tensor from a file or from Python, by the key under which `Study.tensors` names it. Shape `[d]`, broadcast over
+    tokens, `d` being the site's width."""
+
+    key: str
+
+
+Source = FromWorld | Mean | Itself | Given
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A linear combination of sources; no terms is `zero`."""
+
+    terms: tuple[tuple[float, Source], ...]
+
+    @property
+    def uses_self(self) -> bool:
+        return any(isinstance(source, Itself) for _, source in self.terms)
+
+    @property
+    def world(self) -> str | None:
+        """The world, where the value is that world's own and nothing else."""
+        match self.terms:
+            case ((1.0, FromWorld(world)),):
+                return world
+            case _:
+                return None
+
+
+# ---- patches
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Every path in `path` carries `value`; `complement`: every path that is not in it.
+
+    With `complement` the value enters where, read back from the logits, the path can no longer be in the set.
+    """
+
+    path: Path
+    value: Value
+    complement: bool = False
+    span: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One experiment of a sweep: its place along the dims, and its patches, which add up."""
+
+    index: tuple[int, ...]
+    patches: tuple[Patch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """A dimension of a result. `labels` name the coordinates for people, where they are not their own names."""
+
+    name: str
+    coords: tuple[str | int | float, ...]
+    labels: tuple[str, ...] | None = None
+
+
+# ---- metrics: a number a prompt
+
+
+class Measure(StrEnum):
+    """A number read from the logits at one token, for a set of answer tokens (CONTRACT: prob sums over the set, logprob
+    is the log of that sum, logit the mean; rank counts from 0; correct is 1 where the best token is in the set)."""
+
+    LOGIT = "logit"
+    PROB = "prob"
+    LOGPROB = "logprob"
+    RANK = "rank"
+    CORRECT = "correct"
+    LOSS = "loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """`measure` of `answers[prompt]` (token ids) at token `tokens[prompt]` (a number of the layout)."""
+
+    measure: Measure
+    answers: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kl:
+    """KL(world || patched), whole vocabulary, nats, at token `tokens[prompt]`."""
+
+    world: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A Python function of the logits `[prompt, pos, d_vocab]` that gives a number, or one a prompt."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    number: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A linear combination."""
+
+    terms: tuple[tuple[float, Expression], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    factors: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Quotient:
+    over: Expression
+    under: Expression
+
+
+Expression = Read | Kl | Called | Constant | Sum | Product | Quotient
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A measured number. With `zero` and `one` it is normalised: 0 at the run of world `zero`, 1 at that of `one`, as the
+    ratio of means, or the mean of ratios where `per_prompt`."""
+
+    name: str
+    expression: Expression
+    zero: str | None = None
+    one: str | None = None
+    per_prompt: bool = False
+    span: Span | None = field(default=None, compare=False)
+
+
+# ---- experiments
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """`metric` of the cells at `indices` (every cell named) compares so with `bound`."""
+
+    metric: str
+    indices: tuple[tuple[int, ...], ...]
+    op: str
+    bound: float
+    span: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Write the results here (.json, .csv, .parquet); the path is relative to the spec."""
+
+    path: str
+    span: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """Draw the results as `kind` (`heatmap`) into a picture beside the spec, or into `path`."""
+
+    kind: str
+    path: str | None = None
+    span: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One experiment: its cells run on world `run`, each with its own patches; a sweep's pairs that are no edge have no
+    cell."""
+
+    name: str
+    title: str | None
+    run: str
+    dims: tuple[Dim, ...]
+    cells: tuple[Cell, ...]
+    metrics: tuple[Metric, ...]
+    expects: tuple[Expect, ...] = ()
+    saves: tuple[Save, ...] = ()
+    shows: tuple[Show, ...] = ()
+    span: Span | None = field(default=None, compare=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(d.coords) for d in self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """The `model` statement: a built-in name, a directory or a hub id, and its options."""
+
+    name: str
+    options: tuple[tuple[str, str | int | bool], ...] = ()
+    span: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A whole spec, resolved."""
+
+    model: ModelChoice
+    prompts: Prompts
+    experiments: tuple[Experiment, ...]
+    tensors: tuple[tuple[str, str], ...] = ()
+    """(key of `Given`, where it came from: `file.safetensors#key`, or `python`)."""

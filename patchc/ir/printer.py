@@ -1,0 +1,291 @@
+"""Resolved studies as text, for people and for golden tests: readable, deterministic, cells as the first few and a count.
+
+Prints what `ir.experiment` holds and nothing that has to be computed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from patchc.ir.bits import bits
+from patchc.ir.experiment import (
+    Called,
+    Cell,
+    Constant,
+    Dim,
+    Experiment,
+    Expect,
+    Expression,
+    FromWorld,
+    Given,
+    Itself,
+    Kl,
+    Mean,
+    Metric,
+    Patch,
+    Product,
+    Prompts,
+    Quotient,
+    Read,
+    Source,
+    Study,
+    Sum,
+    Value,
+)
+from patchc.ir.graph import PORTS, QKV, Kind, Nodes, ResidualGraph
+from patchc.ir.paths import EVERYWHERE, Alt, Edges, Path, Seq, Site, Star, Step
+from patchc.ir.tokens import Layout, Tokens
+
+CELLS = 3
+"""How many cells of a sweep are printed."""
+ITEMS = 12
+"""How many coordinates, prompts and edges of one list are printed."""
+
+
+def print_study(study: Study, graph: ResidualGraph) -> str:
+    """The whole study, ended by a line end."""
+    lines = [f"model {study.model.name!r}" + "".join(f" {k}={v}" for k, v in study.model.options)]
+    lines += _prompts(study.prompts)
+    lines += [f"tensor {key} from {source}" for key, source in study.tensors]
+    for experiment in study.experiments:
+        lines += ["", *_experiment(experiment, graph, study.prompts)]
+    return "\n".join(lines) + "\n"
+
+
+def print_path(path: Path, graph: ResidualGraph, layout: Layout) -> str:
+    """A path as a spec would write it; tokens are `prompt:position`, the prompt left off where there is one."""
+    return _Paths(graph, layout).path(path, True)
+
+
+# ---- data
+
+
+def _prompts(prompts: Prompts) -> Iterator[str]:
+    yield f"prompts {prompts.layout.n_prompts}, of {_ranges(prompts.layout.lengths)} tokens"
+    for world in prompts.worlds:
+        yield f"  world {world.name}"
+    for i, text in enumerate(prompts.texts[:ITEMS]):
+        yield f"  {i}: {'|'.join(text)}"
+    yield from _more(prompts.texts, ITEMS, "  ")
+
+
+def _ranges(lengths: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(lengths))))
+
+
+# ---- experiments
+
+
+def _experiment(experiment: Experiment, graph: ResidualGraph, prompts: Prompts) -> Iterator[str]:
+    title = f' "{experiment.title}"' if experiment.title else ""
+    yield f"experiment {experiment.name}{title}: run {experiment.run}, {_count(len(experiment.cells), 'cell')}"
+    for dim in experiment.dims:
+        yield f"  dim {_dim(dim)}"
+    for metric in experiment.metrics:
+        yield f"  measure {_metric(metric, prompts.layout)}"
+    for cell in experiment.cells[:CELLS]:
+        yield from _cell(cell, graph, prompts.layout)
+    yield from _more(experiment.cells, CELLS, "  ")
+    for expect in experiment.expects:
+        yield f"  expect {_expect(expect)}"
+    for show in experiment.shows:
+        yield f"  show {show.kind}" + (f" {show.path!r}" if show.path else "")
+    for save in experiment.saves:
+        yield f"  save {save.path!r}"
+
+
+def _dim(dim: Dim) -> str:
+    coords = [str(c) for c in dim.coords]
+    if dim.labels is not None:
+        coords = [f"{c}={label!r}" for c, label in zip(coords, dim.labels, strict=True)]
+    return f"{dim.name} ({len(coords)}): {_shortened(coords)}"
+
+
+def _cell(cell: Cell, graph: ResidualGraph, layout: Layout) -> Iterator[str]:
+    where = f"[{', '.join(map(str, cell.index))}] " if cell.index else ""
+    for patch in cell.patches:
+        yield f"  {where}patch {_patch(patch, graph, layout)}"
+
+
+def _patch(patch: Patch, graph: ResidualGraph, layout: Layout) -> str:
+    but = "all except " if patch.complement else ""
+    return f"{but}{print_path(patch.path, graph, layout)} with {_value(patch.value)}"
+
+
+def _expect(expect: Expect) -> str:
+    shown = _shortened([f"[{', '.join(map(str, i))}]" for i in expect.indices])
+    return f"{expect.metric} at {shown} {expect.op} {expect.bound:g}"
+
+
+# ---- values
+
+
+def _value(value: Value) -> str:
+    if not value.terms:
+        return "zero"
+    return " + ".join(_source(s) if c == 1 else f"{c:g} * {_source(s)}" for c, s in value.terms)
+
+
+def _source(source: Source) -> str:
+    match source:
+        case FromWorld(world):
+            return world
+        case Mean(world, over_positions):
+            return f"mean({world}{', over=positions' if over_positions else ''})"
+        case Itself():
+            return "self"
+        case Given(key):
+            return f"tensor({key!r})"
+
+
+# ---- metrics
+
+
+def _metric(metric: Metric, layout: Layout) -> str:
+    text = f"{metric.name} = {_expression(metric.expression, layout)}"
+    if metric.zero is None:
+        return text
+    return f"{text} from {metric.zero} to {metric.one}" + (" per prompt" if metric.per_prompt else "")
+
+
+def _expression(expression: Expression, layout: Layout) -> str:
+    match expression:
+        case Read(measure, answers, tokens):
+            ids = ", ".join(dict.fromkeys("|".join(map(str, a)) for a in answers))
+            return f"{measure}({ids}) @ {_tokens_of(tokens, layout)}"
+        case Kl(world, tokens):
+            return f"kl({world}) @ {_tokens_of(tokens, layout)}"
+        case Called(name):
+            return f"{name}()"
+        case Constant(number):
+            return f"{number:g}"
+        case Sum(terms):
+            return _sum([(c, _expression(e, layout)) for c, e in terms])
+        case Product(factors):
+            return "(" + " * ".join(_expression(e, layout) for e in factors) + ")"
+        case Quotient(over, under):
+            return f"({_expression(over, layout)} / {_expression(under, layout)})"
+
+
+def _sum(terms: list[tuple[float, str]]) -> str:
+    """`(a - 2 * b)`."""
+    text = "".join(
+        f" {'-' if c < 0 else '+'} " + (e if abs(c) == 1 else f"{abs(c):g} * {e}") for c, e in terms
+    )
+    return "(" + (text[3:] if text.startswith(" + ") else f"-{text[3:]}") + ")"
+
+
+def _tokens_of(tokens: Iterable[int], layout: Layout) -> str:
+    """The position in each prompt, told once where it is one."""
+    return ", ".join(dict.fromkeys(str(layout.place(t)[1]) for t in tokens))
+
+
+# ---- paths
+
+
+class _Paths:
+    """Steps in the words of a spec."""
+
+    def __init__(self, graph: ResidualGraph, layout: Layout):
+        self._graph = graph
+        self._layout = layout
+
+    def path(self, path: Path, first: bool) -> str:
+        match path:
+            case Step():
+                return self._step(path, first)
+            case Seq(parts):
+                return " -> ".join(self._part(p, first and i == 0) for i, p in enumerate(parts)) or "()"
+            case Alt(parts):
+                return " | ".join(f"({self.path(p, first)})" for p in parts) or "nothing"
+            case Star(Step() as step) if self._is_plain(step):
+                return f"{self._step(step, False)}*"
+            case Star(part):
+                return f"({self.path(part, False)})*"
+
+    def _part(self, path: Path, first: bool) -> str:
+        return f"({self.path(path, first)})" if isinstance(path, Alt) else self.path(path, first)
+
+    def _is_plain(self, step: Step) -> bool:
+        return step.tokens == EVERYWHERE and step.via is None and " " not in self.nodes(step.nodes)
+
+    def _step(self, step: Step, first: bool) -> str:
+        text = self._start(step) if first else self._suffixed(self.nodes(step.nodes), self._ports(step))
+        if step.tokens != EVERYWHERE:
+            text += f" @ {self._tokens(step.tokens)}"
+        return text if step.via is None else f"{text} via {self._edges(step.via)}"
+
+    def _start(self, step: Step) -> str:
+        if step.site is Site.STREAM:
+            return f"stream below rank {step.rank}"
+        return self._suffixed(self.nodes(step.nodes), "" if step.site is Site.OUT else f".{step.site}")
+
+    def _suffixed(self, names: str, suffix: str) -> str:
+        return f"({names}){suffix}" if " | " in names or " - " in names else names + suffix
+
+    def _ports(self, step: Step) -> str:
+        if step.ports == QKV:
+            return ""
+        ports = [PORTS[i] for i in bits(step.ports)]
+        return f".{ports[0]}" if len(ports) == 1 else f".{{{', '.join(ports)}}}"
+
+    def _tokens(self, tokens: Tokens) -> str:
+        """`{0, 3}`, or `{0:3, 1:4}` (prompt:position) where there are several prompts."""
+        places = [self._layout.place(t) for t in bits(tokens & self._layout.all)]
+        alone = self._layout.n_prompts == 1
+        return "{" + _shortened([str(p) if alone else f"{i}:{p}" for i, p in places]) + "}"
+
+    def _edges(self, edges: Edges) -> str:
+        shown = [
+            f"{self.nodes(writers)} -> {self.nodes(1 << node)}{'' if port < 0 else '.' + PORTS[port]}"
+            for (node, port), writers in edges.rows
+        ]
+        return ("" if edges.keep else "not ") + "{" + _shortened(shown) + "}"
+
+    # ---- node sets
+
+    def nodes(self, nodes: Nodes) -> str:
+        """A set by the names of the sets that it is made of: `any`, `mlp`, `head[2, *]`, `head[0, 1]`."""
+        graph = self._graph
+        for name, whole in (("any", graph.all), ("head", graph.heads), ("mlp", graph.mlps), ("input", graph.input)):
+            if nodes == whole and nodes:
+                return name
+        if self._without(nodes):
+            return self._without(nodes)
+        return " | ".join(self._names(nodes)) or "nothing"
+
+    def _without(self, nodes: Nodes) -> str:
+        """`any - a - b` where few are missing."""
+        missing = self._graph.all & ~nodes
+        few = missing.bit_count() <= 3 and nodes & ~self._graph.all == 0 and self._graph.all.bit_count() > 8
+        return " - ".join(["any", *self._names(missing)]) if few and nodes else ""
+
+    def _names(self, nodes: Nodes) -> Iterator[str]:
+        if nodes & self._graph.input == self._graph.input:
+            yield "input"
+            nodes &= ~self._graph.input
+        for block in self._graph.blocks:
+            heads = block.nodes & self._graph.heads
+            if heads and nodes & heads == heads:
+                yield f"head[{block.layer}, *]"
+                nodes &= ~heads
+            yield from (self._graph.nodes[i].name for i in bits(nodes & block.nodes))
+        if nodes & self._graph.logits_set:
+            yield Kind.LOGITS.value
+
+
+# ---- lists
+
+
+def _shortened(items: list[str]) -> str:
+    rest = len(items) - ITEMS
+    return ", ".join(items[:ITEMS]) + (f", and {rest} more" if rest > 0 else "")
+
+
+def _more(items: tuple[object, ...], shown: int, indent: str) -> Iterator[str]:
+    if len(items) > shown:
+        yield f"{indent}and {len(items) - shown} more"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -1,0 +1,85 @@
+"""From an experiment to its variant DAG: path sets become an automaton, the automaton is folded over the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
+from patchc.ir.dag import Dag, VariantId
+from patchc.ir.experiment import Experiment, Prompts
+from patchc.ir.graph import ResidualGraph
+from patchc.ir.tokens import Tokens
+from patchc.lower.fold import Fold, Folded
+
+NO_EFFECT = RULES.add("no-effect", "a patch provably changes nothing that is measured")
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """The final stream of each cell, and the cells whose measured tokens provably equal the base run's."""
+
+    dag: Dag
+    roots: tuple[VariantId, ...]
+    no_effect: tuple[int, ...]
+
+
+def lower(
+    experiment: Experiment,
+    prompts: Prompts,
+    graph: ResidualGraph,
+    measured: Tokens,
+    progress: Callable[[int], None] | None = None,
+) -> Lowered:
+    """Fold every cell into one DAG. A patch that bites in no cell is an error, and so is an experiment of one cell that
+    changes nothing at the measured tokens; a sweep's cells that change nothing are counted."""
+    dag = Dag(graph, prompts.layout)
+    fold = Fold(dag, prompts, experiment.run)
+    roots: list[VariantId] = []
+    dead: list[int] = []
+    written: dict[Span | int, bool] = {}
+    faults: list[Diagnostic] = []
+    for number, cell in enumerate(experiment.cells):
+        folded = fold.cell(cell.patches)
+        roots.append(folded.root)
+        if not dag.changed[folded.root] & measured:
+            dead.append(number)
+        _note_bites(written, cell.patches, folded)
+        faults += [f for f in folded.faults if f not in faults]
+        if progress is not None and number % 256 == 0:
+            progress(number)
+    faults += _unfelt(experiment, written, len(dead) == len(roots))
+    if faults:
+        raise PatchcError(faults)
+    return Lowered(dag, tuple(roots), tuple(dead))
+
+
+def _note_bites(written: dict[Span | int, bool], patches: tuple[object, ...], folded: Folded) -> None:
+    """Which `patch` lines have changed something so far; a line without a place is known by its number in the cell."""
+    for i, patch in enumerate(patches):
+        line = getattr(patch, "span", None) or i
+        written[line] = written.get(line, False) or i in folded.biting
+
+
+def _unfelt(experiment: Experiment, written: dict[Span | int, bool], all_dead: bool) -> list[Diagnostic]:
+    idle = [line for line, bites in written.items() if not bites]
+    where = "in no cell of the sweep" if experiment.dims else "nothing"
+    out = [
+        NO_EFFECT.at(
+            line if isinstance(line, Span) else experiment.span,
+            f"this patch changes {where}: its value equals the run's own wherever it would enter"
+            if not experiment.dims
+            else f"this patch changes something {where}: its value equals the run's own wherever it would enter",
+            fix=f"the run is `{experiment.run}`; patch with another world, or at positions where the worlds differ",
+        )
+        for line in idle
+    ]
+    if all_dead and not out:
+        out.append(
+            NO_EFFECT.at(
+                next((line for line in written if isinstance(line, Span)), experiment.span),
+                "what this patches cannot reach the position that is measured",
+                fix="attention only looks back: measure at a later position, or patch an earlier one",
+            )
+        )
+    return out

@@ -1,0 +1,175 @@
+"""All patches of a cell as one automaton that reads paths from the logits back.
+
+Every occurrence of a step in a patch's path is an *atom*, a bit. `before[i]` holds the atoms that may match the node
+upstream of one matched by atom i (the position automaton of Glushkov 1961, reversed). A set of atoms is a state.
+A complement patch has one more bit, its *watch*: it matches every node, and a node where the watch stands alone is on no
+path of the patch's set any more, so the value enters there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from patchc.ir.bits import bits, bitset
+from patchc.ir.experiment import Patch, Value
+from patchc.ir.graph import QKV, ResidualGraph
+from patchc.ir.paths import EVERYWHERE, Alt, Edges, Path, Seq, Site, Star, Step
+from patchc.ir.tokens import Tokens
+
+PORT_SITES = (Site.Q, Site.K, Site.V)
+
+Atoms = int
+"""A set of atoms: a state of the automaton."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """An atom at which a value enters: `patch` is the patch's place in the cell."""
+
+    patch: int
+    value: Value
+
+
+class Automaton:
+    """Built once a cell; everything in it is a number or a set of atoms."""
+
+    def __init__(self, patches: tuple[Patch, ...], graph: ResidualGraph):
+        self.graph = graph
+        self.steps: list[Step] = []
+        self.before: list[Atoms] = []
+        self.starts: dict[int, Start] = {}
+        """Atoms of ordinary patches at which their value enters."""
+        self.accepts: Atoms = 0
+        """Atoms of complement patches at which a path is wholly in the set."""
+        self.watches: dict[int, tuple[Atoms, Start]] = {}
+        """For each watch: the atoms that it watches, and the value that enters where none of them matches."""
+        self.last: list[tuple[Tokens, Atoms]] = []
+        """What the logits read: (tokens, atoms that may match the last writer)."""
+        for number, patch in enumerate(patches):
+            self._add_patch(number, patch)
+        self.plain = bitset(
+            i for i, s in enumerate(self.steps) if s.ports == QKV and s.tokens == EVERYWHERE and s.site is Site.OUT
+        )
+        self.via = bitset(i for i, s in enumerate(self.steps) if s.via is not None)
+        self.start_atoms = bitset(self.starts)
+        self.stream_atoms = self._with_site(Site.STREAM)
+        self.attn_out_atoms = self._with_site(Site.ATTN_OUT)
+        self.watch_atoms = bitset(self.watches)
+
+    def _with_site(self, site: Site) -> Atoms:
+        return bitset(i for i in self.starts if self.steps[i].site is site)
+
+    def _add_patch(self, number: int, patch: Patch) -> None:
+        first_atom = len(self.steps)
+        _, first, last = self._add(patch.path)
+        start = Start(number, patch.value)
+        if patch.complement:
+            for i in bits(first):
+                self._accept(i)
+        else:
+            self.starts.update({i: start for i in bits(first)})
+        for i in bits(last):
+            self.last += self.reading(self.steps[i].tokens, self.before[i])
+        if not patch.complement:
+            return
+        own = ((1 << len(self.steps)) - 1) & ~((1 << first_atom) - 1)
+        watch = len(self.steps)
+        self.steps.append(Step(self.graph.all))
+        self.before.append(1 << watch)
+        self.watches[watch] = (own, start)
+        self.last.append((EVERYWHERE, 1 << watch))
+
+    def _accept(self, atom: int) -> None:
+        """In a complement's set the first step only ends the reading; nothing is stored there."""
+        step = self.steps[atom]
+        self.accepts |= 1 << atom
+        if step.site is Site.STREAM:
+            readers = ((r.node.id, -1 if r.port is None else r.port) for r in self.graph.readers if r.node.rank >= step.rank)
+            self.steps[atom] = replace(step, site=Site.OUT, via=Edges(tuple((r, self.graph.all) for r in readers)))
+        elif step.site in (Site.ATTN_OUT, Site.Z):
+            self.steps[atom] = replace(step, site=Site.OUT)
+
+    def _add(self, path: Path) -> tuple[bool, Atoms, Atoms]:
+        """Adds a path's atoms; gives (may be empty, atoms that can be first, atoms that can be last)."""
+        match path:
+            case Step():
+                atom = 1 << len(self.steps)
+                self.steps.append(path)
+                self.before.append(0)
+                return False, atom, atom
+            case Star(part):
+                _, first, last = self._add(part)
+                self._join(last, first)
+                return True, first, last
+            case Alt(parts):
+                empty, first, last = False, 0, 0
+                for e, f, n in map(self._add, parts):
+                    empty, first, last = empty or e, first | f, last | n
+                return empty, first, last
+            case Seq(parts):
+                empty, first, last = True, 0, 0
+                for e, f, n in map(self._add, parts):
+                    self._join(last, f)
+                    first |= f if empty else 0
+                    last = n | last if e else n
+                    empty = empty and e
+                return empty, first, last
+
+    def _join(self, upstream: Atoms, downstream: Atoms) -> None:
+        for i in bits(downstream):
+            self.before[i] |= upstream
+
+    def upstream(self, atoms: Atoms) -> Atoms:
+        """The atoms that may match a node just above these, position and port aside."""
+        out = 0
+        for i in bits(atoms):
+            out |= self.before[i]
+        return out
+
+    def active_starts(self, matched: Atoms) -> Iterator[tuple[Step, Start]]:
+        """The values that enter at a node matched by these atoms, with the step that says where."""
+        for i in bits(matched & self.start_atoms):
+            yield self.steps[i], self.starts[i]
+        for w in bits(matched & self.watch_atoms):
+            watched, start = self.watches[w]
+            if not matched & watched:
+                yield self.steps[w], start
+
+    def settled(self, matched: Atoms) -> Atoms:
+        """A node's atoms without those that no longer matter: of a complement whose path is complete, or has left the set."""
+        for w in bits(matched & self.watch_atoms):
+            watched, _ = self.watches[w]
+            own = matched & watched
+            if not own or self._accepts_whole(own):
+                matched &= ~(watched | 1 << w)
+        return matched
+
+    def _accepts_whole(self, own: Atoms) -> bool:
+        return any(self.steps[i].site is Site.OUT for i in bits(own & self.accepts))
+
+    def into_port(self, matched: Atoms, port: int | None) -> list[tuple[Tokens, Atoms]]:
+        """(tokens, atoms) that a port of a node so matched goes on reading with."""
+        done: dict[int, Tokens] = {}  # where a complement's path is complete once this port is entered
+        for i in bits(matched & self.accepts):
+            if port is not None and self.steps[i].site is PORT_SITES[port]:
+                for w in bits(matched & self.watch_atoms):
+                    watched, _ = self.watches[w]
+                    if watched >> i & 1:
+                        own = self.steps[i].tokens
+                        done |= {j: done.get(j, 0) | own for j in bits(watched | 1 << w)}
+        out: list[tuple[Tokens, Atoms]] = []
+        for i in bits(matched):
+            step = self.steps[i]
+            if self.before[i] and (port is None or step.ports >> port & 1):
+                out += self.reading(step.tokens & ~done.get(i, 0), self.before[i])
+        return out
+
+    def reading(self, tokens: Tokens, atoms: Atoms) -> list[tuple[Tokens, Atoms]]:
+        """Reading on with `atoms` at `tokens`; a complement's first step holds only at its own."""
+        out: list[tuple[Tokens, Atoms]] = []
+        for i in bits(atoms & self.accepts):
+            if self.steps[i].site is Site.OUT and self.steps[i].tokens != EVERYWHERE:
+                atoms &= ~(1 << i)
+                out.append((tokens & self.steps[i].tokens, 1 << i))
+        return [(t, a) for t, a in ((tokens, atoms), *out) if t and a]

@@ -1,0 +1,72 @@
+"""At which tokens a value can differ from the base run's, known before anything runs: from the worlds' tokens alone."""
+
+from __future__ import annotations
+
+from patchc.ir.dag import Dag
+from patchc.ir.experiment import FromWorld, Itself, Prompts, Value
+from patchc.ir.graph import Kind
+from patchc.ir.tokens import Tokens
+
+
+def differing(prompts: Prompts, one: str, other: str) -> Tokens:
+    """The tokens whose ids differ between two worlds."""
+    out, t = 0, 0
+    for a, b in zip(prompts.world(one).ids, prompts.world(other).ids, strict=True):
+        for x, y in zip(a, b, strict=True):
+            out |= (x != y) << t
+            t += 1
+    return out
+
+
+def relative(value: Value, run: str) -> tuple[Value, float]:
+    """A value as (the same with `self` read from the base run, the factor of `self`), sources joined and sorted."""
+    factors: dict[FromWorld | object, float] = {}
+    own = 0.0
+    for factor, source in value.terms:
+        if isinstance(source, Itself):
+            own += factor
+            source = FromWorld(run)
+        factors[source] = factors.get(source, 0.0) + factor
+    terms = tuple(sorted(((f, s) for s, f in factors.items() if f), key=repr))
+    return Value(terms), own  # type: ignore[arg-type]
+
+
+class Changes:
+    """Where the stored values of one experiment can differ from its base run; with `any_data`, on any data."""
+
+    def __init__(self, dag: Dag, prompts: Prompts, run: str, any_data: bool = False):
+        self.dag, self.run = dag, run
+        self._differing = {w.name: differing(prompts, run, w.name) for w in prompts.worlds}
+        if any_data:
+            self._differing = {w: 0 if w == run else dag.layout.all for w in self._differing}
+
+    def _tokens(self, value: Value) -> Tokens | None:
+        """The tokens at which the worlds that a value mixes differ; None where it is no mixture of worlds."""
+        if not all(isinstance(source, FromWorld) for _, source in value.terms):
+            return None
+        if abs(sum(factor for factor, _ in value.terms) - 1.0) > 1e-12:
+            return None
+        out = 0
+        for _, source in value.terms:
+            assert isinstance(source, FromWorld)
+            out |= self._differing[source.world]
+        return out
+
+    def at_node(self, value: Value, kind: Kind) -> Tokens:
+        """Tokens at which a node of this kind can differ from the base run under `value`."""
+        tokens = self._tokens(value)
+        match kind:
+            case Kind.EMBED:
+                return self.dag.layout.all if tokens is None else tokens
+            case Kind.POS_EMBED | Kind.ATTN_BIAS:
+                return self.dag.layout.all if tokens is None else 0
+            case _:
+                return self._all_or_spread(tokens)
+
+    def at_stream(self, value: Value, rank: int) -> Tokens:
+        """The same for the stream below `rank`: at rank 1 it is the embeddings alone."""
+        tokens = self._tokens(value)
+        return tokens if rank <= 1 and tokens is not None else self._all_or_spread(tokens)
+
+    def _all_or_spread(self, tokens: Tokens | None) -> Tokens:
+        return self.dag.layout.all if tokens is None else self.dag.spread(tokens)

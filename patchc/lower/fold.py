@@ -1,0 +1,376 @@
+"""The fold: from path sets to the variant DAG. A state of the automaton lives on a *stream*, not on a node.
+
+`stream(rank, c)` is the sum of all writers below a rank as continuation `c` sees them, `c` being the atoms that may match
+the next writer. It is memoised under the atoms that can still make a difference below that rank, so streams that see the
+same thing are one value. Where a port's positions are restricted, streams are mixed by token; positions are no part of a
+state. Where, from a rank up, every node reads on in one plain state, the rest of the model is one `Run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from patchc.diagnostics import RULES, Diagnostic, Note
+from patchc.ir.bits import bits
+from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, Replaced, VariantId
+from patchc.ir.experiment import Patch, Prompts, Value
+from patchc.ir.graph import Block, BlockKind, Kind, Reader
+from patchc.ir.paths import EVERYWHERE, Step
+from patchc.ir.tokens import Tokens
+from patchc.lower.automaton import PORT_SITES, Atoms, Automaton, Start
+from patchc.lower.changes import Changes, relative
+
+TWO_VALUES = RULES.add("two-values", "two patches give one start two different values")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A value that enters somewhere: its tokens there, its stored difference, and how much of `self` stays."""
+
+    tokens: Tokens
+    stored: VariantId
+    own: float
+    start: Start
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A cell's root (its final stream), the patches that bite in it, and what is wrong with it."""
+
+    root: VariantId
+    biting: frozenset[int]
+    faults: tuple[Diagnostic, ...] = ()
+
+
+class Fold:
+    """Folds one cell at a time into a shared Dag. With `masked`, every ordinary start is multiplied by the mask of that
+    number (see `Masked`) instead of replacing outright; such a DAG holds for any data of the same shape, so no two
+    worlds are taken to be equal anywhere."""
+
+    def __init__(self, dag: Dag, prompts: Prompts, run: str, masked: Callable[[Start], int] | None = None):
+        self.dag, self.graph, self.run = dag, dag.graph, run
+        self.changes = Changes(dag, prompts, run, any_data=masked is not None)
+        self.masked = masked
+        self.all_heads = (1 << self.graph.n_heads) - 1
+        self.blocks_at = [[(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)]
+        self._ranks_of: dict[int, int] = {}
+
+    def cell(self, patches: tuple[Patch, ...]) -> Folded:
+        """The final stream of a cell with these patches."""
+        self.automaton = Automaton(patches, self.graph)
+        self.patches = patches
+        self.streams: dict[tuple[int, Atoms], VariantId] = {}
+        self.nodes: dict[tuple[int, Atoms, int], list[VariantId]] = {}
+        self.biting: set[int] = set()
+        self.faults: list[Diagnostic] = []
+        self._find_live_atoms()
+        root = self._by_token(self.automaton.last, Reader(self.graph.logits))
+        return Folded(root, frozenset(self.biting), tuple(self.faults))
+
+    # ---- which atoms can make a difference, and where
+    def _find_live_atoms(self) -> None:
+        """`at[r]`: atoms that can match a node of rank r and still lead to a start; `under[r]`: the same below r."""
+        automaton, top = self.automaton, self.graph.top
+        entry = self._entries()
+        self.at: list[Atoms] = [0] * top
+        for i, step in enumerate(automaton.steps):
+            if not automaton.stream_atoms >> i & 1 and entry[i] < top:
+                for r in bits(self._ranks(step.nodes) >> entry[i] << entry[i]):
+                    self.at[r] |= 1 << i
+        self.stream_at: list[Atoms] = [0] * (top + 1)
+        for i in bits(automaton.stream_atoms):
+            self.stream_at[automaton.steps[i].rank] |= 1 << i
+        self.under: list[Atoms] = [self.stream_at[0]]
+        for r in range(top):
+            self.under.append(self.under[-1] | self.at[r] | self.stream_at[r + 1])
+
+    def _entries(self) -> list[int]:
+        """The lowest rank at which each atom can match and a start (or a complement's end) can still be reached."""
+        automaton = self.automaton
+        entry = [NEVER] * len(automaton.steps)
+        for i in bits(automaton.stream_atoms):
+            entry[i] = automaton.steps[i].rank - 1
+        moved = True
+        while moved:
+            moved = False
+            for i, step in enumerate(automaton.steps):
+                ends_here = (automaton.start_atoms | automaton.accepts | automaton.watch_atoms) >> i & 1
+                lowest = 0 if ends_here else 1 + min((entry[j] for j in bits(automaton.before[i])), default=NEVER)
+                ranks = self._ranks(step.nodes) >> lowest if lowest < NEVER else 0
+                first = lowest + (ranks & -ranks).bit_length() - 1 if ranks else NEVER
+                if first < entry[i]:
+                    entry[i], moved = first, True
+        return entry
+
+    def _ranks(self, nodes: int) -> int:
+        found = self._ranks_of.get(nodes)
+        if found is None:
+            found = self._ranks_of[nodes] = sum(
+                1 << r for r, blocks in enumerate(self.blocks_at) if any(nodes & b.nodes for _, b in blocks)
+            )
+        return found
+
+    # ---- streams
+    def _read(self, reader: Reader, c: Atoms) -> VariantId:
+        return self._private_stream(reader, c) if c & self.automaton.via else self._stream(reader.node.rank, c)
+
+    def _stream(self, rank: int, c: Atoms) -> VariantId:
+        c &= self.under[rank]
+        if not c:
+            return EQUAL_TO_BASE
+        found = self.streams.get((rank, c))
+        if found is not None:
+            return found
+        x = self._enter_stream(EQUAL_TO_BASE, 0, c)
+        for r in range(rank):
+            if x and rank == self.graph.top and self._is_plain_from(r, c):
+                x = self.dag.run(r, x)
+                break
+            key = (r + 1, c & self.under[r + 1])
+            above = self.streams.get(key)
+            if above is None:
+                if c & self.at[r]:
+                    x = self.dag.sum([x, *self._written_at(r, c)])
+                above = self.streams[key] = self._enter_stream(x, r + 1, c)
+            x = above
+        self.streams[rank, c] = x
+        return x
+
+    def _private_stream(self, reader: Reader, c: Atoms) -> VariantId:
+        """The stream of one reader alone: relations of edges decide writer by writer. One flat sum."""
+        port = -1 if reader.port is None else reader.port
+        parts: list[VariantId] = []
+        for r in range(reader.node.rank):
+            if c & self.stream_at[r]:
+                parts = [self._enter_stream(self.dag.sum(parts), r, c)]
+            for index, block in self.blocks_at[r]:
+                groups: dict[Atoms, int] = {}
+                for member in range(self._members(block)):
+                    m = self._matching(c & self.at[r], block.first + member, reader.node.id, port)
+                    groups[m] = groups.get(m, 0) | 1 << member
+                parts += self._block(index, groups, c)
+        return self._enter_stream(self.dag.sum(parts), reader.node.rank, c)
+
+    def _matching(self, atoms: Atoms, node: int, reader: int, port: int) -> Atoms:
+        out = 0
+        for i in bits(atoms & ~self.automaton.attn_out_atoms):
+            step = self.automaton.steps[i]
+            nodes = step.nodes if step.via is None else step.nodes & step.via.writers(reader, port)
+            out |= (nodes >> node & 1) << i
+        return out
+
+    def _is_plain_from(self, rank: int, c: Atoms) -> bool:
+        """From this rank up every node reads the stream of `c` again: there the model runs as it is."""
+        automaton = self.automaton
+        special = automaton.via | automaton.watch_atoms | automaton.start_atoms
+        first = min(b.first for _, b in self.blocks_at[rank])
+        above = self.graph.all >> first
+        upstream = 0
+        for i in bits(c):
+            nodes = automaton.steps[i].nodes >> first
+            if automaton.stream_atoms >> i & 1:
+                if automaton.steps[i].rank > rank:
+                    return False
+            elif nodes:
+                if above & ~nodes or special >> i & 1 or not automaton.plain >> i & 1:
+                    return False
+                upstream |= automaton.before[i]
+        return upstream & self.under[self.graph.top] == c
+
+    def _written_at(self, rank: int, c: Atoms) -> list[VariantId]:
+        """What the nodes of a rank write, as `c` sees them: the parts of a sum."""
+        out: list[VariantId] = []
+        for index, block in self.blocks_at[rank]:
+            out += self._block(index, self._groups(block, c & self.at[rank]), c)
+        return out
+
+    def _block(self, index: int, groups: dict[Atoms, int], c: Atoms) -> list[VariantId]:
+        """What a block writes: its members by the atoms that match them, and a value for the whole where one starts."""
+        parts: list[VariantId] = []
+        for m, members in groups.items():
+            if m:
+                parts += self._variants(index, m, members)
+        return self._enter_attn_out(parts, index, c) if c & self.automaton.attn_out_atoms else parts
+
+    def _groups(self, block: Block, c: Atoms) -> dict[Atoms, int]:
+        """The members of a block by the atoms of `c` that match them."""
+        groups = {0: (1 << self._members(block)) - 1}
+        for i in bits(c & ~self.automaton.attn_out_atoms):
+            nodes = self.automaton.steps[i].nodes >> block.first
+            new: dict[Atoms, int] = {}
+            for m, members in groups.items():
+                if members & nodes:
+                    new[m | 1 << i] = new.get(m | 1 << i, 0) | members & nodes
+                if members & ~nodes:
+                    new[m] = new.get(m, 0) | members & ~nodes
+            groups = new
+        return groups
+
+    def _members(self, block: Block) -> int:
+        """How many nodes of a block compute something: all but the bias."""
+        return self.graph.n_heads if block.kind is BlockKind.ATTENTION else block.size
+
+    # ---- nodes
+    def _variants(self, index: int, m: Atoms, members: int) -> list[VariantId]:
+        """The members of a block in state `m`; one by one where a relation of edges tells their readers apart."""
+        key = (index, m, members)
+        found = self.nodes.get(key)
+        if found is None:
+            split = self.graph.blocks[index].kind is BlockKind.ATTENTION and self.automaton.upstream(m) & self.automaton.via
+            parts = [1 << i for i in bits(members)] if split else [members]
+            found = self.nodes[key] = [v for p in parts if (v := self._variant(index, m, p))]
+        return found
+
+    def _variant(self, index: int, m: Atoms, members: int) -> VariantId:
+        automaton = self.automaton
+        entries: list[Entry] = []
+        replaced: list[tuple[Replaced, Start]] = []
+        for step, start in automaton.active_starts(m):
+            if step.site in PORT_SITES:
+                replaced += self._replaced(index, members, step, start)
+            else:
+                entries.append(self._entry(step.tokens, start, lambda value, tokens: self._stored(index, members, value, tokens)))
+        # A value that takes the node's place everywhere leaves nothing to compute; one that equals the base run's still
+        # bites where it undoes another patch, so there the node is looked at.
+        everywhere = any(e.tokens == EVERYWHERE and not e.own and e.stored for e in entries) and self.masked is None
+        computed = EQUAL_TO_BASE if everywhere else self._computed(index, automaton.settled(m), members, replaced)
+        return self._enter(computed, entries)
+
+    def _computed(self, index: int, m: Atoms, members: int, replaced: list[tuple[Replaced, Start]]) -> VariantId:
+        """The members run again on what their ports read."""
+        block = self.graph.blocks[index]
+        node = self.graph.nodes[block.first + members.bit_length() - 1]
+        match block.kind:
+            case BlockKind.EMBED:
+                return EQUAL_TO_BASE
+            case BlockKind.MLP:
+                x = self._input(m, Reader(node))
+                return self.dag.tokenwise(index, x) if x else EQUAL_TO_BASE
+            case BlockKind.ATTENTION:
+                if not m & ~self.automaton.plain:
+                    q = k = v = self._input(m, Reader(node, 0))
+                    if self.automaton.upstream(m) & self.automaton.via:
+                        k, v = self._input(m, Reader(node, 1)), self._input(m, Reader(node, 2))
+                else:
+                    q, k, v = (self._input(m, Reader(node, p)) for p in range(3))
+                sets = self._agreed(replaced, (q, k, v))
+                return self.dag.out(self.dag.core(index, q, k, v, sets), members)
+
+    def _input(self, m: Atoms, reader: Reader) -> VariantId:
+        return self._by_token(self.automaton.into_port(m, reader.port), reader) if m else EQUAL_TO_BASE
+
+    def _by_token(self, parts: list[tuple[Tokens, Atoms]], reader: Reader) -> VariantId:
+        """What a port reads: one stream, or a mix of streams by token where steps name positions."""
+        if all(tokens == EVERYWHERE for tokens, _ in parts):
+            c = 0
+            for _, atoms in parts:
+                c |= atoms
+            return self._read(reader, c) if c else EQUAL_TO_BASE
+        classes = {0: self.dag.layout.all}
+        for tokens, atoms in parts:
+            new: dict[Atoms, Tokens] = {}
+            for c, here in classes.items():
+                for joined, some in ((c | atoms, here & tokens), (c, here & ~tokens)):
+                    if some:
+                        new[joined] = new.get(joined, 0) | some
+            classes = new
+        return self.dag.mix((tokens, self._read(reader, c)) for c, tokens in classes.items() if c)
+
+    # ---- values that enter
+    def _entry(self, tokens: Tokens, start: Start, stored: Callable[[Value, Tokens], VariantId]) -> Entry:
+        value, own = relative(start.value, self.run)
+        where = self.dag.layout.all if tokens == EVERYWHERE else tokens
+        return Entry(tokens, stored(value, where), own, start)
+
+    def _stored(self, index: int, members: int, value: Value, tokens: Tokens) -> VariantId:
+        """The stored difference of a block's members; members that cannot differ are left out."""
+        block = self.graph.blocks[index]
+        by_tokens: dict[Tokens, int] = {}
+        for i in bits(members):
+            here = self.changes.at_node(value, self.graph.nodes[block.first + i].kind) & tokens
+            by_tokens[here] = by_tokens.get(here, 0) | 1 << i
+        return self.dag.sum(self.dag.const(index, some, value, here) for here, some in by_tokens.items() if here)
+
+    def _enter(self, x: VariantId, entries: list[Entry]) -> VariantId:
+        """`x` with values put in its place at their tokens."""
+        if not entries:
+            return x
+        for e in entries:
+            if e.stored or (e.own != 1.0 and self.dag.changed[x] & e.tokens):
+                self.biting.add(e.start.patch)
+        if self.masked is not None:
+            starts = ((self.masked(e.start), e.tokens, self._mixture(x, e)) for e in entries)
+            return self.dag.masked(x, tuple(starts))
+        left = self.dag.layout.all
+        parts: list[tuple[Tokens, VariantId]] = []
+        seen: list[tuple[Tokens, Entry]] = []
+        for e in entries:
+            tokens = self.dag.layout.all if e.tokens == EVERYWHERE else e.tokens
+            for other, earlier in seen:
+                if other & tokens and earlier.start.value != e.start.value:
+                    self._conflict(earlier.start, e.start)
+            seen.append((tokens, e))
+            parts.append((tokens & left, self._mixture(x, e)))
+            left &= ~tokens
+        return self.dag.mix([*parts, (left, x)])
+
+    def _mixture(self, x: VariantId, entry: Entry) -> VariantId:
+        return self.dag.sum([entry.stored, self.dag.scale(entry.own, x)]) if entry.own else entry.stored
+
+    def _conflict(self, one: Start, other: Start) -> None:
+        first, second = self.patches[one.patch], self.patches[other.patch]
+        fault = TWO_VALUES.at(
+            second.span,
+            "two patches replace the same value by two different ones",
+            notes=[Note("the other patch", first.span)],
+            fix="patch each start once, or restrict each patch to its own positions with `@`",
+        )
+        if fault not in self.faults:
+            self.faults.append(fault)
+
+    def _enter_stream(self, x: VariantId, rank: int, c: Atoms) -> VariantId:
+        """The stream below `rank`, set where a stream value starts."""
+        atoms = c & self.stream_at[rank]
+        if not atoms:
+            return x
+
+        def stored(value: Value, tokens: Tokens) -> VariantId:
+            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens)
+
+        return self._enter(x, [self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored) for i in bits(atoms)])
+
+    def _enter_attn_out(self, parts: list[VariantId], index: int, c: Atoms) -> list[VariantId]:
+        """A layer's whole attention output, set where such a value starts."""
+        block = self.graph.blocks[index]
+        entries: list[Entry] = []
+        for i in bits(c & self.automaton.attn_out_atoms):
+            step: Step = self.automaton.steps[i]
+            if step.nodes & block.nodes:
+                members = (1 << block.size) - 1
+                entries.append(
+                    self._entry(step.tokens, self.automaton.starts[i], lambda value, tokens: self._stored(index, members, value, tokens))
+                )
+        return [self._enter(self.dag.sum(parts), entries)] if entries else parts
+
+    def _replaced(self, index: int, members: int, step: Step, start: Start) -> list[tuple[Replaced, Start]]:
+        tokens = self.dag.layout.all if step.tokens == EVERYWHERE else step.tokens
+        return [(Replaced(PORT_SITES.index(step.site), members, self.dag.value(start.value), tokens), start)]
+
+    def _agreed(
+        self, replaced: list[tuple[Replaced, Start]], inputs: tuple[VariantId, VariantId, VariantId]
+    ) -> tuple[Replaced, ...]:
+        """The projections that are set, at the tokens where that can change something."""
+        out: dict[tuple[int, int, int, int], Tokens] = {}
+        for i, (one, start) in enumerate(replaced):
+            for other, earlier in replaced[:i] if self.masked is None else ():
+                if one.port == other.port and one.tokens & other.tokens and one.value != other.value:
+                    self._conflict(earlier, start)
+            value, own = relative(start.value, self.run)
+            computed = self.dag.changed[inputs[one.port]] if own != 1.0 else 0
+            tokens = one.tokens & (self.changes.at_node(value, Kind.HEAD) | computed)
+            if tokens:
+                self.biting.add(start.patch)
+                key = (one.port, one.heads, one.value, -1 if self.masked is None else self.masked(start))
+                out[key] = out.get(key, 0) | tokens
+        return tuple(Replaced(p, heads, value, tokens, mask) for (p, heads, value, mask), tokens in sorted(out.items()))

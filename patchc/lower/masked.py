@@ -1,0 +1,54 @@
+"""All cells of an experiment as one variant DAG whose starts are multiplied by masks, one a cell.
+
+With one mask 1 and the others 0 it is that cell; with all 0, the base run. The derivative at 0 is the cell's first-order
+effect (attribution patching; for edges, edge attribution patching, Syed et al. 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from patchc.diagnostics import RULES
+from patchc.ir.dag import Dag, VariantId
+from patchc.ir.experiment import Experiment, Patch, Prompts
+from patchc.ir.graph import ResidualGraph
+from patchc.lower.fold import Fold
+
+TOO_LARGE = RULES.add("graph-too-large", "an experiment has too many cells for one compiled graph")
+
+MAX_CELLS = 2000
+"""Cells of one graph: each has a mask of its own, and every start stands in the code."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedCells:
+    """`root`: the final stream. Masks are numbered as the experiment's results are, row by row."""
+
+    dag: Dag
+    root: VariantId
+    shape: tuple[int, ...]
+
+
+def lower_masked(experiment: Experiment, prompts: Prompts, graph: ResidualGraph) -> MaskedCells:
+    """Fold the union of all cells."""
+    if len(experiment.cells) > MAX_CELLS:
+        raise TOO_LARGE.error(
+            f"`{experiment.name}` has {len(experiment.cells):,} cells; a compiled graph holds at most {MAX_CELLS:,}",
+            fix="narrow the sweep; `run` has no such limit",
+            span=experiment.span,
+        )
+    patches: list[Patch] = []
+    masks: list[int] = []
+    for cell in experiment.cells:
+        patches += cell.patches
+        masks += [_flat(cell.index, experiment.shape)] * len(cell.patches)
+    dag = Dag(graph, prompts.layout)
+    fold = Fold(dag, prompts, experiment.run, masked=lambda start: masks[start.patch])
+    return MaskedCells(dag, fold.cell(tuple(patches)).root, experiment.shape)
+
+
+def _flat(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    out = 0
+    for i, n in zip(index, shape, strict=True):
+        out = out * n + i
+    return out

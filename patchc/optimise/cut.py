@@ -1,0 +1,44 @@
+"""Cuts the cells of an experiment into passes by a memory budget.
+
+Cells stand in order of the rank at which they enter, so a pass of late cells never runs an early block, and cells that
+share variants run together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from patchc.ir.dag import Dag, VariantId
+from patchc.ir.program import Pass
+from patchc.ir.tokens import Tokens
+from patchc.optimise.demand import demand
+from patchc.optimise.rows import bytes_of, reachable, rows_of
+
+DEFAULT_BUDGET = 2 << 30
+"""Bytes that a pass may hold beyond the model."""
+
+
+def cut(dag: Dag, roots: Sequence[VariantId], cells: Sequence[int], measured: Tokens, budget: int, element: int) -> tuple[Pass, ...]:
+    """`cells` are the numbers of the cells that need a pass; `element` is the bytes of one number."""
+    needs = demand(dag, ((roots[c], measured) for c in cells))
+    passes: list[Pass] = []
+    chosen: list[int] = []
+    rows: Counter[int] = Counter()
+    seen: set[VariantId] = set()
+    for c in sorted(cells, key=lambda c: (dag.low[roots[c]], c)):
+        more = rows_of(dag, needs, reachable(dag, needs, roots[c], seen))
+        if chosen and bytes_of(dag, rows + more, element) > budget:
+            passes.append(_pass(dag, chosen, rows, element))
+            chosen, rows, seen = [], Counter(), set()
+            more = rows_of(dag, needs, reachable(dag, needs, roots[c], seen))
+        chosen.append(c)
+        rows += more
+    if chosen:
+        passes.append(_pass(dag, chosen, rows, element))
+    return tuple(passes)
+
+
+def _pass(dag: Dag, cells: list[int], rows: Counter[int], element: int) -> Pass:
+    by_block = tuple(rows[i] for i in range(len(dag.graph.blocks)))
+    return Pass(tuple(cells), by_block, bytes_of(dag, rows, element))

@@ -1,0 +1,86 @@
+"""Backward demand: which tokens, heads and projections of each variant anyone reads, from the roots down.
+
+What is not demanded is not computed. Demand is no part of a variant's identity: two cells that read different tokens of
+one variant share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from patchc.ir.dag import Const, Core, Dag, Masked, Mix, Out, Run, Scale, Stream, Sum, Tokenwise, VariantId
+from patchc.ir.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """`tokens[i]`: where variant i is computed (it differs from the base run there, and someone reads it). `uses[i]`: how
+    many readers it has. `heads[core]`: bits of the heads read. `projections[block]`: for (input, port) the heads and tokens
+    to project."""
+
+    tokens: list[Tokens]
+    uses: list[int]
+    heads: dict[VariantId, int] = field(default_factory=dict[VariantId, int])
+    projections: dict[int, dict[tuple[VariantId, int], tuple[int, Tokens]]] = field(
+        default_factory=dict[int, dict[tuple[VariantId, int], tuple[int, Tokens]]]
+    )
+
+
+def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]]) -> Demand:
+    """What `roots`, each read at its tokens, need. A `Run` is asked for its input only: expand it first to see inside."""
+    out = Demand([0] * len(dag), [0] * len(dag))
+    top = 0
+    for root, tokens in roots:
+        _ask(dag, out, root, tokens)
+        top = max(top, root)
+    for i in range(top, 0, -1):
+        if out.tokens[i]:
+            _ask_children(dag, out, i)
+    return out
+
+
+def _ask(dag: Dag, out: Demand, variant: VariantId, tokens: Tokens) -> None:
+    if here := tokens & dag.changed[variant]:
+        out.tokens[variant] |= here
+        out.uses[variant] += 1
+
+
+def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
+    tokens = out.tokens[i]
+    match dag.ops[i]:
+        case Sum(parts):
+            for p in parts:
+                _ask(dag, out, p, tokens)
+        case Tokenwise(_, x) | Scale(_, x):
+            _ask(dag, out, x, tokens)
+        case Mix(parts):
+            for here, p in parts:
+                _ask(dag, out, p, here & tokens)
+        case Out(core, heads):
+            _ask(dag, out, core, tokens)
+            out.heads[core] = out.heads.get(core, 0) | heads
+        case Core() as core:
+            for port in range(3):
+                _ask_projection(dag, out, core.block, core.input(port), port, tokens, out.heads[i])
+        case Run(_, x):
+            _ask(dag, out, x, dag.reach(tokens))
+        case Masked(x, starts):
+            _ask(dag, out, x, tokens)
+            for _, here, value in starts:
+                _ask(dag, out, value, here & tokens)
+        case Const() | Stream():
+            pass
+
+
+def _ask_projection(dag: Dag, out: Demand, block: int, x: VariantId, port: int, tokens: Tokens, heads: int) -> None:
+    """A projection of one input counts as one reader, however many cores share it."""
+    needed = (tokens if port == 0 else dag.reach(tokens)) & dag.changed[x]
+    if not needed:
+        return
+    at_block = out.projections.setdefault(block, {})
+    known_heads, known_tokens = at_block.get((x, port), (0, 0))
+    if not any((x, p) in at_block for p in range(3)):
+        out.uses[x] += 1
+    out.tokens[x] |= needed
+    at_block[x, port] = known_heads | heads, known_tokens | needed

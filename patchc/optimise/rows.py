@@ -1,0 +1,60 @@
+"""Counts, before anything runs, the token rows that each block computes for a cell, and the memory of holding them.
+
+Exact where the DAG is explicit; a `Run` is counted as the plain model on its changed tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from patchc.ir.dag import Core, Dag, Run, Tokenwise, VariantId, children
+from patchc.ir.graph import BlockKind
+from patchc.ir.tokens import Tokens
+from patchc.optimise.demand import Demand
+
+
+def reachable(dag: Dag, demand: Demand, root: VariantId, seen: set[VariantId]) -> list[VariantId]:
+    """The demanded variants below a root that `seen` does not hold yet; adds them to it."""
+    out: list[VariantId] = []
+    todo = [root]
+    while todo:
+        i = todo.pop()
+        if i in seen or not (demand.tokens[i] or isinstance(dag.ops[i], Core)):
+            continue
+        seen.add(i)
+        out.append(i)
+        todo.extend(children(dag.ops[i]))
+    return out
+
+
+def rows_of(dag: Dag, demand: Demand, variants: list[VariantId]) -> Counter[int]:
+    """Token rows by block."""
+    out: Counter[int] = Counter()
+    for i in variants:
+        match dag.ops[i]:
+            case Core(block) | Tokenwise(block):
+                out[block] += demand.tokens[i].bit_count()
+            case Run(rank, x):
+                out += run_rows(dag, rank, dag.changed[x], demand.tokens[i])
+            case _:
+                pass
+    return out
+
+
+def run_rows(dag: Dag, rank: int, changed: Tokens, demanded: Tokens) -> Counter[int]:
+    """Rows of the plain model from `rank` up: what has changed by then and can still reach what is demanded."""
+    out: Counter[int] = Counter()
+    ahead = [changed]
+    blocks = [(i, b) for i, b in enumerate(dag.graph.blocks) if b.rank >= rank]
+    for _, b in blocks:
+        ahead.append(dag.spread(ahead[-1]) if b.kind is BlockKind.ATTENTION else ahead[-1])
+    for (i, b), here in zip(reversed(blocks), reversed(ahead[1:]), strict=True):
+        out[i] = (here & demanded).bit_count()
+        demanded = dag.reach(demanded) if b.kind is BlockKind.ATTENTION else demanded
+    return out
+
+
+def bytes_of(dag: Dag, rows: Counter[int], element: int) -> int:
+    """Memory that a pass holds at most: the widest block's rows as stream values, projections and attention."""
+    widest = max(rows.values(), default=0)
+    return widest * dag.graph.d_model * element * 12

@@ -1,0 +1,136 @@
+"""Whether a set of paths holds a path that the model has: every edge leads upwards, and some token takes them all.
+
+A node reads only what writes at a lower rank. Of all ways to take a step the one that ends lowest leaves the most
+choice to the steps after it, so that a walk that is always as low as it can be finds a legal path if there is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from patchc.diagnostics import RULES, Diagnostic
+from patchc.ir.graph import ResidualGraph
+from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
+from patchc.ir.tokens import Layout, Tokens
+from patchc.resolve.terms import Chain, Either, NodeSet, Ready, Repeat, Term
+
+BACKWARD_EDGE = RULES.add("backward-edge", "a path goes from a node to one that reads before the node writes")
+EMPTY_SET = RULES.add("empty-set", "a set of nodes with nothing in it")
+NO_POSITION = RULES.add("no-position", "no position takes every step of a path")
+
+LONG = 60
+"""A set whose names take more characters is told by their number."""
+
+
+class Legality:
+    """The rank rule of one model."""
+
+    def __init__(self, graph: ResidualGraph):
+        self._graph = graph
+        ranks = [n.rank for n in graph.nodes]
+        self._above = [sum(1 << i for i, r in enumerate(ranks) if r > rank) for rank in range(-1, graph.top + 1)]
+
+    def lowest(self, path: Path, after: int = -1) -> int | None:
+        """The lowest rank at which a path that begins above rank `after` can end, or None where there is none."""
+        match path:
+            case Step():
+                return self._lowest_of(path.nodes, path.site, path.rank, after)
+            case Seq(parts):
+                at: int | None = after
+                for part in parts:
+                    at = self.lowest(part, at)
+                    if at is None:
+                        return None
+                return at
+            case Alt(parts):
+                return min((r for p in parts if (r := self.lowest(p, after)) is not None), default=None)
+            case Star():
+                return after
+
+    def _lowest_of(self, nodes: int, site: Site, rank: int, after: int) -> int | None:
+        if site is Site.STREAM:
+            return rank - 1 if rank > after else None
+        higher = nodes & self._above[after + 1]
+        return self._graph.nodes[(higher & -higher).bit_length() - 1].rank if higher else None
+
+    # ---- the reason, in the terms' own words
+
+    def fault(self, term: Term) -> Diagnostic | None:
+        """Why a path, or one of its alternatives as they are written, has no legal path; None where it has."""
+        return self._walk(term, -1, "")[1]
+
+    def _walk(self, term: Term, after: int, before: str) -> tuple[int, Diagnostic | None]:
+        """The lowest end of `term` after rank `after`, and what is wrong with it; `before` names the step before."""
+        match term:
+            case NodeSet():
+                return self._enter(term, after, before)
+            case Chain(parts):
+                for part in parts:
+                    after, fault = self._walk(part, after, before)
+                    if fault:
+                        return after, fault
+                    before = before if isinstance(part, Repeat) else self._label(part)
+                return after, None
+            case Either(parts):
+                ends = [self._walk(part, after, before) for part in parts]
+                return min(end for end, _ in ends), next((f for _, f in ends if f), None)
+            case Repeat():
+                return after, None
+            case Ready():
+                return self._graph.top, None
+
+    def _enter(self, nodes: NodeSet, after: int, before: str) -> tuple[int, Diagnostic | None]:
+        if not nodes.members:
+            return after, EMPTY_SET.at(nodes.span, "there is no node in this set")
+        ends = [self._lowest_of(m.nodes, m.site, m.rank, after) for m in nodes.members]
+        found = [end for end in ends if end is not None]
+        if found:
+            return min(found), None
+        message = f"{before} writes after {self._label(nodes)} reads: there is no edge from the one to the other"
+        return after, BACKWARD_EDGE.at(nodes.span, message)
+
+    def _label(self, term: Term) -> str:
+        if not isinstance(term, NodeSet):
+            return "what stands before it"
+        return term.label if len(term.label) <= LONG else f"every one of {len(term.members)} nodes"
+
+
+# ---- positions
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where a path's value can have come to: residual edges stay at their token, and only keys and values move it."""
+
+    graph: ResidualGraph
+    layout: Layout
+
+    def end(self, path: Path) -> Tokens:
+        """The tokens at which some path arrives; none means that no position takes every step."""
+        return self._after(path, self.layout.all, True)
+
+    def _after(self, path: Path, tokens: Tokens, first: bool) -> Tokens:
+        match path:
+            case Step():
+                return self._through(path, tokens & path.tokens, first)
+            case Seq(parts):
+                for i, part in enumerate(parts):
+                    tokens = self._after(part, tokens, first and i == 0)
+                return tokens
+            case Alt(parts):
+                out = 0
+                for part in parts:
+                    out |= self._after(part, tokens, first)
+                return out
+            case Star(part):
+                while (more := tokens | self._after(part, tokens, False)) != tokens:
+                    tokens = more
+                return tokens
+
+    def _through(self, step: Step, tokens: Tokens, first: bool) -> Tokens:
+        moves = step.site in (Site.K, Site.V) if first else step.ports & 6 and step.nodes & self.graph.heads
+        if not moves:
+            return tokens
+        return self.layout.after(tokens) if self.graph.causal else self.layout.whole(tokens)
+
+

@@ -1,0 +1,225 @@
+"""Loops: what a variable ranges over, the result dims that follow from it, and the cells of all variables together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from patchc.diagnostics import RULES, Span
+from patchc.ir.graph import ResidualGraph
+from patchc.parse import tree
+from patchc.resolve.bindings import Binding, Env, Number, Place, WorldName
+from patchc.resolve.data import Dataset
+from patchc.resolve.positions import UNEQUAL_POSITIONS, Positions
+from patchc.resolve.scope import NOT_SUPPORTED_YET, NUMBER_DOMAINS, WRONG_KIND, Scope
+from patchc.resolve.sets import Sets
+from patchc.resolve.terms import NodeSet
+
+TOO_MANY_CELLS = RULES.add("too-many-cells", "a sweep of more cells than are run")
+EMPTY_DOMAIN = RULES.add("empty-domain", "a loop variable with nothing to range over")
+
+MAX_CELLS = 10**8
+Label = str | int | float
+
+
+def label_of(binding: Binding) -> Label:
+    """The coordinate that a binding has on its own."""
+    assert isinstance(binding, Number | Place | WorldName | NodeSet), "a loop ranges over no paths"
+    return binding.label
+
+
+class Loops:
+    """The domains of a spec's loops."""
+
+    def __init__(self, scope: Scope, graph: ResidualGraph, dataset: Dataset, positions: Positions, sets: Sets):
+        self._scope = scope
+        self._graph = graph
+        self._data = dataset
+        self._positions = positions
+        self._sets = sets
+        self._memo: dict[tuple[int, ...], tuple[tuple[Binding, ...], tuple[Any, ...]]] = {}
+
+    def domain(self, node: tree.Binding, env: Env) -> tuple[Binding, ...]:
+        """What a variable ranges over, given the variables before it. Never empty where it stands alone."""
+        local = tuple(env[n] for n in self._sets.locals_of(node.domain, env))
+        key = (id(node), *map(id, local))
+        if key not in self._memo:
+            found = tuple({label_of(b): b for b in self._of(node.domain, env)}.values())
+            if not found and not local:
+                raise EMPTY_DOMAIN.error(f"{node.name.text!r} has nothing to range over", span=node.domain.span)
+            self._memo[key] = (found, local)
+        return self._memo[key][0]
+
+    def depends(self, node: tree.Binding, env: Env) -> bool:
+        """Whether a variable's domain has an earlier variable in it."""
+        return bool(self._sets.locals_of(node.domain, env))
+
+    # ---- kinds of domain
+
+    def _of(self, node: tree.Set | tree.Braces | tree.Range, env: Env) -> list[Binding]:
+        match node:
+            case tree.Braces():
+                return [b for item in node.items for b in self._element(item, env)]
+            case tree.Range():
+                return self._range(node, env)
+            case tree.Ref(tree.Name(name), (), ()) if name in NUMBER_DOMAINS and name not in env:
+                return self._numbers(name, node.span)
+            case _:
+                nodes = self._sets.nodes(node, env, "something to range over")
+                return [NodeSet((member,), node.span) for member in nodes.members]
+
+    def _numbers(self, name: str, span: Span | None) -> list[Binding]:
+        match name:
+            case "prompts":
+                raise NOT_SUPPORTED_YET.error("a loop over prompts is not supported yet", span=span)
+            case "positions":
+                return [Number(i, "position") for i in range(self._length(span))]
+            case "heads":
+                return [Number(i, "head") for i in range(self._graph.n_heads)]
+            case _:
+                return [Number(i, "layer") for i in range(self._graph.n_layers)]
+
+    def _length(self, span: Span | None) -> int:
+        """The length that all prompts have."""
+        lengths = self._data.layout.lengths
+        if len(set(lengths)) > 1:
+            shortest, longest = min(lengths), max(lengths)
+            message = f"the prompts have from {shortest} to {longest} tokens, so that they share no numbered positions"
+            fix = f"named positions (`at ...` in the data), or counted from the end: {-min(shortest, 5)}..-1"
+            raise UNEQUAL_POSITIONS.error(message, fix=fix, span=span)
+        return lengths[0]
+
+    def _element(self, item: tree.Element, env: Env) -> Sequence[Binding]:
+        match item:
+            case tree.Range():
+                return self._range(item, env)
+            case tree.Number() | tree.Parameter():
+                return [Number(self._scope.number(item))]
+            case tree.Text():
+                raise WRONG_KIND.error("a loop ranges over nodes, numbers, positions or worlds, not over texts", span=item.span)
+            case tree.Name() if item.text in env:
+                return [env[item.text]]
+            case tree.Name():
+                return [self._named(item)]
+            case tree.Offset():
+                return [self._offset(item, env)]
+
+    def _named(self, name: tree.Name) -> Binding:
+        """A position or a world, by its name."""
+        if not self._data.records:
+            return WorldName(self._data.world(name))  # raises: the data set is broken, and that has been said
+        if name.text in self._positions.names():
+            return self._place(name.text, self._positions.place(name, {}))
+        if name.text in self._data.columns:
+            return WorldName(self._data.world(name))
+        raise self._scope.not_a("a position or a world", name, [*self._positions.names(), *self._data.columns])
+
+    def _place(self, label: str, spots: Any) -> Place:
+        return Place(label, spots, self._positions.tokens(spots))
+
+    def _offset(self, node: tree.Offset, env: Env) -> Binding:
+        base = env.get(node.base.text) if isinstance(node.base, tree.Name) else None
+        if isinstance(base, Number):
+            return Number(base.value + node.by, base.unit)
+        if isinstance(node.base, tree.Name):
+            sign = "+" if node.by >= 0 else "-"
+            return self._place(f"{node.base.text} {sign} {abs(node.by)}", self._positions.place(node, env))
+        return Number(self._scope.number(node.base) + node.by)
+
+    # ---- ranges
+
+    def _range(self, node: tree.Range, env: Env) -> list[Binding]:
+        if node.first is None or node.last is None:
+            message = "a range to loop over needs both ends: what it counts is not known here"
+            raise WRONG_KIND.error(message, fix="0..5", span=node.span)
+        first, last = self._end(node.first, env), self._end(node.last, env)
+        if first is None or last is None:
+            return self._positions_between(node, env)
+        if first.value > last.value and not self._sets.locals_of(node, env):
+            raise EMPTY_DOMAIN.error(f"this range is empty: {first.value} comes after {last.value}", span=node.span)
+        unit = first.unit or last.unit
+        return [Number(i, unit) for i in range(int(first.value), int(last.value) + 1)]
+
+    def _end(self, node: tree.Item, env: Env) -> Number | None:
+        """An end of a range as a whole number, or None where it is a position's name."""
+        base, by = (node.base, node.by) if isinstance(node, tree.Offset) else (node, 0)
+        found = env.get(base.text) if isinstance(base, tree.Name) else Number(self._scope.number(base))
+        if not isinstance(found, Number):
+            return None
+        if not isinstance(found.value, int):
+            raise WRONG_KIND.error(f"a range has whole numbers as its ends, not {found.value}", span=node.span)
+        return Number(found.value + by, found.unit)
+
+    def _positions_between(self, node: tree.Range, env: Env) -> list[Binding]:
+        """`noun..verb`: as many places as every prompt has there."""
+        spots = self._positions.place(node, env)
+        counts = sorted({len(here) for here in spots})
+        if len(counts) > 1:
+            message = f"from prompt to prompt this range has {counts[0]} to {counts[-1]} positions"
+            raise UNEQUAL_POSITIONS.error(message, span=node.span)
+        steps = [tuple((here[i],) for here in spots) for i in range(counts[0])]
+        if all(len({here for here in step}) == 1 for step in steps):
+            return [Number(step[0][0], "position") for step in steps]
+        return [self._place(f"{_written(node)} [{i}]", step) for i, step in enumerate(steps)]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The variables of one experiment with their universes, and every choice of values for them."""
+
+    loops: Loops
+    bindings: tuple[tree.Binding, ...]
+    universes: tuple[tuple[Binding, ...], ...]
+    count: int
+
+    def choices(self) -> Iterator[tuple[tuple[int, ...], dict[str, Binding]]]:
+        """(place of each variable's value in its universe, the values by name), the last variable changing fastest."""
+        ids = tuple({label_of(b): i for i, b in enumerate(universe)} for universe in self.universes)
+        env: dict[str, Binding] = {}
+
+        def walk(at: int, place: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], dict[str, Binding]]]:
+            if at == len(self.bindings):
+                yield place, env
+                return
+            node, universe, index = self.bindings[at], self.universes[at], ids[at]
+            name = node.name.text
+            env.pop(name, None)
+            for value in self.loops.domain(node, env):
+                i = index[label_of(value)]
+                env[name] = universe[i]  # the universe's own object, by which everything is memoised
+                yield from walk(at + 1, (*place, i))
+            env.pop(name, None)
+
+        yield from walk(0, ())
+
+
+def sweep(loops: Loops, bindings: Sequence[tree.Binding], span: Span | None) -> Sweep:
+    """The sweep of some variables, counted before any cell is built."""
+    universes: list[tuple[Binding, ...]] = []
+    count = 1
+    for i, node in enumerate(bindings):
+        before = Sweep(loops, tuple(bindings[:i]), tuple(universes), count)
+        env = {b.name.text: u[0] for b, u in zip(bindings[:i], universes, strict=True)}
+        if loops.depends(node, env):
+            _check_count(count, span)
+            found = [loops.domain(node, env) for _, env in before.choices()]
+            universe = {label_of(b): b for domain in found for b in domain}
+            count = sum(map(len, found))
+            if not universe:
+                raise EMPTY_DOMAIN.error(f"{node.name.text!r} has nothing to range over", span=node.domain.span)
+            universes.append(tuple(universe.values()))
+        else:
+            universes.append(loops.domain(node, env))
+            count *= len(universes[-1])
+    _check_count(count, span)
+    return Sweep(loops, tuple(bindings), tuple(universes), count)
+
+
+def _check_count(count: int, span: Span | None) -> None:
+    if count > MAX_CELLS:
+        raise TOO_MANY_CELLS.error(f"this sweep has {count:,} cells; at most {MAX_CELLS:,} are run", span=span)
+
+
+def _written(node: tree.Range) -> str:
+    return " ".join(node.span.source.text[node.span.start : node.span.end].split()) if node.span else "range"

@@ -1,0 +1,205 @@
+"""Expressions over nodes and paths to terms: unions, differences, chains, stars, places, lets and circuits.
+
+An expression is resolved once for each choice of the local names in it, so that the cells of a sweep share the parts
+that do not depend on its variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from patchc.diagnostics import RULES, Span
+from patchc.ir.graph import ResidualGraph
+from patchc.parse import tree
+from patchc.resolve.bindings import NO_LOCALS, Env
+from patchc.resolve.circuits import circuit
+from patchc.resolve.positions import Positions
+from patchc.resolve.scope import NODE_NAMES, NOT_SUPPORTED_YET, NUMBER_DOMAINS, WRONG_KIND, Scope
+from patchc.resolve.selectors import Selectors
+from patchc.resolve.terms import Chain, Difference, Either, NodeSet, Ready, Repeat, Term, placed, union
+
+RECURSIVE_LET = RULES.add("recursive-let", "a let that is defined by itself")
+ARGUMENT_COUNT = RULES.add("argument-count", "a let is given more or fewer sets than it has parameters")
+
+TERMS = (NodeSet, Chain, Either, Repeat, Ready)
+
+
+class Sets:
+    """The set expressions of a spec."""
+
+    def __init__(self, scope: Scope, graph: ResidualGraph, selectors: Selectors, positions: Positions, difference: Difference):
+        self._scope = scope
+        self._graph = graph
+        self._selectors = selectors
+        self._positions = positions
+        self._difference = difference
+        self._names: dict[int, tuple[str, ...]] = {}
+        self._memo: dict[tuple[int, ...], tuple[Term, tuple[Any, ...]]] = {}
+        self._open: list[str] = []
+
+    def term(self, node: tree.Set, env: Env) -> Term:
+        """What an expression stands for."""
+        local = tuple(env[name] for name in self.locals_of(node, env))
+        key = (id(node), *map(id, local))
+        found = self._memo.get(key)
+        if found is None:
+            # The bindings are kept with the result: a key holds their ids.
+            found = self._memo[key] = (self._resolve(node, env), local)
+        return found[0]
+
+    def nodes(self, node: tree.Set, env: Env, what: str = "a set of nodes") -> NodeSet:
+        """What an expression stands for, where only nodes will do."""
+        term = self.term(node, env)
+        if isinstance(term, NodeSet):
+            return term
+        raise WRONG_KIND.error(f"this is a path, and {what} is needed here", span=node.span)
+
+    def locals_of(self, node: Any, env: Env) -> tuple[str, ...]:
+        """The local names that an expression has in it."""
+        names = self._names.get(id(node))
+        if names is None:
+            names = self._names[id(node)] = tuple(sorted({n for n in names_in(node) if n in env}))
+        return names
+
+    def check_let(self, let: tree.Let) -> None:
+        """Resolve a let without parameters, for its errors."""
+        if not let.parameters:
+            self._of_let(let, let.name)
+
+    # ---- by construct
+
+    def _resolve(self, node: tree.Set, env: Env) -> Term:
+        match node:
+            case tree.Ref():
+                return self._ref(node, env)
+            case tree.Group():
+                return self._sited(self.term(node.inner, env), node.sites, node.span)
+            case tree.Call():
+                return self._call(node, env)
+            case tree.Star():
+                return Repeat(self.term(node.inner, env), node.span)
+            case tree.Placed():
+                return self._placed(node, env)
+            case tree.Sequence():
+                return Chain(tuple(self.term(step, env) for step in node.steps), node.span)
+            case tree.Union():
+                return self._union([self.term(part, env) for part in node.parts], node.span)
+            case tree.Difference():
+                return self._without(node, env)
+
+    def _sited(self, term: Term, sites: tuple[tree.Site, ...], span: Span | None) -> Term:
+        if not sites:
+            return term
+        if isinstance(term, NodeSet):
+            return self._selectors.at_sites(term, sites, span)
+        raise WRONG_KIND.error("a path has no site; write the site at one of its steps", span=sites[0].span)
+
+    def _placed(self, node: tree.Placed, env: Env) -> NodeSet:
+        inner = self.nodes(node.inner, env, "`@` belongs to one step; a set of nodes")
+        tokens = self._positions.tokens(self._positions.place(node.place, env))
+        return placed(inner, tokens, node.span)
+
+    def _union(self, parts: list[Term], span: Span | None) -> Term:
+        sets = [p for p in parts if isinstance(p, NodeSet)]
+        return union(sets, span) if len(sets) == len(parts) else Either(tuple(parts), span)
+
+    def _without(self, node: tree.Difference, env: Env) -> NodeSet:
+        terms = [self.term(part, env) for part in node.parts]
+        sets = [t for t in terms if isinstance(t, NodeSet)]
+        if len(sets) != len(terms):
+            message = "a difference of paths is not supported yet; `patch all except` takes every other path"
+            raise NOT_SUPPORTED_YET.error(message, span=node.span)
+        whole = sets[0]
+        for less in sets[1:]:
+            whole = self._difference.of(whole, less, node.span)
+        return whole
+
+    # ---- names
+
+    def _ref(self, node: tree.Ref, env: Env) -> Term:
+        name = node.name.text
+        if name in env:
+            self._no_indices(node)
+            return self._sited(self._of_local(node, env), node.sites, node.span)
+        if name in self._scope.lets:
+            self._no_indices(node)
+            return self._sited(self._of_let(self._scope.lets[name], node.name), node.sites, node.span)
+        if name in NODE_NAMES:
+            return self._selectors.at_sites(self._selectors.select(node, env), node.sites, node.span)
+        if name in NUMBER_DOMAINS:
+            message = f"{name!r} are numbers to range over (`for l in {name}`), not nodes"
+            raise WRONG_KIND.error(message, fix="head" if name == "heads" else None, span=node.span)
+        known = [*(n for n, b in env.items() if isinstance(b, TERMS)), *self._scope.lets, *NODE_NAMES]
+        raise self._scope.not_a("a set of nodes", node.name, known)
+
+    def _no_indices(self, node: tree.Ref) -> None:
+        if node.indices:
+            raise WRONG_KIND.error(f"{node.name.text!r} takes no index", span=node.span)
+
+    def _of_local(self, node: tree.Ref, env: Env) -> Term:
+        bound = env[node.name.text]
+        if isinstance(bound, TERMS):
+            return bound
+        raise WRONG_KIND.error(f"{node.name.text!r} ranges over {type(bound).__name__.lower()}s, not nodes", span=node.span)
+
+    def _of_let(self, let: tree.Let, name: tree.Name) -> Term:
+        if let.parameters:
+            takes = ", ".join(p.text for p in let.parameters)
+            raise ARGUMENT_COUNT.error(f"{let.name.text!r} takes {takes}", fix=f"{let.name.text}({takes})", span=name.span)
+        return self._inside(let, name, NO_LOCALS)
+
+    def _inside(self, let: tree.Let, name: tree.Name, env: Env) -> Term:
+        if let.name.text in self._open:
+            chain = " -> ".join([*self._open[self._open.index(let.name.text) :], let.name.text])
+            raise RECURSIVE_LET.error(f"{let.name.text!r} is defined by itself ({chain})", span=name.span)
+        self._open.append(let.name.text)
+        try:
+            return self.term(let.value, env)
+        finally:
+            self._open.pop()
+
+    # ---- calls
+
+    def _call(self, node: tree.Call, env: Env) -> Term:
+        name = node.name.text
+        if name == "circuit":
+            return self._circuit(node, env)
+        if name in ("nodes", "edges"):
+            raise NOT_SUPPORTED_YET.error(f"{name}(...) of a circuit is not supported yet", span=node.span)
+        let = self._scope.lets.get(name)
+        if let is None:
+            known = [n for n, other in self._scope.lets.items() if other.parameters] + ["circuit"]
+            raise self._scope.not_a("a let with parameters", node.name, known)
+        if len(node.arguments) != len(let.parameters):
+            takes = f"takes {len(let.parameters)} sets" if let.parameters else "takes none"
+            raise ARGUMENT_COUNT.error(f"{name!r} {takes}, not {len(node.arguments)}", span=node.span)
+        given = [self._argument(a, env) for a in node.arguments]
+        return self._inside(let, node.name, dict(zip((p.text for p in let.parameters), given, strict=True)))
+
+    def _argument(self, node: tree.Set | tree.Text | tree.Parameter, env: Env) -> Term:
+        if isinstance(node, tree.Text | tree.Parameter):
+            raise WRONG_KIND.error("a set of nodes or a path is needed here, not a text", span=node.span)
+        return self.term(node, env)
+
+    def _circuit(self, node: tree.Call, env: Env) -> Term:
+        for argument in node.arguments:
+            if isinstance(argument, tree.Text | tree.Parameter):
+                raise NOT_SUPPORTED_YET.error("circuit files are not supported yet; list the edges", span=node.span)
+        return circuit(self._graph, [self._argument(a, env) for a in node.arguments], node.span)
+
+
+def names_in(node: Any) -> Iterator[str]:
+    """Every name in a part of the syntax tree."""
+    if isinstance(node, tree.Name):
+        yield node.text
+    elif isinstance(node, tuple):
+        for item in node:  # pyright: ignore[reportUnknownVariableType]
+            yield from names_in(item)
+    elif isinstance(node, tree.Construct) and is_dataclass(node):
+        for f in fields(node):
+            if f.name != "span":
+                yield from names_in(getattr(node, f.name))
+
+

@@ -1,0 +1,74 @@
+"""Tensors that a value names: given from Python, or in a safetensors file, of which only the header is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from patchc.diagnostics import RULES, Span, nearest
+from patchc.resolve.records import MISSING_FILE
+
+UNKNOWN_TENSOR = RULES.add("unknown-tensor", "a tensor that was not given, or that its file does not hold")
+BAD_TENSOR_FILE = RULES.add("bad-tensor-file", "a file that is not in the safetensors format")
+TENSOR_SHAPE = RULES.add("tensor-shape", "a tensor whose shape does not fit where its value enters")
+
+Shape = tuple[int, ...]
+
+LENGTH_BYTES = 8
+MAX_HEADER = 100_000_000
+"""What the format allows, in bytes."""
+
+
+@dataclass
+class Tensors:
+    """The tensors of a study: shapes by key, and where each came from, for those that were used."""
+
+    given: Mapping[str, Sequence[int]]
+    base: Path
+    sources: dict[str, str] = field(default_factory=dict[str, str])
+    shapes: dict[str, Shape] = field(default_factory=dict[str, Shape])
+    _headers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+    def from_python(self, key: str, span: Span | None) -> str:
+        """The key of a tensor that was given under that name."""
+        if key not in self.given:
+            known = f"the tensors given are {', '.join(self.given)}" if self.given else "no tensor was given"
+            raise UNKNOWN_TENSOR.error(f"no tensor {key!r}: {known}", fix=nearest(key, self.given), span=span)
+        return self._take(key, tuple(self.given[key]), "python", span)
+
+    def from_file(self, file: str, key: str, span: Span | None) -> str:
+        """The key of a tensor of a safetensors file."""
+        header = self._header(file, span)
+        if key not in header:
+            message = f"{file} has no tensor {key!r}; it has {', '.join(header) or 'none'}"
+            raise UNKNOWN_TENSOR.error(message, fix=nearest(key, header), span=span)
+        source = f"{file}#{key}"
+        return self._take(source, tuple(int(n) for n in header[key]["shape"]), source, span)
+
+    def _take(self, key: str, shape: Shape, source: str, span: Span | None) -> str:
+        if len(shape) != 1:
+            raise TENSOR_SHAPE.error(f"tensor {key!r} has shape {list(shape)}; a value has one axis, [d]", span=span)
+        self.sources[key], self.shapes[key] = source, shape
+        return key
+
+    def _header(self, file: str, span: Span | None) -> dict[str, Any]:
+        if file not in self._headers:
+            self._headers[file] = _read_header(self.base / file, file, span)
+        return self._headers[file]
+
+
+def _read_header(path: Path, name: str, span: Span | None) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            raw = file.read(size) if size <= MAX_HEADER else b""
+    except OSError as error:
+        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror} ({path})", span=span) from None
+    try:
+        found: dict[str, Any] = json.loads(raw)
+        return {key: entry for key, entry in found.items() if key != "__metadata__" and "shape" in entry}
+    except (ValueError, AttributeError, TypeError):
+        raise BAD_TENSOR_FILE.error(f"{name} is not a safetensors file", span=span) from None

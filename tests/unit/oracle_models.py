@@ -1,0 +1,152 @@
+"""Models, and their nodes as plain functions written out by hand, for the tests of the hooks backend.
+
+Torch's own modules do the arithmetic; where a stream comes from and goes to is the tests' matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from patchc.ir.experiment import Prompts, World
+from patchc.ir.graph import Kind, Node, ResidualGraph, residual_graph
+from patchc.ir.tokens import Layout
+from tests import models
+from tests.models import D_VOCAB
+
+D_HEAD = 8
+
+
+def graph_of(model: str, n_heads: int, **options: Any) -> ResidualGraph:
+    options = {"has_pos_embed": True, "n_layers": 2, **options}
+    return residual_graph(
+        model, n_heads=n_heads, d_model=n_heads * D_HEAD, d_head=D_HEAD, d_vocab=D_VOCAB, **options
+    )
+
+
+def gpt2(n_heads: int = 4) -> tuple[nn.Module, ResidualGraph]:
+    return models.gpt2(n_embd=n_heads * D_HEAD, n_head=n_heads), graph_of("gpt2", n_heads)
+
+
+def llama(n_heads: int = 4) -> tuple[nn.Module, ResidualGraph]:
+    """With grouped queries: two heads share each k and v."""
+    groups = n_heads // 2
+    sizes = {"hidden_size": n_heads * D_HEAD, "num_attention_heads": n_heads, "num_key_value_heads": groups}
+    graph = graph_of("llama", n_heads, has_pos_embed=False, has_attn_bias=False, n_kv_heads=groups)
+    return models.llama(**sizes), graph
+
+
+def native(n_heads: int = 4) -> tuple[nn.Module, ResidualGraph]:
+    """TransformerLens' own model, attention only."""
+    module = models.native(d_model=n_heads * D_HEAD, n_heads=n_heads, attn_only=True)
+    return module, graph_of("native", n_heads, has_mlp=False)
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "native": native}
+
+
+def prompts(*lengths: int, seed: int = 0) -> Prompts:
+    """Random worlds `clean`, `corrupt` and `third`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def world(name: str) -> World:
+        rows = (torch.randint(0, D_VOCAB, (n,), generator=generator).tolist() for n in lengths)
+        return World(name, tuple(map(tuple, rows)))
+
+    return Prompts(Layout(lengths), (world("clean"), world("corrupt"), world("third")))
+
+
+@dataclass
+class NodeFunctions:
+    """A model's nodes as functions of flat streams `[token, d_model]`; prompts are kept apart by the attention mask."""
+
+    model: Any
+    graph: ResidualGraph
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        places = [self.layout.place(t) for t in range(self.layout.n_tokens)]
+        self.positions = torch.tensor([p for _, p in places])
+        prompt = torch.tensor([i for i, _ in places])
+        same = prompt[:, None] == prompt
+        self.seen = same & (self.positions[:, None] >= self.positions)
+
+    def block(self, node: Node) -> Any:
+        return self._blocks()[node.layer or 0]
+
+    def _blocks(self) -> Any:
+        match self.graph.model:
+            case "gpt2":
+                return self.model.transformer.h
+            case "llama":
+                return self.model.model.layers
+            case _:
+                return self.model.layers
+
+    def embedding(self, node: Node, ids: Tensor) -> Tensor:
+        match self.graph.model, node.kind:
+            case "gpt2", Kind.EMBED:
+                return self.model.transformer.wte(ids)
+            case "gpt2", _:
+                return self.model.transformer.wpe(self.positions)
+            case "llama", _:
+                return self.model.model.embed_tokens(ids)
+            case _, Kind.EMBED:
+                return self.model.tok_embed(ids)
+            case _:
+                return self.model.pos(self.positions)
+
+    def attn_bias(self, node: Node) -> Tensor:
+        attn = self.block(node).attn
+        bias = attn.c_proj.bias if self.graph.model == "gpt2" else attn.o.bias
+        return bias.expand(self.layout.n_tokens, -1)
+
+    def project(self, node: Node, port: int, x: Tensor) -> Tensor:
+        """A head's own q, k or v (before rotation) of a stream, `[token, d_head]`."""
+        block, h, d = self.block(node), node.head or 0, D_HEAD
+        match self.graph.model:
+            case "gpt2":
+                return block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, -1, d))[:, port, h]
+            case "llama":
+                attn = block.self_attn
+                projection = (attn.q_proj, attn.k_proj, attn.v_proj)[port]
+                return projection(block.input_layernorm(x)).unflatten(-1, (-1, d))[:, h if port == 0 else h // 2]
+            case _:
+                projection = (block.attn.q, block.attn.k, block.attn.v)[port]
+                return projection(block.ln1(x)).unflatten(-1, (-1, d))[:, h]
+
+    def z(self, node: Node, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[token, d_head]`."""
+        if self.graph.model == "llama":
+            cos, sin = self.model.model.rotary_emb(q, self.positions[None])
+            q, k = (x[0, 0] for x in apply_rotary_pos_emb(q[None, None], k[None, None], cos, sin))
+        scores = (q @ k.T / D_HEAD**0.5).masked_fill(~self.seen, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    def write(self, node: Node, z: Tensor) -> Tensor:
+        """`[token, d_model]`."""
+        block, columns = self.block(node), slice((node.head or 0) * D_HEAD, ((node.head or 0) + 1) * D_HEAD)
+        match self.graph.model:
+            case "gpt2":
+                return z @ block.attn.c_proj.weight[columns]
+            case "llama":
+                return z @ block.self_attn.o_proj.weight[:, columns].T
+            case _:
+                return z @ block.attn.o.weight[:, columns].T
+
+    def mlp(self, node: Node, x: Tensor) -> Tensor:
+        block = self.block(node)
+        return block.mlp(block.ln_2(x) if self.graph.model == "gpt2" else block.post_attention_layernorm(x))
+
+    def unembed(self, x: Tensor) -> Tensor:
+        match self.graph.model:
+            case "gpt2":
+                return self.model.lm_head(self.model.transformer.ln_f(x))
+            case "llama":
+                return self.model.lm_head(self.model.model.norm(x))
+            case _:
+                return self.model.head(self.model.ln_out(x))

@@ -1,0 +1,190 @@
+"""The definition, word for word and as slow as it reads: every path of the unrolled graph is a leaf of its own.
+
+Nothing is shared, no automaton is built: a copy of a node is known by all the steps from it to the logits, each with the
+port and the token at which it is taken, and those are matched against the path expression as a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchc.ir.experiment import Cell, FromWorld, Itself, Patch, Prompts, Value
+from patchc.ir.graph import BlockKind, Node
+from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
+from tests.toy import Toy
+
+Letter = tuple[int, int, int]
+"""A step of a path as it is taken: node, port (-1 where there is one), token."""
+Word = tuple[Letter, ...]
+
+PORT_SITE = (Site.Q, Site.K, Site.V)
+
+
+def fits(step: Step, word: Word, i: int, site: Site, rank: int) -> bool:
+    node, port, token = word[i]
+    if not step.tokens >> token & 1:
+        return False
+    if i + 1 == len(word):  # the logits
+        return i > 0 and bool(step.nodes >> node & 1)
+    if site is Site.STREAM and i == 0:
+        return step.site is site and step.rank == rank
+    if step.via is not None and not step.via.writers(word[i + 1][0], word[i + 1][1]) >> node & 1:
+        return False
+    if i == 0:
+        mine = Site.OUT if step.site is Site.Z else step.site
+        return mine is site and bool(step.nodes >> node & 1)
+    return bool(step.nodes >> node & 1) and (port < 0 or bool(step.ports >> port & 1))
+
+
+def ends(path: Path, word: Word, i: int, site: Site, rank: int) -> set[int]:
+    """Where a match of `path` that begins at letter i can end."""
+    match path:
+        case Step():
+            return {i + 1} if i < len(word) and fits(path, word, i, site, rank) else set()
+        case Seq(parts):
+            at = {i}
+            for part in parts:
+                at = {j for k in at for j in ends(part, word, k, site, rank)}
+            return at
+        case Alt(parts):
+            return {j for part in parts for j in ends(part, word, i, site, rank)}
+        case Star(part):
+            seen, todo = {i}, [i]
+            while todo:
+                for j in ends(part, word, todo.pop(), site, rank) - seen:
+                    seen.add(j)
+                    todo.append(j)
+            return seen
+
+
+def accepts(patch: Patch, word: Word, site: Site, rank: int = -1) -> bool:
+    return len(word) in ends(patch.path, word, 0, site, rank)
+
+
+@dataclass
+class Unrolled:
+    """One prompt of one cell on a toy network, run on world `run`."""
+
+    toy: Toy
+    prompts: Prompts
+    run: str
+    prompt: int
+
+    def __post_init__(self) -> None:
+        layout = self.prompts.layout
+        self.graph, self.first, self.length = self.toy.graph, layout.offsets[self.prompt], layout.lengths[self.prompt]
+        self.plain = {w.name: self._plain(torch.tensor([w.ids[self.prompt]])) for w in self.prompts.worlds}
+
+    def _plain(self, ids: Tensor) -> dict[object, Tensor]:
+        """Outputs by node, q/k/v by (node, port), streams by rank: `[pos, ...]`."""
+        out: dict[object, Tensor] = dict(enumerate(self.toy.embed(ids)[:, 0]))
+        streams = {0: torch.zeros_like(out[0]), 1: sum(out[i] for i in range(self.graph.blocks[0].size))}
+        for block in self.graph.blocks[1:]:
+            streams.setdefault(block.rank, torch.zeros(0))
+            x = streams[block.rank] = sum(out[n.id] for n in self.graph.nodes if n.rank < block.rank)
+            for node in self.graph.members(block.nodes):
+                if block.kind is BlockKind.MLP:
+                    out[node.id] = self.toy.mlp(block.layer, x)
+                elif node.head is None:
+                    out[node.id] = self.toy.attn_bias(block.layer).expand_as(x)
+                else:
+                    y = self.toy.norm(block.layer, 0, x)
+                    for p in range(3):
+                        out[node.id, p] = self.toy.project(block.layer, p, y, [node.head])[:, 0]
+                    out[node.id] = torch.stack(
+                        [self._head(node, t, *(out[node.id, p] for p in range(3))) for t in range(self.length)]
+                    )
+        streams[self.graph.top] = sum(out[n.id] for n in self.graph.nodes[:-1])
+        return {**out, **{("stream", r): x for r, x in streams.items()}}
+
+    def _head(self, node: Node, t: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A head's output at position t from its whole q, k and v `[pos, d_head]`."""
+        at = torch.arange(self.first, self.first + self.length)
+        ready = [self.toy.prepare(node.layer, p, x[:, None], at, self.prompts.layout) for p, x in enumerate((q, k, v))]
+        z = self.toy.attend(node.layer, ready[0][None, t : t + 1], ready[1][None], ready[2][None], torch.tensor([[t]]), self.length, self.prompts.layout)
+        return self.toy.write(node.layer, z[0], [node.head])[0]
+
+    # ---- a cell
+    def logits(self, cell: Cell) -> Tensor:
+        """`[pos, vocab]`."""
+        self.patches = cell.patches
+        live = frozenset(i for i, p in enumerate(cell.patches) if p.complement)
+        rows = [self.stream(self.graph.logits, -1, t, (), live) for t in range(self.length)]
+        return self.toy.unembed(torch.stack(rows))
+
+    def stream(self, reader: Node, port: int, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        """What a port of a copy reads at position t."""
+        suffix = ((reader.id, port, self.first + t), *suffix)
+        x = torch.zeros(self.graph.d_model, dtype=self.toy.dtype)
+        for rank in range(reader.rank + 1):
+            for patch in self._starting(((-1, -1, self.first + t), *suffix), Site.STREAM, rank):
+                x = self.value(patch, ("stream", rank), t, x)
+            for block in self.graph.blocks:
+                if block.rank == rank < reader.rank:
+                    x = x + self.block(block, t, suffix, live)
+        return x
+
+    def block(self, block, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        members = self.graph.members(block.nodes)
+        out = sum(self.node(n, t, suffix, live) for n in members)
+        for patch in self._starting(((block.first, -1, self.first + t), *suffix), Site.ATTN_OUT):
+            whole = {w: sum(plain[n.id] for n in members) for w, plain in self.plain.items()}
+            out = self._mix(patch.value, {w: x[t] for w, x in whole.items()}, out)
+        return out
+
+    def node(self, node: Node, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        """One copy's output at position t."""
+        word = ((node.id, -1, self.first + t), *suffix)
+        constant = node.kind == "attn_bias"
+        for patch in self._starting(word, Site.OUT):
+            if not patch.value.uses_self:
+                return self.plain[self.run][node.id][t] if constant else self.value(patch, node.id, t, None)
+        live = frozenset(i for i in live if not accepts(self.patches[i], word, Site.OUT))
+        out = self.computed(node, t, suffix, live)
+        for patch in self._starting(word, Site.OUT):
+            out = out if constant else self.value(patch, node.id, t, out)
+        return out
+
+    def computed(self, node: Node, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        if node.rank == 0 or node.kind == "attn_bias":
+            for i in sorted(live):  # a whole path from the input that is not in the set
+                return self.value(self.patches[i], node.id, t, None)
+            return self.plain[self.run][node.id][t]
+        if node.kind == "mlp":
+            return self.toy.mlp(node.layer, self.stream(node, -1, t, suffix, live)[None])[0]
+        last = t + 1 if self.graph.causal else self.length
+        q, k, v = (self.plain[self.run][node.id, p].clone() for p in range(3))
+        for port, x, positions in ((0, q, [t]), (1, k, range(last)), (2, v, range(last))):
+            for s in positions:
+                x[s] = self.projected(node, port, s, suffix, live)
+        return self._head(node, t, q, k, v)
+
+    def projected(self, node: Node, port: int, s: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        word = ((node.id, -1, self.first + s), *suffix)
+        live = frozenset(i for i in live if not accepts(self.patches[i], word, PORT_SITE[port]))
+        x = self.stream(node, port, s, suffix, live)
+        out = self.toy.project(node.layer, port, self.toy.norm(node.layer, port, x[None]), [node.head])[0, 0]
+        for patch in self._starting(word, PORT_SITE[port]):
+            out = self.value(patch, (node.id, port), s, out)
+        return out
+
+    def _starting(self, word: Word, site: Site, rank: int = -1) -> list[Patch]:
+        found = [p for p in self.patches if not p.complement and accepts(p, word, site, rank)]
+        return list({p.value: p for p in found}.values())  # one start with one value twice is that start once
+
+    def value(self, patch: Patch, key: object, t: int, own: Tensor | None) -> Tensor:
+        return self._mix(patch.value, {w: plain[key][t] for w, plain in self.plain.items()}, own)
+
+    def _mix(self, value: Value, worlds: dict[str, Tensor], own: Tensor | None) -> Tensor:
+        out = torch.zeros_like(worlds[self.run])
+        for factor, source in value.terms:
+            match source:
+                case FromWorld(world):
+                    out = out + factor * worlds[world]
+                case Itself():
+                    assert own is not None
+                    out = out + factor * own
+        return out
