@@ -1,6 +1,6 @@
 """The compiler on one page: the stages in order, each taking what the one before gives. Start reading here.
 
-    text --parse--> tree --resolve--> study --lower--> variant DAG --optimise--> program --execute--> outcome --report--> result
+    text -parse-> tree -resolve-> study -lower-> variant DAG -optimise-> program -execute-> outcome -report-> result
 
 What a spec says is in `parse` and `resolve`; what a model is, in `model`; everything fast is in `lower`, `optimise` and
 `execute`; the same numbers computed naively, to check them, in `execute.hooks`.
@@ -13,22 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
-from patchc.diagnostics import Diagnostic, Report, Source
+from patchc.codegen.emit import compiled_graph
+from patchc.diagnostics import Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.sweep import Outcome, Sweep
-from patchc.ir.experiment import Experiment, Prompts, Study
+from patchc.ir.experiment import Experiment, ModelChoice, Prompts, Study
 from patchc.ir.program import Program
 from patchc.lower import lower
+from patchc.lower.masked import lower_masked
 from patchc.model.load import LoadedModel
 from patchc.optimise import optimise, reads
-from patchc.optimise.cut import DEFAULT_BUDGET
-from patchc.parse import parse
 from patchc.parse.tree import Spec
 from patchc.resolve import resolve
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,9 @@ class Given:
     metrics: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict[str, Callable[[Tensor], Tensor]])
 
 
-def read(source: Source) -> Spec:
-    """Text to syntax tree."""
-    return parse(source)
-
-
-def study(tree: Spec, source: Source, model: LoadedModel, base: Path, given: Given) -> tuple[Study, tuple[Diagnostic, ...]]:
+def to_study(
+    tree: Spec, source: Source, model: LoadedModel, choice: ModelChoice | None, base: Path, given: Given
+) -> tuple[Study, tuple[Diagnostic, ...]]:
     """Syntax tree to resolved study, and its warnings. Raises every error that it finds at once."""
     resolved = resolve(
         tree,
@@ -53,6 +48,7 @@ def study(tree: Spec, source: Source, model: LoadedModel, base: Path, given: Giv
         model.graph,
         model.tokenizer,
         base=base,
+        model=choice,
         data=given.data,
         tensors={name: tuple(tensor.shape) for name, tensor in given.tensors.items()},
         metrics=tuple(given.metrics),
@@ -61,29 +57,39 @@ def study(tree: Spec, source: Source, model: LoadedModel, base: Path, given: Giv
     return resolved.study, resolved.warnings
 
 
-def programs(study: Study, model: LoadedModel, budget: int = DEFAULT_BUDGET) -> tuple[Program, ...]:
-    """Every experiment's program; errors of all experiments are raised together."""
+def to_programs(study: Study, model: LoadedModel, budget: int) -> tuple[Program, ...]:
+    """Every experiment's program, a pass holding at most `budget` bytes; errors of all experiments are raised together."""
     report = Report()
-    out = [program for e in study.experiments if (program := _program(e, study.prompts, model, budget, report)) is not None]
+    out: list[Program] = []
+    for experiment in study.experiments:
+        try:
+            out.append(to_program(experiment, study.prompts, model, budget))
+        except PatchcError as error:
+            for diagnostic in error.diagnostics:
+                report.add(diagnostic)
     report.raise_errors()
     return tuple(out)
 
 
-def _program(experiment: Experiment, prompts: Prompts, model: LoadedModel, budget: int, report: Report) -> Program | None:
-    from patchc.diagnostics import PatchcError
-
+def to_program(experiment: Experiment, prompts: Prompts, model: LoadedModel, budget: int) -> Program:
+    """One experiment, folded into a variant DAG and cut into passes."""
     measured = reads.measured_tokens(experiment.metrics, prompts.layout)
-    try:
-        lowered = lower(experiment, prompts, model.graph, measured)
-    except PatchcError as error:
-        for diagnostic in error.diagnostics:
-            report.add(diagnostic)
-        return None
+    lowered = lower(experiment, prompts, model.graph, measured)
     return optimise(experiment, prompts, lowered, measured, budget, model.pieces.dtype.itemsize)
 
 
+def to_graph(experiment: Experiment, prompts: Prompts, model: LoadedModel, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """One experiment as one differentiable fx graph with a mask a cell."""
+    cells = lower_masked(experiment, prompts, model.graph)
+    return compiled_graph(cells, model.pieces, reads.worlds(experiment, prompts), tensors)
+
+
 def execute(
-    program: Program, model: LoadedModel, given: Given, runs: dict[str, PlainRun], progress: Progress | None = None
+    program: Program,
+    model: LoadedModel,
+    given: Given,
+    runs: dict[str, PlainRun],
+    progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """A program's numbers. `runs` keeps the plain runs for the next experiment on the same data."""
     tables = model.pieces.tables(program.prompts.layout)

@@ -6,10 +6,13 @@ Every parameter is jittered: as initialised, biases are 0 and norms 1, which hid
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from patchc.model.load import LoadedModel, load
 
 D_VOCAB = 50
 
@@ -95,3 +98,9 @@ def logits_of(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         out = module(ids)
     return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@cache
+def loaded_model(kind: str) -> LoadedModel:
+    """A model of `MODELS`, traced once for all tests of a process: leave it as it is."""
+    return load(MODELS[kind]())

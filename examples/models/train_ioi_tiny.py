@@ -4,7 +4,7 @@
 
     "When Mary and John went to the shop, John gave a bag to"  ->  " Mary"
 
-A quarter of the name pairs, Mary and John among them, are never seen in training; accuracy
+An eighth of the name pairs, Mary and John among them, are never seen in training; accuracy
 is measured on those.
 """
 
@@ -84,9 +84,9 @@ def vocabulary() -> list[str]:
 
 
 def held_out_pairs() -> set[frozenset[str]]:
-    """A quarter of the unordered name pairs; chosen by rule, so that every name is still seen in training."""
+    """An eighth of the unordered name pairs, drawn with a seed of their own; Mary and John always."""
     pairs = [frozenset(p) for p in itertools.combinations(NAMES, 2)]
-    chosen = random.Random(0).sample(pairs, len(pairs) // 4)
+    chosen = random.Random(0).sample(pairs, len(pairs) // 8)
     return {*chosen, frozenset(("Mary", "John"))}
 
 

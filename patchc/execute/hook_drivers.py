@@ -323,14 +323,17 @@ def driver_for(eager: nn.Module, graph: ResidualGraph, choice: str = "auto") -> 
     }
     if choice not in ("auto", *makers):
         raise ValueError(f"no driver {choice!r}; there are auto, {', '.join(makers)}")
+    refused: PatchcError | None = None
     for name in makers if choice == "auto" else [choice]:
         try:
             driver = makers[name](copy.deepcopy(eager))
-        except (PatchcError, ValueError, KeyError, AttributeError, NotImplementedError):
+            prove(driver, eager, graph)
+            return driver
+        except PatchcError as error:
+            refused = refused or error
+        except (ValueError, KeyError, AttributeError, NotImplementedError):
             continue  # This one cannot hook it; the next may.
-        prove(driver, eager, graph)
-        return driver
-    raise _unknown(eager)
+    raise refused or _unknown(eager)
 
 
 def prove(driver: Driver, eager: nn.Module, graph: ResidualGraph) -> None:

@@ -17,18 +17,19 @@ from patchc.ir.experiment import Metric
 from patchc.ir.program import Program
 from patchc.model.pieces import Pieces, Tables
 
-NON_FINITE = RULES.add("non-finite-metric", "a metric is not a finite number", exit=3)
 SAME_ENDS = RULES.add("equal-ends", "a normalised metric has the same value at both of its ends", exit=3)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Numbers by cell, float64. `baselines[metric][world]` are the plain runs' own, not normalised ones normalised too;
-    `silent` counts cells that ran and came out exactly as the base run."""
+    """Numbers by cell, float64. `baselines[metric][world]`: the plain runs' numbers, normalised where the metric is;
+    `ends`: for a normalised metric the distance of its two ends; `silent`: cells that ran and came out as the base run to
+    the bit."""
 
     mean: dict[str, Tensor]
     stderr: dict[str, Tensor]
     baselines: dict[str, dict[str, float]]
+    ends: dict[str, float] = field(default_factory=dict[str, float])
     silent: tuple[int, ...] = ()
 
 
@@ -97,33 +98,28 @@ class Sweep:
     def _outcome(self, values: dict[str, Tensor], silent: tuple[int, ...]) -> Outcome:
         mean: dict[str, Tensor] = {}
         stderr: dict[str, Tensor] = {}
-        for metric in self.program.experiment.metrics:
-            self._check_ends(metric)
+        metrics = self.program.experiment.metrics
+        ends = {m.name: end for m in metrics if (end := self._ends(m)) is not None}
+        for metric in metrics:
             summary = self.readout.summary(metric, values[metric.name])
-            if not bool(summary.mean.isfinite().all()):
-                cell = int((~summary.mean.isfinite()).nonzero()[0])
-                raise NON_FINITE.error(f"`{metric.name}` is not a finite number in cell {cell}", span=metric.span)
             mean[metric.name], stderr[metric.name] = summary.mean, summary.stderr
-        return Outcome(mean, stderr, {m.name: self._baselines(m) for m in self.program.experiment.metrics}, silent)
+        return Outcome(mean, stderr, {m.name: self._baselines(m) for m in metrics}, ends, silent)
 
-    def _check_ends(self, metric: Metric) -> None:
+    def _ends(self, metric: Metric) -> float | None:
+        """How far apart the ends of a normalised metric are."""
         if metric.zero is None or metric.one is None:
-            return
-        zero, one = (
-            self.readout.per_prompt(metric.expression, self.readout.logits(self.readout.of_world(w)))[0]
-            for w in (metric.zero, metric.one)
-        )
+            return None
+        zero, one = (self._world(metric, w)[0] for w in (metric.zero, metric.one))
         apart = (one - zero) if metric.per_prompt else (one.mean() - zero.mean())
         if bool((apart == 0).any()):
             raise SAME_ENDS.error(
                 f"`{metric.name}` cannot be normalised: it has the same value at `{metric.zero}` and at `{metric.one}`",
                 span=metric.span,
             )
+        return float(apart.mean())
 
     def _baselines(self, metric: Metric) -> dict[str, float]:
-        return {
-            w: float(self.readout.summary(metric, self._world(metric, w)).mean[0]) for w in self.program.worlds
-        }
+        return {w: float(self.readout.summary(metric, self._world(metric, w)).mean[0]) for w in self.program.worlds}
 
     def _world(self, metric: Metric, world: str) -> Tensor:
         return self.readout.per_prompt(metric.expression, self.readout.logits(self.readout.of_world(world)))

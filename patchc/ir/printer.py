@@ -1,4 +1,5 @@
-"""Resolved studies as text, for people and for golden tests: readable, deterministic, cells as the first few and a count.
+"""Resolved studies as text, for people and for golden tests: readable, deterministic, cells as the first few
+and a count.
 
 Prints what `ir.experiment` holds and nothing that has to be computed for it.
 """
@@ -13,8 +14,8 @@ from patchc.ir.experiment import (
     Cell,
     Constant,
     Dim,
-    Experiment,
     Expect,
+    Experiment,
     Expression,
     FromWorld,
     Given,
@@ -53,7 +54,8 @@ def print_study(study: Study, graph: ResidualGraph) -> str:
 
 
 def print_path(path: Path, graph: ResidualGraph, layout: Layout) -> str:
-    """A path as a spec would write it; tokens are `prompt:position`, the prompt left off where there is one."""
+    """A path as a spec would write it; tokens are `prompt:position`, the prompt left off where there is
+    one."""
     return _Paths(graph, layout).path(path, True)
 
 
@@ -78,7 +80,8 @@ def _ranges(lengths: Iterable[int]) -> str:
 
 def _experiment(experiment: Experiment, graph: ResidualGraph, prompts: Prompts) -> Iterator[str]:
     title = f' "{experiment.title}"' if experiment.title else ""
-    yield f"experiment {experiment.name}{title}: run {experiment.run}, {_count(len(experiment.cells), 'cell')}"
+    cells = _count(len(experiment.cells), "cell")
+    yield f"experiment {experiment.name}{title}: run {experiment.run}, {cells}"
     for dim in experiment.dims:
         yield f"  dim {_dim(dim)}"
     for metric in experiment.metrics:
@@ -204,29 +207,34 @@ class _Paths:
                 return f"({self.path(part, False)})*"
 
     def _part(self, path: Path, first: bool) -> str:
-        return f"({self.path(path, first)})" if isinstance(path, Alt) else self.path(path, first)
+        text = self.path(path, first)
+        is_union = isinstance(path, Alt) or (isinstance(path, Step) and text == self.nodes(path.nodes))
+        return f"({text})" if is_union and (" | " in text or " - " in text) else text
 
     def _is_plain(self, step: Step) -> bool:
         return step.tokens == EVERYWHERE and step.via is None and " " not in self.nodes(step.nodes)
 
     def _step(self, step: Step, first: bool) -> str:
-        text = self._start(step) if first else self._suffixed(self.nodes(step.nodes), self._ports(step))
-        if step.tokens != EVERYWHERE:
-            text += f" @ {self._tokens(step.tokens)}"
-        return text if step.via is None else f"{text} via {self._edges(step.via)}"
+        at = "" if step.tokens == EVERYWHERE else f" @ {self._tokens(step.tokens)}"
+        via = "" if step.via is None else f" via {self._edges(step.via)}"
+        if first:
+            return self._start(step, at + via)
+        return self._suffixed(self.nodes(step.nodes), self._ports(step.ports) + at + via)
 
-    def _start(self, step: Step) -> str:
+    def _start(self, step: Step, rest: str) -> str:
         if step.site is Site.STREAM:
-            return f"stream below rank {step.rank}"
-        return self._suffixed(self.nodes(step.nodes), "" if step.site is Site.OUT else f".{step.site}")
+            return f"stream below rank {step.rank}{rest}"
+        site = "" if step.site is Site.OUT else f".{step.site}"
+        return self._suffixed(self.nodes(step.nodes), site + rest)
 
     def _suffixed(self, names: str, suffix: str) -> str:
-        return f"({names}){suffix}" if " | " in names or " - " in names else names + suffix
+        is_union = " | " in names or " - " in names
+        return f"({names}){suffix}" if is_union and suffix else names + suffix
 
-    def _ports(self, step: Step) -> str:
-        if step.ports == QKV:
+    def _ports(self, entered: int) -> str:
+        if entered == QKV:
             return ""
-        ports = [PORTS[i] for i in bits(step.ports)]
+        ports = [PORTS[i] for i in bits(entered)]
         return f".{ports[0]}" if len(ports) == 1 else f".{{{', '.join(ports)}}}"
 
     def _tokens(self, tokens: Tokens) -> str:
@@ -236,9 +244,12 @@ class _Paths:
         return "{" + _shortened([str(p) if alone else f"{i}:{p}" for i, p in places]) + "}"
 
     def _edges(self, edges: Edges) -> str:
+        joined: dict[tuple[int, Nodes], int] = {}
+        for (node, port), writers in edges.rows:
+            joined[node, writers] = joined.get((node, writers), 0) | (QKV if port < 0 else 1 << port)
         shown = [
-            f"{self.nodes(writers)} -> {self.nodes(1 << node)}{'' if port < 0 else '.' + PORTS[port]}"
-            for (node, port), writers in edges.rows
+            f"{self.nodes(writers)} -> {self.nodes(1 << node)}{self._ports(ports)}"
+            for (node, writers), ports in joined.items()
         ]
         return ("" if edges.keep else "not ") + "{" + _shortened(shown) + "}"
 
@@ -247,7 +258,12 @@ class _Paths:
     def nodes(self, nodes: Nodes) -> str:
         """A set by the names of the sets that it is made of: `any`, `mlp`, `head[2, *]`, `head[0, 1]`."""
         graph = self._graph
-        for name, whole in (("any", graph.all), ("head", graph.heads), ("mlp", graph.mlps), ("input", graph.input)):
+        for name, whole in (
+            ("any", graph.all),
+            ("head", graph.heads),
+            ("mlp", graph.mlps),
+            ("input", graph.input),
+        ):
             if nodes == whole and nodes:
                 return name
         if self._without(nodes):
@@ -255,10 +271,10 @@ class _Paths:
         return " | ".join(self._names(nodes)) or "nothing"
 
     def _without(self, nodes: Nodes) -> str:
-        """`any - a - b` where few are missing."""
+        """`any - a - b` where less is missing than is there."""
         missing = self._graph.all & ~nodes
-        few = missing.bit_count() <= 3 and nodes & ~self._graph.all == 0 and self._graph.all.bit_count() > 8
-        return " - ".join(["any", *self._names(missing)]) if few and nodes else ""
+        few = 2 * missing.bit_count() < nodes.bit_count() and not nodes & self._graph.logits_set
+        return " - ".join(["any", *self._names(missing)]) if few else ""
 
     def _names(self, nodes: Nodes) -> Iterator[str]:
         if nodes & self._graph.input == self._graph.input:

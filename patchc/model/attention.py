@@ -103,16 +103,36 @@ class AttentionReader:
         node: Any = found[0]
         if node.target is SDPA:
             return node, node.args[0], node.args[1], node.args[2]
-        after = node
-        while after.target not in MATMUL:
-            after = single(after.users, "an attention pattern with several readers", after)
-            need(after.target in MATMUL or is_pointwise(after), "between the attention pattern and its values stands", after)
-        before = self._back(node)
-        while before.target not in MATMUL:
-            need(is_pointwise(before), "between the scores and the softmax stands", before)
-            before = self._back(before)
+        after = self._applied(node)
+        before = self._scores(node)
         need(self.dynamic[after.args[0]] and not self.cores(cone(after.args[1], self.tree)), "a pattern that is not applied from the left", after)
         return after, before.args[0], self._untransposed(before.args[1]), after.args[1]
+
+    def _applied(self, pattern: fx.Node) -> Any:
+        """The product of a pattern, after whatever is done to each of its entries, with the values."""
+        products, todo, seen = set[fx.Node](), [pattern], set[fx.Node]()
+        while todo:
+            for user in todo.pop().users:
+                if user.target in MATMUL:
+                    products.add(user)
+                elif user not in seen:
+                    need(is_pointwise(user), "between the attention pattern and its values stands", user)
+                    seen.add(user)
+                    todo.append(user)
+        return single(products, "an attention pattern that is applied to more than one set of values", pattern)
+
+    def _scores(self, pattern: fx.Node) -> Any:
+        """The product of queries and keys that a pattern is the softmax of, query by query."""
+        products, todo, seen = set[fx.Node](), [pattern], set[fx.Node]()
+        while todo:
+            for a in todo.pop().all_input_nodes:
+                if a.target in MATMUL and self.dynamic[a]:
+                    products.add(a)
+                elif self.dynamic[a] and a not in seen:
+                    need(is_pointwise(a) or _over_keys(a), "between the scores and the softmax stands", a)
+                    seen.add(a)
+                    todo.append(a)
+        return single(products, "scores that are not one product of queries and keys", pattern)
 
     def _untransposed(self, keys: fx.Node) -> fx.Node:
         """Keys as [batch, head, pos, d], from the transposed right operand of the scores."""
@@ -228,3 +248,8 @@ class AttentionReader:
         column = order.flatten().argsort().reshape(n_heads, d_head)
         need(bool((column.diff(dim=1) == 1).all()), "the columns of a head do not stand together", out)
         return tuple(int(c) for c in column[:, 0])
+
+
+def _over_keys(node: fx.Node) -> bool:
+    """A reduction of each query's scores to one number."""
+    return node.target in {A.all.dim, A.any.dim, A.amax.default} and node.args[1] in (-1, 3, [-1], [3])

@@ -29,6 +29,7 @@ SAME_MEMORY_ORDER = {A.contiguous.default, A.clone.default}
 CASTS = {
     A.to.dtype, A.to.dtype_layout, A.to.device, A.to.other, A.type_as.default, A._to_copy.default
 }  # fmt: skip
+FILLS = {A.zeros_like.default, A.ones_like.default, A.full_like.default}
 MOVES = VIEW | SAME_MEMORY_ORDER | {
     A.transpose.int, A.permute.default, A.split.Tensor, A.split_with_sizes.default, A.chunk.default,
     A.slice.Tensor, A.select.int, A.unsqueeze.default, A.squeeze.dim, A.unbind.int, operator.getitem,
@@ -64,7 +65,8 @@ def path_of(node: fx.Node) -> str:
     stack: list[Any] = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return ""
-    return re.sub(r"^L\['self'\]\.?", "", str(stack[-1][0])).removeprefix("model").removeprefix(".")
+    path = re.sub(r"^L\['self'\]\.?|\.slice\([^)]*\)", "", str(stack[-1][0]))
+    return path.removeprefix("model").removeprefix(".")
 
 
 def shape_of(node: object) -> tuple[str, ...]:
@@ -85,7 +87,8 @@ def is_mutable(node: fx.Node) -> bool:
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in CASTS
+    """Whether each entry of the result is computed from that entry of the operands."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in CASTS | FILLS
 
 
 def cone(node: fx.Node, stop: Collection[fx.Node] = ()) -> set[fx.Node]:

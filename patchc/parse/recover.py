@@ -39,7 +39,7 @@ def _tokens(source: Source, lark: Lark) -> tuple[list[Token], list[Diagnostic]]:
     text, found = source.text, list[Diagnostic]()
     while True:
         try:
-            tokens = list(lark.lex(text))
+            tokens = list(_lexed(text, lark))
         except UnexpectedCharacters as error:
             diagnostic, text = explain_character(source, text, error.pos_in_stream or 0)
             found.append(diagnostic)
@@ -48,6 +48,12 @@ def _tokens(source: Source, lark: Lark) -> tuple[list[Token], list[Diagnostic]]:
         else:
             end = len(text)
             return [*tokens, Token("$END", "", end, text.count("\n") + 1, 0, None, None, end)], found
+
+
+def _lexed(text: str, lark: Lark) -> Iterator[Token]:
+    """The tokens by the parser's own lexer, which needs no parser state; `Lark.lex` would build another."""
+    state = lark.parse_interactive(text)
+    return state.lexer_thread.lex(state.parser_state)
 
 
 @dataclass

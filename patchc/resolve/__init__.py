@@ -1,7 +1,8 @@
-"""Syntax tree, residual graph and tokenizer to a `Study`: names looked up, selectors expanded, every error reported.
+"""Syntax tree, residual graph and tokenizer to a `Study`: names looked up, selectors expanded, every error
+reported.
 
-`resolve` is the stage; `model_choice` reads the `model` statement before the model is loaded. Knows nothing of
-execution, and needs neither torch nor weights.
+`resolve` is the stage; `model_choice` reads the `model` statement before the model is loaded. Knows nothing
+of execution, and needs neither torch nor weights.
 """
 
 from patchc.resolve.model_choice import model_choice

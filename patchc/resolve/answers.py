@@ -24,7 +24,8 @@ Answers = tuple[Ids, ...]
 
 
 class AnswerReader:
-    """Answers of a data set, by column or by literal text. `first`: the first token of each, however many there are."""
+    """Answers of a data set, by column or by literal text. `first`: the first token of each, however many
+    there are."""
 
     def __init__(self, dataset: Dataset):
         self._data = dataset
@@ -60,20 +61,24 @@ class AnswerReader:
                 self._data.check_vocabulary((item,), where)
                 found.append(item)
             else:
-                raise WRONG_KIND.error(f"{name!r} is used as an answer, and prompt {prompt} has {cell!r}", span=where)
+                raise WRONG_KIND.error(
+                    f"{name!r} is used as an answer, and prompt {prompt} has {cell!r}", span=where
+                )
         if not found:
-            raise WRONG_KIND.error(f"{name!r} is used as an answer, and prompt {prompt} has an empty set", span=where)
+            raise WRONG_KIND.error(
+                f"{name!r} is used as an answer, and prompt {prompt} has an empty set", span=where
+            )
         return tuple(dict.fromkeys(found))
 
     def _token(self, text: str, prompt: int | None, span: Span | None, first: bool) -> int:
-        spaced = self._encoder.piece_or_none(" " + text) if text and not text.startswith(" ") else None
+        if not text:
+            raise WRONG_KIND.error("an answer cannot be an empty text", span=span)
+        spaced = self._encoder.piece_or_none(" " + text) if not text.startswith(" ") else None
         ids = self._encoder.piece_or_none(text)
         if ids is None or (len(ids) != 1 and not first):
             self._refuse(text, ids, spaced, span)
         assert ids is not None
         self._data.check_vocabulary(ids, span)
-        if not ids:
-            raise WRONG_KIND.error("an answer cannot be an empty text", span=span)
         self._check_written(text, ids, span)
         if spaced is not None and len(spaced) == 1 and spaced != ids and not self._ends_in_space(prompt):
             message = f'the answer "{text}" has no leading space, and the text does not end in one'
@@ -88,7 +93,9 @@ class AnswerReader:
         if ids is None:
             message = f'the tokenizer does not know "{text}"; with its leading space it is one token'
             raise MULTI_TOKEN_ANSWER.error(message, fix=fix, span=span)
-        message = f'the answer "{text}" is {len(ids)} tokens ({self._encoder.listed(ids)}), and a metric reads one'
+        message = (
+            f'the answer "{text}" is {len(ids)} tokens ({self._encoder.listed(ids)}), and a metric reads one'
+        )
         raise MULTI_TOKEN_ANSWER.error(message, fix=fix or "first(...) reads the first of them", span=span)
 
     def _check_written(self, text: str, ids: Ids, span: Span | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from patchc.diagnostics import RULES, Span
 from patchc.ir.bits import bits
@@ -55,7 +56,7 @@ def _edges(part: Term, span: Span | None) -> Iterator[tuple[NodeSet, NodeSet]]:
     match part:
         case Chain(steps) if all(isinstance(s, NodeSet) for s in steps):
             nodes = [s for s in steps if isinstance(s, NodeSet)]
-            yield from zip(nodes, nodes[1:], strict=False)
+            yield from pairwise(nodes)
         case Either(parts):
             for one in parts:
                 yield from _edges(one, span)
@@ -68,7 +69,9 @@ def _join(graph: ResidualGraph, rows: Rows, writer: NodeSet, reader: NodeSet) ->
     found = False
     for member in (*writer.members, *reader.members):
         if member.tokens != EVERYWHERE:
-            raise NOT_SUPPORTED_YET.error("a circuit of edges at positions is not supported yet", span=reader.span)
+            raise NOT_SUPPORTED_YET.error(
+                "a circuit of edges at positions is not supported yet", span=reader.span
+            )
     for member in reader.members:
         for node in bits(member.nodes):
             below = _writers(writer) & graph.below(graph.nodes[node].rank)
@@ -76,7 +79,9 @@ def _join(graph: ResidualGraph, rows: Rows, writer: NodeSet, reader: NodeSet) ->
                 rows[node, port] = rows.get((node, port), 0) | below
                 found = True
     if not found:
-        message = f"{writer.label} writes after {reader.label} reads: there is no edge from the one to the other"
+        message = (
+            f"{writer.label} writes after {reader.label} reads: there is no edge from the one to the other"
+        )
         raise BACKWARD_EDGE.error(message, span=reader.span)
 
 

@@ -1,7 +1,7 @@
 """The data set of a spec, tokenised: worlds that align token by token, and the layout of their prompts.
 
-Columns are read when something uses them, so that only a used column has to be there and to make sense. Answers and
-positions, which are columns too, are for `answers` and `positions`.
+Columns are read when something uses them, so that only a used column has to be there and to make sense.
+Answers and positions, which are columns too, are for `answers` and `positions`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,27 @@ EMPTY_TEXT = RULES.add("empty-text", "a text has no tokens")
 BAD_TOKEN_ID = RULES.add("bad-token-id", "a token id that the model's vocabulary does not have")
 UNUSED_COLUMN = RULES.add("unused-column", "a column that nothing uses", Severity.WARNING)
 
+
 def silent() -> PatchcError:
-    """For a broken data set, which has been reported: stops the work on what needs it, and says nothing more."""
+    """For a broken data set, which has been reported: stops the work on what needs it, and says nothing
+    more."""
     return PatchcError(())
 
 
 class Dataset:
     """The records of a spec and the worlds read from them so far.
 
-    `runs` are the names of the worlds that experiments run on: the first of them that is a column fixes the layout.
+    `runs` are the names of the worlds that experiments run on: the first of them that is a column fixes the
+    layout.
     """
 
     def __init__(
-        self, records: Sequence[Record], encoder: Encoder, graph: ResidualGraph, scope: Scope, runs: Collection[str]
+        self,
+        records: Sequence[Record],
+        encoder: Encoder,
+        graph: ResidualGraph,
+        scope: Scope,
+        runs: Collection[str],
     ):
         self.records = records
         self.encoder = encoder
@@ -76,7 +84,8 @@ class Dataset:
     # ---- worlds
 
     def world(self, name: tree.Name) -> str:
-        """The name of a world, once its column is known to be there, to be text and to align with the others."""
+        """The name of a world, once its column is known to be there, to be text and to align with the
+        others."""
         if not self.records:
             raise silent()
         if name.text not in self.columns:
@@ -107,7 +116,9 @@ class Dataset:
         elif isinstance(cell, list | tuple) and all(_is_id(i) for i in cell):  # pyright: ignore[reportUnknownVariableType]
             ids = tuple(int(i) for i in cell)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         else:
-            raise WRONG_KIND.error(f"{column!r} is used as a world, and prompt {prompt} has {cell!r} there", span=where)
+            raise WRONG_KIND.error(
+                f"{column!r} is used as a world, and prompt {prompt} has {cell!r} there", span=where
+            )
         self._check_ids(ids, column, prompt, where)
         return ids
 
@@ -136,8 +147,8 @@ class Dataset:
         listed = self.encoder.listed
         others = f" (and {len(wrong) - 1} more prompts)" if len(wrong) > 1 else ""
         message = (
-            f"worlds of one prompt align token by token: in prompt {i}, {self.base!r} has {len(base[i])} tokens and "
-            f"{column!r} has {len(ids[i])}{others}"
+            f"worlds align token by token: in prompt {i}, {self.base!r} has {len(base[i])} tokens "
+            f"and {column!r} has {len(ids[i])}{others}"
         )
         notes = [
             Note(f"{self.base}: {listed(base[i])}", self.records[i].spans.get(self.base)),
@@ -149,7 +160,8 @@ class Dataset:
 
     @cached_property
     def base(self) -> str:
-        """The column whose lengths the layout has: the first, in the data's order, that an experiment runs on."""
+        """The column whose lengths the layout has: the first, in the data's order, that an experiment runs
+        on."""
         return next((c for c in self.columns if c in self._runs), self.columns[0] if self.columns else "")
 
     @cached_property
@@ -185,7 +197,10 @@ class Dataset:
 
     def prompts(self) -> Prompts:
         """The worlds that were used, in the data's order, the text column first."""
-        names = [self.text_column, *(c for c in self.columns if self._worlds.get(c) and c != self.text_column)]
+        names = [
+            self.text_column,
+            *(c for c in self.columns if self._worlds.get(c) and c != self.text_column),
+        ]
         worlds = tuple(World(name, self.ids(name)) for name in names)
         show = self.encoder.show
         return Prompts(self.layout, worlds, tuple(tuple(show(i) for i in ids) for ids in worlds[0].ids))

@@ -46,7 +46,8 @@ class Expects:
         return Expect(name, indices, node.op, float(bound(self.scope, node.bound)), node.span)
 
     def _match(self, node: tree.Set | tree.Bound, swept: Sweep, taken: Iterable[int]) -> tuple[int, set[int]]:
-        """The first variable, of those that have no coordinate yet, that takes all that a coordinate names."""
+        """The first variable, of those that have no coordinate yet, that takes all that a coordinate
+        names."""
         variables = [v for v in range(len(swept.universes)) if v not in set(taken)]
         for variable in variables:
             universe = swept.universes[variable]
@@ -58,11 +59,11 @@ class Expects:
     def _no_match(self, node: tree.Set | tree.Bound, swept: Sweep, variables: Sequence[int]):
         if not variables:
             count = len(swept.universes)
-            return NO_SUCH_CELL.error(f"there are more coordinates than loop variables ({count})", span=node.span)
-        told = "; ".join(
-            f"{swept.bindings[v].name.text} is one of {_shown([str(label_of(b)) for b in swept.universes[v]])}"
-            for v in variables
-        )
+            return NO_SUCH_CELL.error(
+                f"there are more coordinates than loop variables ({count})", span=node.span
+            )
+        labels = {v: [str(label_of(b)) for b in swept.universes[v]] for v in variables}
+        told = "; ".join(f"{swept.bindings[v].name.text} is one of {_shown(labels[v])}" for v in variables)
         return NO_SUCH_CELL.error(f"no cell has {_text(node.span)}: {told}", span=node.span)
 
     # ---- one coordinate in one universe

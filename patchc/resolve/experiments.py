@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TypeVar
 
-from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity, Span, nearest
-from patchc.ir.experiment import Cell, Dim, Experiment, Expect, Metric, Patch, Save, Show
+from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity, nearest
+from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, Save, Show
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
@@ -57,17 +57,20 @@ class Experiments:
         run = self._run(node)
         swept = self._sweep(node)
         if run is None or swept is None:
-            self._try_patches(node, run)
+            self._try_patches(node, swept, run or self.dataset.base)
             return None
         found = self._cells(node, run, swept)
         if found is None:
             return None
         dims, cells, places = found
-        expects = self._expects(node, [m.name for m in metrics], swept, places)
+        measured = sum(len(clause.items) for clause in _clauses(node, tree.Measure))
+        expects = (
+            self._expects(node, [m.name for m in metrics], swept, places) if len(metrics) == measured else ()
+        )
         title = node.title.text if node.title else None
         return Experiment(
             node.name.text, title, run, dims, cells, tuple(metrics), expects, saves, shows, node.span
-        )  # fmt: skip
+        )
 
     # ---- clauses
 
@@ -78,8 +81,14 @@ class Experiments:
                 self.report.add(NOT_SUPPORTED_YET.at(clause.span, f"`{word}` is not supported yet"))
         for kind, word in ((tree.Run, "run"), (tree.Patch, "patch"), (tree.Measure, "measure")):
             if kind not in has and not (kind is tree.Patch and tree.Attribute in has):
-                fix = {"run": "run clean", "patch": "patch node head[0, 0] with corrupt", "measure": "measure kl(clean)"}[word]
-                self.report.add(MISSING_CLAUSE.at(node.name.span, f"experiment {name!r} has no `{word}`", fix=fix))
+                fix = {
+                    "run": "run clean",
+                    "patch": "patch node head[0, 0] with corrupt",
+                    "measure": "measure kl(clean)",
+                }[word]
+                self.report.add(
+                    MISSING_CLAUSE.at(node.name.span, f"experiment {name!r} has no `{word}`", fix=fix)
+                )
         runs = _clauses(node, tree.Run)
         for other in runs[1:]:
             notes = [Note("the first is here", runs[0].span)]
@@ -131,25 +140,24 @@ class Experiments:
             return False
         return True
 
-    def _try_patches(self, node: tree.Experiment, run: str | None) -> None:
-        """Where there can be no cells: at least the errors of the patches that need no loop variable."""
-        variables = {b.name.text for clause in _clauses(node, tree.For) for b in clause.bindings}
-        for clause in _clauses(node, tree.Patch):
-            if not variables & set(names_in(clause)):
-                with collecting(self.report):
-                    self.patches.target(clause.target, {})
-                with collecting(self.report):
-                    self.patches.value(clause.value, {}, run or self.dataset.base)
+    def _try_patches(self, node: tree.Experiment, swept: Sweep | None, run: str) -> None:
+        """Where there can be no cells: at least the errors of the patches that can be looked at."""
+        clauses = _clauses(node, tree.Patch)
+        if swept is None:
+            variables = {b.name.text for clause in _clauses(node, tree.For) for b in clause.bindings}
+            clauses = [c for c in clauses if not variables & set(names_in(c))]
+        self._is_sound(clauses, {} if swept is None else _first(swept), run)
 
     def _cells(
         self, node: tree.Experiment, run: str, swept: Sweep
     ) -> tuple[tuple[Dim, ...], tuple[Cell, ...], Cells] | None:
         clauses = _clauses(node, tree.Patch)
-        if not self._first_is_sound(clauses, swept, run):
+        if not self._is_sound(clauses, _first(swept), run):
             return None
         one = self.patches.cells(clauses, run)
         axes = [
-            axes_of(self.graph, b.name.text, u, self._tokens()) for b, u in zip(swept.bindings, swept.universes, strict=True)
+            axes_of(self.graph, b.name.text, u, self._tokens())
+            for b, u in zip(swept.bindings, swept.universes, strict=True)
         ]
         cells: list[Cell] = []
         places: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -163,9 +171,8 @@ class Experiments:
             return distinct(axes), tuple(cells), places
         return None
 
-    def _first_is_sound(self, clauses: Sequence[tree.Patch], swept: Sweep, run: str) -> bool:
-        """Report every clause's errors in the first cell, so that one clause does not hide another's."""
-        env = next((env for _, env in swept.choices()), {})
+    def _is_sound(self, clauses: Sequence[tree.Patch], env: Env, run: str) -> bool:
+        """Report every clause's errors in one cell, so that one clause does not hide another's."""
         sound = 0
         for clause in clauses:
             with collecting(self.report):
@@ -182,7 +189,9 @@ class Experiments:
             return None
         return tuple(self.dataset.encoder.show(i) for i in self.dataset.text_ids[0])
 
-    def _check_cells(self, node: tree.Experiment, one: OneExperiment, cells: Sequence[Cell], run: str) -> None:
+    def _check_cells(
+        self, node: tree.Experiment, one: OneExperiment, cells: Sequence[Cell], run: str
+    ) -> None:
         if not cells and one.nothing:
             target, env = one.nothing
             why = self.patches.why_none(target, env)
@@ -196,7 +205,9 @@ class Experiments:
     def _equal(self, node: tree.Experiment, one: OneExperiment, run: str) -> PatchcError:
         others = sorted({v.world for v in one.values if v.world and v.world != run})
         told = f": {run!r} and {others[0]!r} have the same text in every prompt" if others else f", {run!r}"
-        message = f"the patches of {node.name.text!r} change nothing: each value is what the run itself has{told}"
+        message = (
+            f"the patches of {node.name.text!r} change nothing: each value is what the run itself has{told}"
+        )
         span = next(c.value.span for c in _clauses(node, tree.Patch))
         return WORLDS_EQUAL.error(message, span=span)
 
@@ -259,7 +270,10 @@ def _of_cell(one: OneExperiment, env: Env) -> tuple[Patch, ...] | None:
         raise PatchcError(replace(d, notes=(*d.notes, *notes)) for d in error.diagnostics) from None
 
 
+def _first(swept: Sweep) -> Env:
+    """The variables' values in the first cell."""
+    return next((dict(env) for _, env in swept.choices()), {})
+
+
 def _clauses(node: tree.Experiment, kind: type[C]) -> list[C]:
     return [c for c in node.clauses if isinstance(c, kind)]
-
-

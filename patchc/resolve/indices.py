@@ -1,6 +1,7 @@
 """Indices of layers, heads and the like: `9`, `-1`, `*`, `2..5`, `..8`, `{1, 4}`, `l + 1`.
 
-An index outside the model is an error, except in a range with a loop variable in it, which is cut to the model.
+An index outside the model is an error, except in a range with a loop variable in it, which is cut to the
+model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ UNKNOWN_NODE = RULES.add("unknown-node", "a selector names a node that the model
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What an index counts: `unit` (layer, head), how many there are, and how the model is described in an error."""
+    """What an index counts: `unit` (layer, head), how many there are, and how the model is described in an
+    error."""
 
     unit: str
     size: int
@@ -39,7 +41,9 @@ class Indexer:
             case tree.Range():
                 return self._range(node, axis, env, written)
             case tree.Braces():
-                return list(dict.fromkeys(i for item in node.items for i in self._element(item, axis, env, written)))
+                return list(
+                    dict.fromkeys(i for item in node.items for i in self._element(item, axis, env, written))
+                )
             case _:
                 return [self._one(node, axis, env, written)]
 
@@ -63,7 +67,9 @@ class Indexer:
         first = 0 if node.first is None else self._one(node.first, axis, env, written)
         last = axis.size - 1 if node.last is None else self._one(node.last, axis, env, written)
         if first > last:
-            raise UNKNOWN_NODE.error(f"this range of {axis.unit}s is empty: {first} comes after {last}", span=node.span)
+            raise UNKNOWN_NODE.error(
+                f"this range of {axis.unit}s is empty: {first} comes after {last}", span=node.span
+            )
         return range(first, last + 1)
 
     def _end(self, node: tree.Item, axis: Axis, env: Env) -> int:
@@ -88,9 +94,13 @@ class Indexer:
         if isinstance(local, Number) and local.unit in (None, axis.unit):
             return local.value
         if isinstance(local, Number):
-            raise WRONG_KIND.error(f"{node.text!r} counts {local.unit}s, and a {axis.unit} is needed here", span=node.span)
+            raise WRONG_KIND.error(
+                f"{node.text!r} counts {local.unit}s, and a {axis.unit} is needed here", span=node.span
+            )
         if local is not None:
-            raise WRONG_KIND.error(f"{node.text!r} is not a number, and a {axis.unit} is needed here", span=node.span)
+            raise WRONG_KIND.error(
+                f"{node.text!r} is not a number, and a {axis.unit} is needed here", span=node.span
+            )
         raise self.scope.not_a(f"a {axis.unit}", node, [n for n, b in env.items() if isinstance(b, Number)])
 
 

@@ -1,7 +1,9 @@
-"""Whether a set of paths holds a path that the model has: every edge leads upwards, and some token takes them all.
+"""Whether a set of paths holds a path that the model has: every edge leads upwards, and some token takes them
+all.
 
-A node reads only what writes at a lower rank. Of all ways to take a step the one that ends lowest leaves the most
-choice to the steps after it, so that a walk that is always as low as it can be finds a legal path if there is one.
+A node reads only what writes at a lower rank. Of all ways to take a step the one that ends lowest leaves the
+most choice to the steps after it, so that a walk that is always as low as it can be finds a legal path if
+there is one.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from patchc.diagnostics import RULES, Diagnostic
-from patchc.ir.graph import ResidualGraph
+from patchc.ir.bits import bitset
+from patchc.ir.graph import Kind, ResidualGraph
 from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Layout, Tokens
 from patchc.resolve.terms import Chain, Either, NodeSet, Ready, Repeat, Term
@@ -27,11 +30,13 @@ class Legality:
 
     def __init__(self, graph: ResidualGraph):
         self._graph = graph
-        ranks = [n.rank for n in graph.nodes]
-        self._above = [sum(1 << i for i, r in enumerate(ranks) if r > rank) for rank in range(-1, graph.top + 1)]
+        entered = [n for n in graph.nodes if n.kind is not Kind.ATTN_BIAS]  # no edge leads into a constant
+        ranks = range(graph.top + 1)
+        self._above = [~0, *(bitset(n.id for n in entered if n.rank > rank) for rank in ranks)]
 
     def lowest(self, path: Path, after: int = -1) -> int | None:
-        """The lowest rank at which a path that begins above rank `after` can end, or None where there is none."""
+        """The lowest rank at which a path that begins above rank `after` can end, or None where there is
+        none."""
         match path:
             case Step():
                 return self._lowest_of(path.nodes, path.site, path.rank, after)
@@ -56,11 +61,13 @@ class Legality:
     # ---- the reason, in the terms' own words
 
     def fault(self, term: Term) -> Diagnostic | None:
-        """Why a path, or one of its alternatives as they are written, has no legal path; None where it has."""
+        """Why a path, or one of its alternatives as they are written, has no legal path; None where it
+        has."""
         return self._walk(term, -1, "")[1]
 
     def _walk(self, term: Term, after: int, before: str) -> tuple[int, Diagnostic | None]:
-        """The lowest end of `term` after rank `after`, and what is wrong with it; `before` names the step before."""
+        """The lowest end of `term` after rank `after`, and what is wrong with it; `before` names the step
+        before."""
         match term:
             case NodeSet():
                 return self._enter(term, after, before)
@@ -86,7 +93,9 @@ class Legality:
         found = [end for end in ends if end is not None]
         if found:
             return min(found), None
-        message = f"{before} writes after {self._label(nodes)} reads: there is no edge from the one to the other"
+        message = f"{before} writes after {self._label(nodes)} reads: no edge leads from the one to the other"
+        if not nodes.nodes & ~self._graph.of(Kind.ATTN_BIAS):
+            message = f"no edge leads into {self._label(nodes)}, which is the same in every run"
         return after, BACKWARD_EDGE.at(nodes.span, message)
 
     def _label(self, term: Term) -> str:
@@ -100,7 +109,8 @@ class Legality:
 
 @dataclass(frozen=True)
 class Reach:
-    """Where a path's value can have come to: residual edges stay at their token, and only keys and values move it."""
+    """Where a path's value can have come to: residual edges stay at their token, and only keys and values
+    move it."""
 
     graph: ResidualGraph
     layout: Layout
@@ -132,5 +142,3 @@ class Reach:
         if not moves:
             return tokens
         return self.layout.after(tokens) if self.graph.causal else self.layout.whole(tokens)
-
-

@@ -1,4 +1,5 @@
-"""Loops: what a variable ranges over, the result dims that follow from it, and the cells of all variables together."""
+"""Loops: what a variable ranges over, the result dims that follow from it, and the cells of all variables
+together."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def label_of(binding: Binding) -> Label:
 class Loops:
     """The domains of a spec's loops."""
 
-    def __init__(self, scope: Scope, graph: ResidualGraph, dataset: Dataset, positions: Positions, sets: Sets):
+    def __init__(
+        self, scope: Scope, graph: ResidualGraph, dataset: Dataset, positions: Positions, sets: Sets
+    ):
         self._scope = scope
         self._graph = graph
         self._data = dataset
@@ -45,9 +48,11 @@ class Loops:
         local = tuple(env[n] for n in self._sets.locals_of(node.domain, env))
         key = (id(node), *map(id, local))
         if key not in self._memo:
-            found = tuple({label_of(b): b for b in self._of(node.domain, env)}.values())
+            found = _distinct(self._of(node.domain, env), node)
             if not found and not local:
-                raise EMPTY_DOMAIN.error(f"{node.name.text!r} has nothing to range over", span=node.domain.span)
+                raise EMPTY_DOMAIN.error(
+                    f"{node.name.text!r} has nothing to range over", span=node.domain.span
+                )
             self._memo[key] = (found, local)
         return self._memo[key][0]
 
@@ -85,7 +90,9 @@ class Loops:
         lengths = self._data.layout.lengths
         if len(set(lengths)) > 1:
             shortest, longest = min(lengths), max(lengths)
-            message = f"the prompts have from {shortest} to {longest} tokens, so that they share no numbered positions"
+            message = (
+                f"the prompts have {shortest} to {longest} tokens, and no position has one number in all"
+            )
             fix = f"named positions (`at ...` in the data), or counted from the end: {-min(shortest, 5)}..-1"
             raise UNEQUAL_POSITIONS.error(message, fix=fix, span=span)
         return lengths[0]
@@ -97,7 +104,9 @@ class Loops:
             case tree.Number() | tree.Parameter():
                 return [Number(self._scope.number(item))]
             case tree.Text():
-                raise WRONG_KIND.error("a loop ranges over nodes, numbers, positions or worlds, not over texts", span=item.span)
+                raise WRONG_KIND.error(
+                    "a loop ranges over nodes, numbers, positions or worlds, not over texts", span=item.span
+                )
             case tree.Name() if item.text in env:
                 return [env[item.text]]
             case tree.Name():
@@ -113,7 +122,9 @@ class Loops:
             return self._place(name.text, self._positions.place(name, {}))
         if name.text in self._data.columns:
             return WorldName(self._data.world(name))
-        raise self._scope.not_a("a position or a world", name, [*self._positions.names(), *self._data.columns])
+        raise self._scope.not_a(
+            "a position or a world", name, [*self._positions.names(), *self._data.columns]
+        )
 
     def _place(self, label: str, spots: Any) -> Place:
         return Place(label, spots, self._positions.tokens(spots))
@@ -137,7 +148,9 @@ class Loops:
         if first is None or last is None:
             return self._positions_between(node, env)
         if first.value > last.value and not self._sets.locals_of(node, env):
-            raise EMPTY_DOMAIN.error(f"this range is empty: {first.value} comes after {last.value}", span=node.span)
+            raise EMPTY_DOMAIN.error(
+                f"this range is empty: {first.value} comes after {last.value}", span=node.span
+            )
         unit = first.unit or last.unit
         return [Number(i, unit) for i in range(int(first.value), int(last.value) + 1)]
 
@@ -148,7 +161,9 @@ class Loops:
         if not isinstance(found, Number):
             return None
         if not isinstance(found.value, int):
-            raise WRONG_KIND.error(f"a range has whole numbers as its ends, not {found.value}", span=node.span)
+            raise WRONG_KIND.error(
+                f"a range has whole numbers as its ends, not {found.value}", span=node.span
+            )
         return Number(found.value + by, found.unit)
 
     def _positions_between(self, node: tree.Range, env: Env) -> list[Binding]:
@@ -159,9 +174,25 @@ class Loops:
             message = f"from prompt to prompt this range has {counts[0]} to {counts[-1]} positions"
             raise UNEQUAL_POSITIONS.error(message, span=node.span)
         steps = [tuple((here[i],) for here in spots) for i in range(counts[0])]
-        if all(len({here for here in step}) == 1 for step in steps):
+        if all(len(set(step)) == 1 for step in steps):
             return [Number(step[0][0], "position") for step in steps]
         return [self._place(f"{_written(node)} [{i}]", step) for i, step in enumerate(steps)]
+
+
+def _distinct(found: Sequence[Binding], node: tree.Binding) -> tuple[Binding, ...]:
+    """Each value once. Two values that would share a coordinate are an error: the one would hide the
+    other."""
+    out: dict[Label, Binding] = {}
+    for b in found:
+        other = out.setdefault(label_of(b), b)
+        if isinstance(b, NodeSet) and isinstance(other, NodeSet) and b.members != other.members:
+            message = (
+                f"{node.name.text!r} has two values that are both called {b.label}, at different positions"
+            )
+            raise WRONG_KIND.error(
+                message, fix="a second loop variable for the positions", span=node.domain.span
+            )
+    return tuple(out.values())
 
 
 @dataclass(frozen=True)
@@ -174,7 +205,8 @@ class Sweep:
     count: int
 
     def choices(self) -> Iterator[tuple[tuple[int, ...], dict[str, Binding]]]:
-        """(place of each variable's value in its universe, the values by name), the last variable changing fastest."""
+        """(place of each variable's value in its universe, the values by name), the last variable changing
+        fastest."""
         ids = tuple({label_of(b): i for i, b in enumerate(universe)} for universe in self.universes)
         env: dict[str, Binding] = {}
 
@@ -207,7 +239,9 @@ def sweep(loops: Loops, bindings: Sequence[tree.Binding], span: Span | None) -> 
             universe = {label_of(b): b for domain in found for b in domain}
             count = sum(map(len, found))
             if not universe:
-                raise EMPTY_DOMAIN.error(f"{node.name.text!r} has nothing to range over", span=node.domain.span)
+                raise EMPTY_DOMAIN.error(
+                    f"{node.name.text!r} has nothing to range over", span=node.domain.span
+                )
             universes.append(tuple(universe.values()))
         else:
             universes.append(loops.domain(node, env))
@@ -218,7 +252,9 @@ def sweep(loops: Loops, bindings: Sequence[tree.Binding], span: Span | None) -> 
 
 def _check_count(count: int, span: Span | None) -> None:
     if count > MAX_CELLS:
-        raise TOO_MANY_CELLS.error(f"this sweep has {count:,} cells; at most {MAX_CELLS:,} are run", span=span)
+        raise TOO_MANY_CELLS.error(
+            f"this sweep has {count:,} cells; at most {MAX_CELLS:,} are run", span=span
+        )
 
 
 def _written(node: tree.Range) -> str:

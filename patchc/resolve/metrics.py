@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from patchc.diagnostics import RULES, Span, nearest
-from patchc.ir.experiment import Called, Constant, Expression, Kl, Measure, Metric, Product, Quotient, Read, Sum
+from patchc.ir.experiment import (
+    Called,
+    Constant,
+    Expression,
+    Kl,
+    Measure,
+    Metric,
+    Product,
+    Quotient,
+    Read,
+    Sum,
+)
 from patchc.parse import tree
 from patchc.resolve.answers import AnswerReader, Answers
 from patchc.resolve.bindings import NO_LOCALS
@@ -14,7 +25,9 @@ from patchc.resolve.positions import Positions
 from patchc.resolve.scope import BUILT_IN, NODE_NAMES, NOT_SUPPORTED_YET, WRONG_KIND, Scope
 
 RECURSIVE_METRIC = RULES.add("recursive-metric", "a metric that is defined by itself")
-NESTED_NORMALISED = RULES.add("nested-normalised", "a normalised metric inside arithmetic or another normalised one")
+NESTED_NORMALISED = RULES.add(
+    "nested-normalised", "a normalised metric inside arithmetic or another normalised one"
+)
 SAME_WORLD = RULES.add("same-world", "a metric normalised between two worlds that are one")
 ONE_POSITION = RULES.add("one-position", "a metric at several positions of a prompt")
 DIVISION_BY_ZERO = RULES.add("division-by-zero", "a metric divides by zero")
@@ -88,7 +101,9 @@ class Metrics:
             case tree.At():
                 return self._expression(node.inner, self._place(node.place))
             case tree.Normalised():
-                raise NESTED_NORMALISED.error("a normalised metric cannot be a part of another", span=node.span)
+                raise NESTED_NORMALISED.error(
+                    "a normalised metric cannot be a part of another", span=node.span
+                )
 
     def _product(self, node: tree.Product, at: Tokens | None) -> Expression:
         out = self._expression(node.factors[0][1], at)
@@ -114,8 +129,12 @@ class Metrics:
         if name in self._scope.called:
             return Called(name)
         if name in READS:
-            return Read(Measure(name), self._answers.column(tree.Name("answer", span=node.span)), self._tokens(at))
-        raise self._scope.not_a("a metric", node.name, [*self._scope.metrics, *self._scope.called, *FUNCTIONS])
+            return Read(
+                Measure(name), self._answers.column(tree.Name("answer", span=node.span)), self._tokens(at)
+            )
+        raise self._scope.not_a(
+            "a metric", node.name, [*self._scope.metrics, *self._scope.called, *FUNCTIONS]
+        )
 
     def _inner(self, node: tree.Ref, value: tree.Value, at: Tokens | None) -> Expression:
         if isinstance(value, tree.Normalised):
@@ -130,7 +149,9 @@ class Metrics:
         if name not in FUNCTIONS:
             raise self._no_function(node.name)
         if len(node.arguments) != 1:
-            raise WRONG_KIND.error(f"{name} takes one {'world' if name == 'kl' else 'answer'}", span=node.span)
+            raise WRONG_KIND.error(
+                f"{name} takes one {'world' if name == 'kl' else 'answer'}", span=node.span
+            )
         argument = node.arguments[0]
         if name == "kl":
             if not isinstance(argument, tree.Ref) or argument.indices or argument.sites:
@@ -155,7 +176,9 @@ class Metrics:
             case tree.Parameter():
                 return self._answers.literal(self._scope.text(node), node.span, first)
             case _:
-                message = f'{name} takes a column or a text: {name}(answer), {name}(" Mary"), {name}(first(answer))'
+                message = (
+                    f'{name} takes a column or a text: {name}(answer), {name}(" Mary"), {name}(first(answer))'
+                )
                 raise WRONG_KIND.error(message, span=node.span)
 
     # ---- positions

@@ -1,29 +1,33 @@
 """The patches of a cell: target and value, checked. What does not depend on a loop variable is resolved once.
 
-In a sweep a target that no path of the model matches (a pair that is no edge) gives no cell; elsewhere it is an error.
+In a sweep a target that no path of the model matches (a pair that is no edge) gives no cell; elsewhere it is
+an error.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
 from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Patch, Value
-from patchc.ir.graph import ResidualGraph
+from patchc.ir.graph import Kind, ResidualGraph
 from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
 from patchc.resolve.data import Dataset
-from patchc.resolve.legality import NO_POSITION, Legality, Reach
-from patchc.resolve.paths import Paths
+from patchc.resolve.legality import BACKWARD_EDGE, NO_POSITION, Legality, Reach
+from patchc.resolve.paths import BAD_START, Paths
 from patchc.resolve.scope import WRONG_KIND
 from patchc.resolve.sets import Sets
 from patchc.resolve.tensors import TENSOR_SHAPE, Tensors
 from patchc.resolve.terms import NodeSet, Term
 from patchc.resolve.values import Values
 
-WORLDS_EQUAL = RULES.add("worlds-equal", "an experiment whose patches give every node what the run itself has there")
+WORLDS_EQUAL = RULES.add(
+    "worlds-equal", "an experiment whose patches give every node what the run itself has there"
+)
 
 T = TypeVar("T")
 Found = Path | None
@@ -33,7 +37,13 @@ class Patches:
     """The `patch` clauses of a spec."""
 
     def __init__(
-        self, graph: ResidualGraph, dataset: Dataset, sets: Sets, paths: Paths, values: Values, tensors: Tensors
+        self,
+        graph: ResidualGraph,
+        dataset: Dataset,
+        sets: Sets,
+        paths: Paths,
+        values: Values,
+        tensors: Tensors,
     ):
         self._graph = graph
         self._data = dataset
@@ -71,23 +81,32 @@ class Patches:
             case "all":
                 if isinstance(term, NodeSet):
                     message = "`patch all except` takes paths, and these are nodes"
-                    raise WRONG_KIND.error(message, fix="circuit(...) of the nodes, or a -> b -> logits", span=span)
+                    raise WRONG_KIND.error(
+                        message, fix="circuit(...) of the nodes, or a -> b -> logits", span=span
+                    )
                 return self._paths.path(term, span)
 
     def _check(self, node: tree.Target, term: Term, path: Path) -> None:
         """The rank rule for every alternative as written, and that some position takes every step."""
         if fault := self.fault(node, term):
             raise PatchcError([fault])
+        constants = self._graph.of(Kind.ATTN_BIAS)
+        if all(not step.nodes & ~constants for step in starts(path)):
+            raise BAD_START.error("a bias is the same in every run: no value changes it", span=term.span)
         reach = Reach(self._graph, self._data.layout)
         if not reach.end(path):
-            message = "no position takes every step of this path: only a head's k and v move a value, to later positions"
+            message = (
+                "no position takes every step of this path: only a head's k and v move a value, to later ones"
+            )
             raise NO_POSITION.error(message, span=node.what.span if node.what else node.span)
 
     def fault(self, node: tree.Target, term: Term) -> Diagnostic | None:
         """Why a target has no path in the model, in the words of the spec."""
         fault = self._legality.fault(term)
         if fault is None and self._legality.lowest(self._path(node, term)) is None:
-            fault = self._legality.fault(term)
+            fault = BACKWARD_EDGE.at(
+                None, "the model has no such path: every edge leads from a node to a later one"
+            )
         return fault.at(node.what.span if node.what else node.span) if fault else None
 
     def why_none(self, node: tree.Target, env: Env) -> Diagnostic | None:
@@ -102,12 +121,12 @@ class Patches:
     def check_width(self, path: Path, value: Value, span: Span | None) -> None:
         """A tensor is as wide as what it replaces."""
         keys = [source.key for _, source in value.terms if isinstance(source, Given)]
-        for site in sorted(_start_sites(path)) if keys else ():
+        for site in {step.site for step in starts(path)} if keys else ():
             width = self._graph.d_head if site in (Site.Z, Site.Q, Site.K, Site.V) else self._graph.d_model
             for key in keys:
                 shape = self._tensors.shapes[key]
                 if shape != (width,):
-                    message = f"tensor {key!r} has shape {list(shape)}, and what it replaces ({site}) has [{width}]"
+                    message = f"tensor {key!r} has shape {list(shape)}, and what it replaces has [{width}]"
                     raise TENSOR_SHAPE.error(message, span=span)
 
     def locals_of(self, node: Any, env: Env) -> tuple[str, ...]:
@@ -117,7 +136,8 @@ class Patches:
 
     def is_run_itself(self, value: Value, run: str) -> bool:
         """Whether a value is, in every prompt, what the run itself has there."""
-        return sum(c for c, _ in value.terms) == 1 and all(self._same(source, run) for _, source in value.terms)
+        whole = math.isclose(sum(c for c, _ in value.terms), 1)
+        return whole and all(self._same(source, run) for _, source in value.terms)
 
     def _same(self, source: Any, run: str) -> bool:
         match source:
@@ -126,13 +146,16 @@ class Patches:
             case FromWorld(world):
                 return all(self._data.same(world, run))
             case Mean(world, over_positions):
-                return not over_positions and len(self._data.records) == 1 and all(self._data.same(world, run))
+                return (
+                    not over_positions and len(self._data.records) == 1 and all(self._data.same(world, run))
+                )
             case _:
                 return False
 
 
 class OneExperiment:
-    """The patches of one experiment. A part that takes some of the loop variables is kept for each choice of them."""
+    """The patches of one experiment. A part that takes some of the loop variables is kept for each choice of
+    them."""
 
     def __init__(self, patches: Patches, clauses: Sequence[tree.Patch], run: str):
         self._patches = patches
@@ -173,14 +196,14 @@ class OneExperiment:
         return self._memo[key][0]
 
 
-def _start_sites(path: Path) -> set[Site]:
-    """The sites at which a path can start."""
+def starts(path: Path) -> list[Step]:
+    """The steps that a path can start with."""
     match path:
         case Step():
-            return {path.site}
+            return [path]
         case Seq(parts):
-            return _start_sites(parts[0]) if parts else set()
+            return starts(parts[0]) if parts else []
         case Alt(parts):
-            return {site for p in parts for site in _start_sites(p)}
+            return [step for p in parts for step in starts(p)]
         case Star(part):
-            return _start_sites(part)
+            return starts(part)

@@ -1,6 +1,7 @@
 """Terms to paths: what `patch node`, `edge`, `path` and `all` mean, and what each of them has to look like.
 
-A member is read in two ways. As a start its site says what is replaced; later its ports say how it is entered.
+A member is read in two ways. As a start its site says what is replaced; later its ports say how it is
+entered.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Paths:
     def node(self, term: Term, span: Span | None) -> Path:
         """`patch node n`: `n -> any* -> logits`."""
         if not isinstance(term, NodeSet):
-            raise WRONG_KIND.error("`patch node` takes nodes, and this is a path", fix="patch path", span=term.span or span)
+            raise WRONG_KIND.error(
+                "`patch node` takes nodes, and this is a path", fix="patch path", span=term.span or span
+            )
         return Seq((self._start(term), self.rest, self.logits))
 
     def edge(self, term: Term, span: Span | None) -> Path:
@@ -54,7 +57,9 @@ class Paths:
                 start, ends = self._start(writer), self._ends(reader)
                 return _alt([Seq((start, *end)) for end in ends])
             case _:
-                raise NOT_AN_EDGE.error("an edge is `a -> b`, two sets of nodes", fix="patch path", span=term.span or span)
+                raise NOT_AN_EDGE.error(
+                    "an edge is `a -> b`, two sets of nodes", fix="patch path", span=term.span or span
+                )
 
     def _ends(self, reader: NodeSet) -> tuple[tuple[Path, ...], ...]:
         """What follows an edge's writer: the reader and `any* -> logits`, or the logits, or either."""
@@ -94,7 +99,9 @@ class Paths:
                     self._check_start(part, span)
             case Repeat():
                 message = "a path starts at the nodes whose value is replaced, not with a star"
-                raise STAR_START.error(message, fix="put those nodes first: a -> any* -> logits", span=term.span or span)
+                raise STAR_START.error(
+                    message, fix="put those nodes first: a -> any* -> logits", span=term.span or span
+                )
             case _:
                 pass
 
@@ -110,7 +117,9 @@ class Paths:
             case NodeSet(members) if members and all(m.nodes == self._graph.logits_set for m in members):
                 pass
             case _:
-                raise NO_LOGITS.error("a path ends at the logits", fix="... -> logits", span=term.span or span)
+                raise NO_LOGITS.error(
+                    "a path ends at the logits", fix="... -> logits", span=term.span or span
+                )
 
     # ---- terms
 
@@ -126,7 +135,9 @@ class Paths:
                 return self._star(term, part)
             case Ready(path):
                 if not first:
-                    raise WRONG_KIND.error("a circuit is full paths, and nothing can stand before it", span=term.span)
+                    raise WRONG_KIND.error(
+                        "a circuit is full paths, and nothing can stand before it", span=term.span
+                    )
                 return path
 
     def _star(self, term: Repeat, part: Term) -> Path:
@@ -135,7 +146,9 @@ class Paths:
             inner = self._build(part, False)
             self._built[key] = (term, EMPTY if _is_nothing(inner) else Star(inner))
             if _is_nothing(inner):
-                self._report.add(EMPTY_STAR.at(term.span, "there is no node in this star: it is taken no times"))
+                self._report.add(
+                    EMPTY_STAR.at(term.span, "there is no node in this star: it is taken no times")
+                )
         return self._built[key][1]
 
     def _start(self, nodes: NodeSet) -> Path:
@@ -160,15 +173,20 @@ class Paths:
         for m in nodes.members:
             own = m.nodes if m.site in (Site.ATTN_OUT, Site.STREAM) else 0
             groups.setdefault((m.site, m.tokens, m.rank, own), []).append(m)
-        return _alt([
-            self._step(_nodes(g), tokens=g[0].tokens, site=g[0].site, rank=g[0].rank) for g in groups.values()
-        ])  # fmt: skip
+        return _alt(
+            [
+                self._step(_nodes(g), tokens=g[0].tokens, site=g[0].site, rank=g[0].rank)
+                for g in groups.values()
+            ]
+        )
 
     def _check_can_start(self, member: Member, span: Span | None) -> None:
         if member.nodes & self._graph.logits_set:
             raise BAD_START.error("nothing starts at the logits: every path ends there", span=span)
         if member.site is Site.OUT and member.ports != QKV:
-            message = f"{member.name} is what a difference left of a head's ports, and no value can enter there"
+            message = (
+                f"{member.name} is what a difference left of a head's ports, and no value can enter there"
+            )
             raise BAD_START.error(message, fix="name the sites: h.{q, k}", span=span)
 
     def _later_steps(self, nodes: NodeSet) -> Path:
@@ -188,7 +206,9 @@ class Paths:
             message = f"{member.name} is a place to start at; a path goes on through nodes"
             raise MID_PATH_STREAM.error(message, span=span)
         if not member.ports:
-            message = f"no edge enters {member.name}: the ports of a head are .q .k .v, and the head itself is all three"
+            message = (
+                f"no edge enters {member.name}: a head's ports are .q .k .v, and the head itself is all three"
+            )
             raise NOT_A_PORT.error(message, fix=member.name.removesuffix(".z"), span=span)
 
     def _cut(self, step: Path, nodes: Nodes) -> Step:

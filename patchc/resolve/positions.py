@@ -1,6 +1,8 @@
-"""Positions: named ones (an index, a range, where a text stands), and every place that `@` can be followed by.
+"""Positions: named ones (an index, a range, where a text stands), and every place that `@` can be followed
+by.
 
-An offset counts from the end of what it is added to: `wrong first + 1` is the token after a name of any length.
+An offset counts from the end of what it is added to: `wrong first + 1` is the token after a name of any
+length.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from patchc.resolve.scope import WRONG_KIND, collecting
 
 POSITION_OUTSIDE = RULES.add("position-outside", "a position that a prompt is too short for")
 TEXT_NOT_FOUND = RULES.add("text-not-found", "the text that a position stands at is not in the prompt")
-AMBIGUOUS_POSITION = RULES.add("ambiguous-position", "the text that a position stands at is in the prompt several times")
+AMBIGUOUS_POSITION = RULES.add(
+    "ambiguous-position", "the text that a position stands at is in the prompt several times"
+)
 MISSING_POSITION = RULES.add("missing-position", "a prompt lacks a named position that the spec uses")
 EMPTY_RANGE = RULES.add("empty-range", "a range whose end stands before its start")
 UNEQUAL_POSITIONS = RULES.add("unequal-positions", "a loop over positions of prompts of different lengths")
@@ -70,7 +74,9 @@ class Positions:
                 base = self._item(node.base, env)
                 return tuple(self._shifted(i, here, node.by, node.span) for i, here in enumerate(base))
             case tree.Text():
-                raise WRONG_KIND.error(f'"{node.text}" is a text; name its position with `at` in the data', span=node.span)
+                raise WRONG_KIND.error(
+                    f'"{node.text}" is a text; name its position with `at` in the data', span=node.span
+                )
             case _:
                 return self._item(node, env)
 
@@ -91,7 +97,9 @@ class Positions:
             case Number(value, None | "position"):
                 return self._index(value, node.span)
             case Number(_, unit):
-                raise WRONG_KIND.error(f"{node.text!r} counts {unit}s, and a position is needed here", span=node.span)
+                raise WRONG_KIND.error(
+                    f"{node.text!r} counts {unit}s, and a position is needed here", span=node.span
+                )
             case _:
                 raise WRONG_KIND.error(f"{node.text!r} does not range over positions", span=node.span)
 
@@ -104,7 +112,7 @@ class Positions:
         length = self._data.layout.lengths[prompt]
         if -length <= index < length:
             return index % length
-        message = f"there is no position {index} in prompt {prompt}: it has {length} tokens, numbered 0..{length - 1}"
+        message = f"no position {index} in prompt {prompt}: its {length} tokens are numbered 0..{length - 1}"
         raise POSITION_OUTSIDE.error(message, span=span)
 
     def _between(self, node: tree.Range, env: Env) -> Spots:
@@ -117,12 +125,15 @@ class Positions:
         )
 
     def _shifted(self, prompt: int, here: OnePrompt, by: int, span: Span | None) -> OnePrompt:
-        """The token `by` after the last of `here` (before the first where negative); `here` itself where `by` is 0."""
+        """The token `by` after the last of `here` (before the first where negative); `here` itself where `by`
+        is 0."""
         if not by:
             return here
         index = here[-1] + by if by > 0 else here[0] + by
         if index < 0:
-            raise POSITION_OUTSIDE.error(f"position {here[0]} - {-by} is before the start of prompt {prompt}", span=span)
+            raise POSITION_OUTSIDE.error(
+                f"position {here[0]} - {-by} is before the start of prompt {prompt}", span=span
+            )
         return (self._inside(prompt, index, span),)
 
     # ---- named positions
@@ -167,14 +178,18 @@ class Positions:
             return self._declared_item(where, prompt)
         text = where.text.text if isinstance(where.text, tree.Text) else self._column_text(where.text, prompt)
         named = None if isinstance(where.text, tree.Text) else where.text.text
-        return self._shifted(prompt, self._find(text, prompt, where.which, where.span, named), where.offset, where.span)
+        return self._shifted(
+            prompt, self._find(text, prompt, where.which, where.span, named), where.offset, where.span
+        )
 
     def _declared_item(self, where: tree.Item | tree.Range, prompt: int) -> OnePrompt:
         match where:
             case tree.Range():
                 lengths = self._data.layout.lengths
                 first = 0 if where.first is None else self._declared_item(where.first, prompt)[0]
-                last = lengths[prompt] - 1 if where.last is None else self._declared_item(where.last, prompt)[-1]
+                last = (
+                    lengths[prompt] - 1 if where.last is None else self._declared_item(where.last, prompt)[-1]
+                )
                 return _span_of(first, last, prompt, where.span)
             case tree.Offset():
                 return self._shifted(prompt, self._declared_item(where.base, prompt), where.by, where.span)
@@ -187,14 +202,16 @@ class Positions:
                 return (self._inside(prompt, index, where.span),)
 
     def _from_cell(self, cell: Any, name: str, prompt: int, span: Span | None) -> OnePrompt:
-        """A position that a record gives itself: an index, [first, last], or a text that stands there once."""
+        """A position that a record gives itself: an index, [first, last], or a text that stands there
+        once."""
         match cell:
             case bool():
                 pass
             case int():
                 return (self._inside(prompt, cell, span),)
-            case [int(), int()]:
-                return _span_of(*(self._inside(prompt, c, span) for c in cell), prompt, span)
+            case [int() as first, int() as last]:
+                ends = self._inside(prompt, first, span), self._inside(prompt, last, span)
+                return _span_of(ends[0], ends[1], prompt, span)
             case str():
                 return self._find(cell, prompt, None, span, name)
             case _:
@@ -208,7 +225,9 @@ class Positions:
         cell = self._data.cell(prompt, column.text, column.span)
         if isinstance(cell, str):
             return cell
-        raise WRONG_KIND.error(f"{column.text!r} of prompt {prompt} is {cell!r}; one text can be looked for", span=column.span)
+        raise WRONG_KIND.error(
+            f"{column.text!r} of prompt {prompt} is {cell!r}; one text can be looked for", span=column.span
+        )
 
     # ---- where a text stands
 
@@ -221,11 +240,14 @@ class Positions:
             raise self._not_found(text, prompt, span)
         if which is None and len(found) > 1:
             message = f'"{text}" stands {len(found)} times in prompt {prompt}: say `first` or `last`'
-            raise AMBIGUOUS_POSITION.error(message, fix=f"{named or repr(text)} last".replace("'", '"'), span=span)
+            raise AMBIGUOUS_POSITION.error(
+                message, fix=f"{named or repr(text)} last".replace("'", '"'), span=span
+            )
         return found[-1] if which == "last" else found[0]
 
     def _occurrences(self, text: str, prompt: int, of_column: bool) -> list[OnePrompt]:
-        """Every place whose tokens are the text's own. A column's text may open the prompt, without its space."""
+        """Every place whose tokens are the text's own. A column's text may open the prompt, without its
+        space."""
         ids = self._data.text_ids[prompt]
         found = _places(self._data.encoder.piece_or_none(text) or (), ids)
         if of_column and text.startswith(" "):

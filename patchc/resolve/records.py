@@ -1,4 +1,5 @@
-"""The rows of a data set: from `data` blocks, from jsonl files, from Python. One record a prompt, nothing tokenised.
+"""The rows of a data set: from `data` blocks, from jsonl files, from Python. One record a prompt, nothing
+tokenised.
 
 A record's cells stay as they were given; what a cell has to be depends on its use, which `dataset` knows.
 """
@@ -22,8 +23,8 @@ DATA_SLICE = RULES.add("data-slice", "a slice of a data file takes prompts that 
 BAD_DATA = RULES.add("bad-data", "data given in Python has a form that is not understood")
 
 Given = Any
-"""Data given in Python: a list of records (dicts of columns and named positions), a pandas DataFrame, or one dict of
-columns, each with an entry a prompt (`{"clean": ids [prompt, pos], "answer": [id, ...]}`)."""
+"""Data given in Python: a list of records (dicts of columns and named positions), a pandas DataFrame, or one
+dict of columns, each with an entry a prompt (`{"clean": ids [prompt, pos], "answer": [id, ...]}`)."""
 
 T = TypeVar("T")
 
@@ -32,7 +33,8 @@ MAX_DIAGNOSED_LINES = 5
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One prompt: its columns and named positions by name, and the positions that its `data` statement declares."""
+    """One prompt: its columns and named positions by name, and the positions that its `data` statement
+    declares."""
 
     cells: Mapping[str, Any]
     positions: Mapping[str, tree.Position] = field(default_factory=dict[str, tree.Position])
@@ -44,9 +46,11 @@ class Record:
         return self.spans.get(name) or self.where
 
 
-def read_records(statements: Sequence[tree.Data], scope: Scope, base: Path, given: Given | None) -> list[Record]:
-    """Every record of a spec, in order. Rows given in Python take the place of the spec's own columns and files; the
-    positions that the spec declares hold for them too."""
+def read_records(
+    statements: Sequence[tree.Data], scope: Scope, base: Path, given: Given | None
+) -> list[Record]:
+    """Every record of a spec, in order. Rows given in Python take the place of the spec's own columns and
+    files; the positions that the spec declares hold for them too."""
     if given is not None:
         positions = {f.name.text: f for s in statements for f in s.fields if isinstance(f, tree.Position)}
         with collecting(scope.report):
@@ -122,7 +126,7 @@ def read_text(path: Path, name: str, span: Span | None) -> str:
     except UnicodeDecodeError as error:
         raise MISSING_FILE.error(f"{name} is not text in UTF-8 (byte {error.start})", span=span) from None
     except OSError as error:
-        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror} ({path})", span=span) from None
+        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
 
 
 def _object(line: str, span: Span) -> dict[str, Any]:
@@ -139,7 +143,10 @@ def _shortened(diagnostics: list[Diagnostic], name: str) -> list[Diagnostic]:
     rest = len(diagnostics) - MAX_DIAGNOSED_LINES
     if rest <= 0:
         return diagnostics
-    return [*diagnostics[:MAX_DIAGNOSED_LINES], BAD_JSON.at(None, f"{rest} more lines of {name} are not JSON objects")]
+    return [
+        *diagnostics[:MAX_DIAGNOSED_LINES],
+        BAD_JSON.at(None, f"{rest} more lines of {name} are not JSON objects"),
+    ]
 
 
 def _not_empty(rows: list[T], span: Span | None, message: str = "the data given holds no prompt") -> list[T]:
@@ -171,9 +178,13 @@ def _indices(item: tree.Element, n: int, scope: Scope) -> list[int]:
 def _index(item: tree.Element, n: int, scope: Scope) -> int:
     index = scope.number(item) if isinstance(item, tree.Number | tree.Parameter) else None
     if not isinstance(index, int):
-        raise WRONG_KIND.error("a slice of a file takes whole numbers, such as [..99] or [{0, 5}]", span=item.span)
+        raise WRONG_KIND.error(
+            "a slice of a file takes whole numbers, such as [..99] or [{0, 5}]", span=item.span
+        )
     if not -n <= index < n:
-        raise DATA_SLICE.error(f"there is no prompt {index}: the file has {n}, numbered 0..{n - 1}", span=item.span)
+        raise DATA_SLICE.error(
+            f"there is no prompt {index}: the file has {n}, numbered 0..{n - 1}", span=item.span
+        )
     return index % n
 
 
@@ -182,11 +193,17 @@ def _index(item: tree.Element, n: int, scope: Scope) -> int:
 
 def _rows(given: Given) -> list[dict[str, Any]]:
     """Records from any of the forms of `Given`."""
-    if hasattr(given, "to_dict") and hasattr(given, "columns"):  # a pandas DataFrame, without importing pandas
+    if hasattr(given, "to_dict") and hasattr(
+        given, "columns"
+    ):  # a pandas DataFrame, without importing pandas
         given = given.to_dict("records")
     if isinstance(given, Mapping):
         return _from_columns({str(k): plain(v) for k, v in given.items()})
-    if isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(r, Mapping) for r in given):
+    if (
+        isinstance(given, Sequence)
+        and not isinstance(given, str)
+        and all(isinstance(r, Mapping) for r in given)
+    ):
         return [{str(k): plain(v) for k, v in record.items()} for record in given]
     message = f"data is a list of dicts, a DataFrame or a dict of columns, not {type(given).__name__}"
     raise BAD_DATA.error(message)
@@ -195,7 +212,9 @@ def _rows(given: Given) -> list[dict[str, Any]]:
 def _from_columns(columns: dict[str, Any]) -> list[dict[str, Any]]:
     for name, column in columns.items():
         if not isinstance(column, list):
-            raise BAD_DATA.error(f"column {name!r} needs an entry for each prompt; it is {type(column).__name__}")
+            raise BAD_DATA.error(
+                f"column {name!r} needs an entry for each prompt; it is {type(column).__name__}"
+            )
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {n}" for name, n in lengths.items())

@@ -1,11 +1,12 @@
 """The one namespace of a spec: lets, metrics, columns, positions and, in an experiment, loop variables.
 
-Says what a name is, and what was probably meant where it is nothing. What the things are is for the other files.
+Says what a name is, and what was probably meant where it is nothing. What the things are is for the other
+files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,15 +14,17 @@ from patchc.diagnostics import RULES, Note, PatchcError, Report, Span, nearest
 from patchc.parse import tree
 
 UNKNOWN_NAME = RULES.add("unknown-name", "a name that nothing in the spec or the language has")
-NAME_CLASH = RULES.add("name-clash", "one name for two things; lets, metrics, columns, positions and variables share names")
+NAME_CLASH = RULES.add(
+    "name-clash", "one name for two things; lets, metrics, columns, positions and variables share names"
+)
 WRONG_KIND = RULES.add("wrong-kind", "a name or an expression stands where another kind of thing is needed")
 NOT_SUPPORTED_YET = RULES.add("not-supported-yet", "the language has it, this version does not run it")
 UNKNOWN_PARAMETER = RULES.add("unknown-parameter", "a ${NAME} for which no value was given")
 
 NODE_NAMES = (
-    "input", "embed", "pos_embed", "head", "mlp", "attn_out", "attn_bias", "resid_pre", "resid_mid", "resid_post",
-    "logits", "any", "writers", "readers", "kv",
-)  # fmt: skip
+    *("input", "embed", "pos_embed", "head", "mlp", "attn_out", "attn_bias", "kv"),
+    *("resid_pre", "resid_mid", "resid_post", "logits", "any", "writers", "readers"),
+)
 NUMBER_DOMAINS = ("layers", "heads", "positions", "prompts")
 VALUE_NAMES = ("zero", "mean", "self", "resample", "noise", "tensor", "blocked")
 FUNCTION_NAMES = ("logit", "prob", "logprob", "rank", "correct", "loss", "kl", "dot", "circuit", "nodes")
@@ -35,8 +38,9 @@ BUILT_IN = {
 
 
 @contextmanager
-def collecting(report: Report) -> Iterator[None]:
-    """Whatever the block raises as `PatchcError` goes into the report, and the work goes on after the block."""
+def collecting(report: Report) -> Generator[None]:
+    """Whatever the block raises as `PatchcError` goes into the report, and the work goes on after the
+    block."""
     try:
         yield
     except PatchcError as error:
@@ -61,6 +65,8 @@ class Scope:
     names: dict[str, Declared] = field(default_factory=dict[str, Declared])
     lets: dict[str, tree.Let] = field(default_factory=dict[str, tree.Let])
     metrics: dict[str, tree.Metric] = field(default_factory=dict[str, tree.Metric])
+    unsupported: set[str] = field(default_factory=set[str])
+    """Names of statements that are not supported yet, which has been reported."""
     called: set[str] = field(default_factory=set[str])
     """Metrics that are Python functions."""
 
@@ -93,20 +99,26 @@ class Scope:
 
     def not_a(self, what: str, name: tree.Name, known: Iterable[str]) -> PatchcError:
         """The error for `name` where `what` (in words) is needed and `known` are the names that would do."""
+        if name.text in self.unsupported:
+            return PatchcError(())
         known = list(known)
         kind = self.kind(name.text)
         if kind is not None:
-            return WRONG_KIND.error(f"{name.text!r} is {kind}, not {what}{_choice(known)}", span=name.span)
-        meant = nearest(name.text, known) or nearest(name.text, [*self.names, *BUILT_IN])
-        fix = f"{meant}" if meant else None
-        return UNKNOWN_NAME.error(f"nothing is called {name.text!r}; {what} is needed{_choice(known)}", fix=fix, span=name.span)
+            message = f"{name.text!r} is {kind}, not {what}{_choice(known)}"
+            return WRONG_KIND.error(message, fix=nearest(name.text, known), span=name.span)
+        fix = nearest(name.text, known) or nearest(name.text, self.names)
+        return UNKNOWN_NAME.error(
+            f"nothing is called {name.text!r}; {what} is needed{_choice(known)}", fix=fix, span=name.span
+        )
 
     def literal(self, node: tree.Parameter) -> str | int | float:
         """The value of `${NAME}`."""
         if node.name in self.parameters:
             return self.parameters[node.name]
         given = ", ".join(self.parameters) or "none"
-        raise UNKNOWN_PARAMETER.error(f"no value is given for ${{{node.name}}} (given: {given})", span=node.span)
+        raise UNKNOWN_PARAMETER.error(
+            f"no value is given for ${{{node.name}}} (given: {given})", span=node.span
+        )
 
     def text(self, node: tree.Text | tree.Parameter) -> str:
         """The text that stands there, or that the parameter stands for."""

@@ -38,18 +38,27 @@ class Selectors:
         """What a built-in name with its indices stands for, its sites left aside."""
         name = node.name.text
         if name == "kv":
-            raise NOT_SUPPORTED_YET.error("kv[l, g] is not supported yet; head[l, h].k is a query head's own", span=node.span)
+            raise NOT_SUPPORTED_YET.error(
+                "kv[l, g] is not supported yet; head[l, h].k is a query head's own", span=node.span
+            )
         axes = self._axes(name)
         if len(node.indices) > len(axes):
-            takes = f"takes {' and '.join(a.unit for a in axes)}" if axes else "takes no index"
-            raise WRONG_KIND.error(f"{name} {takes}, not {len(node.indices)} indices", span=node.span)
+            units = f"{len(axes)} ({' and '.join(a.unit for a in axes)})" if axes else "none"
+            raise WRONG_KIND.error(
+                f"{name} has {len(node.indices)} indices, and takes {units}", span=node.span
+            )
         if not node.indices:
             return NodeSet(self._every(name, node.span), node.span)
         written = _written(node)
-        picks = [list(self._indexer.all_of(i, a, env, written)) for i, a in zip(node.indices, axes, strict=False)]
+        picks = [
+            list(self._indexer.all_of(i, a, env, written)) for i, a in zip(node.indices, axes, strict=False)
+        ]
         picks += [list(range(a.size)) for a in axes[len(picks) :]]
-        # A layer without an MLP is an error where it is asked for, and nothing where `*` or a range passes over it.
-        asked = all(isinstance(i, tree.Number | tree.Name | tree.Offset | tree.Parameter) for i in node.indices)
+        # A layer without an MLP is an error where it is asked for, and nothing where `*` or a range
+        # passes over it.
+        asked = all(
+            isinstance(i, tree.Number | tree.Name | tree.Offset | tree.Parameter) for i in node.indices
+        )
         places = [p for p in product(*picks) if asked or self._has(name, p)]
         return NodeSet(tuple(self._member(name, place, node.span) for place in places), node.span)
 
@@ -84,7 +93,9 @@ class Selectors:
                 return of_nodes(graph, graph.of(Kind(name)))
             case _:
                 layers = range(graph.n_layers)
-                return tuple(self._member(name, (layer,), span) for layer in layers if self._has(name, (layer,)))
+                return tuple(
+                    self._member(name, (layer,), span) for layer in layers if self._has(name, (layer,))
+                )
 
     # ---- one member
 
@@ -149,7 +160,9 @@ class Selectors:
 
     def _site(self, name: tree.Name, site: tree.Site) -> str:
         if name.text in LATER_SITES:
-            raise NOT_SUPPORTED_YET.error(f".{name.text} is not supported yet; a head has .q .k .v .z", span=site.span)
+            raise NOT_SUPPORTED_YET.error(
+                f".{name.text} is not supported yet; a head has .q .k .v .z", span=site.span
+            )
         if name.text not in HEAD_SITES:
             meant = nearest(name.text, (*HEAD_SITES, *LATER_SITES))
             message = f"no site .{name.text}: a head has .q .k .v .z"

@@ -1,7 +1,7 @@
 """Expressions over nodes and paths to terms: unions, differences, chains, stars, places, lets and circuits.
 
-An expression is resolved once for each choice of the local names in it, so that the cells of a sweep share the parts
-that do not depend on its variables.
+An expression is resolved once for each choice of the local names in it, so that the cells of a sweep share
+the parts that do not depend on its variables.
 """
 
 from __future__ import annotations
@@ -10,26 +10,54 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from patchc.diagnostics import RULES, Span
+from patchc.diagnostics import RULES, PatchcError, Span
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS, Env
 from patchc.resolve.circuits import circuit
+from patchc.resolve.indices import UNKNOWN_NODE
 from patchc.resolve.positions import Positions
-from patchc.resolve.scope import NODE_NAMES, NOT_SUPPORTED_YET, NUMBER_DOMAINS, WRONG_KIND, Scope
+from patchc.resolve.scope import (
+    NODE_NAMES,
+    NOT_SUPPORTED_YET,
+    NUMBER_DOMAINS,
+    UNKNOWN_NAME,
+    WRONG_KIND,
+    Scope,
+)
 from patchc.resolve.selectors import Selectors
-from patchc.resolve.terms import Chain, Difference, Either, NodeSet, Ready, Repeat, Term, placed, union
+from patchc.resolve.terms import (
+    Chain,
+    Difference,
+    Either,
+    NodeSet,
+    Ready,
+    Repeat,
+    Term,
+    of_nodes,
+    placed,
+    union,
+)
 
 RECURSIVE_LET = RULES.add("recursive-let", "a let that is defined by itself")
 ARGUMENT_COUNT = RULES.add("argument-count", "a let is given more or fewer sets than it has parameters")
 
+_OF_NAMES = (UNKNOWN_NAME.code, UNKNOWN_NODE.code, RECURSIVE_LET.code)
+"""What is wrong with a let whatever its parameters are."""
 TERMS = (NodeSet, Chain, Either, Repeat, Ready)
 
 
 class Sets:
     """The set expressions of a spec."""
 
-    def __init__(self, scope: Scope, graph: ResidualGraph, selectors: Selectors, positions: Positions, difference: Difference):
+    def __init__(
+        self,
+        scope: Scope,
+        graph: ResidualGraph,
+        selectors: Selectors,
+        positions: Positions,
+        difference: Difference,
+    ):
         self._scope = scope
         self._graph = graph
         self._selectors = selectors
@@ -64,9 +92,15 @@ class Sets:
         return names
 
     def check_let(self, let: tree.Let) -> None:
-        """Resolve a let without parameters, for its errors."""
+        """Resolve a let for its errors; of one with parameters, for the names in it that mean nothing."""
         if not let.parameters:
             self._of_let(let, let.name)
+            return
+        anything = NodeSet(of_nodes(self._graph, self._graph.all))
+        try:
+            self._inside(let, let.name, {p.text: anything for p in let.parameters})
+        except PatchcError as error:
+            raise PatchcError(d for d in error.diagnostics if d.code in _OF_NAMES) from None
 
     # ---- by construct
 
@@ -142,12 +176,16 @@ class Sets:
         bound = env[node.name.text]
         if isinstance(bound, TERMS):
             return bound
-        raise WRONG_KIND.error(f"{node.name.text!r} ranges over {type(bound).__name__.lower()}s, not nodes", span=node.span)
+        raise WRONG_KIND.error(
+            f"{node.name.text!r} ranges over {type(bound).__name__.lower()}s, not nodes", span=node.span
+        )
 
     def _of_let(self, let: tree.Let, name: tree.Name) -> Term:
         if let.parameters:
             takes = ", ".join(p.text for p in let.parameters)
-            raise ARGUMENT_COUNT.error(f"{let.name.text!r} takes {takes}", fix=f"{let.name.text}({takes})", span=name.span)
+            raise ARGUMENT_COUNT.error(
+                f"{let.name.text!r} takes {takes}", fix=f"{let.name.text}({takes})", span=name.span
+            )
         return self._inside(let, name, NO_LOCALS)
 
     def _inside(self, let: tree.Let, name: tree.Name, env: Env) -> Term:
@@ -173,7 +211,7 @@ class Sets:
             known = [n for n, other in self._scope.lets.items() if other.parameters] + ["circuit"]
             raise self._scope.not_a("a let with parameters", node.name, known)
         if len(node.arguments) != len(let.parameters):
-            takes = f"takes {len(let.parameters)} sets" if let.parameters else "takes none"
+            takes = f"takes {len(let.parameters)} sets" if let.parameters else "takes no sets"
             raise ARGUMENT_COUNT.error(f"{name!r} {takes}, not {len(node.arguments)}", span=node.span)
         given = [self._argument(a, env) for a in node.arguments]
         return self._inside(let, node.name, dict(zip((p.text for p in let.parameters), given, strict=True)))
@@ -186,7 +224,9 @@ class Sets:
     def _circuit(self, node: tree.Call, env: Env) -> Term:
         for argument in node.arguments:
             if isinstance(argument, tree.Text | tree.Parameter):
-                raise NOT_SUPPORTED_YET.error("circuit files are not supported yet; list the edges", span=node.span)
+                raise NOT_SUPPORTED_YET.error(
+                    "circuit files are not supported yet; list the edges", span=node.span
+                )
         return circuit(self._graph, [self._argument(a, env) for a in node.arguments], node.span)
 
 
@@ -201,5 +241,3 @@ def names_in(node: Any) -> Iterator[str]:
         for f in fields(node):
             if f.name != "span":
                 yield from names_in(getattr(node, f.name))
-
-

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Source
+from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Source, Span
 from patchc.ir.experiment import Experiment, ModelChoice, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
@@ -23,7 +23,7 @@ from patchc.resolve.patches import Patches
 from patchc.resolve.paths import Paths
 from patchc.resolve.positions import Positions
 from patchc.resolve.records import EMPTY_DATA, Given, read_records
-from patchc.resolve.scope import NAME_CLASH, NOT_SUPPORTED_YET, Scope, collecting
+from patchc.resolve.scope import BUILT_IN, NAME_CLASH, NOT_SUPPORTED_YET, Scope, collecting
 from patchc.resolve.selectors import Selectors
 from patchc.resolve.sets import Sets
 from patchc.resolve.tensors import Tensors
@@ -55,14 +55,16 @@ def resolve(
     parameters: Mapping[str, str | int | float] | None = None,
     bos: bool | None = None,
 ) -> Resolved:
-    """Look up every name of a spec, expand every selector, and check everything that can be checked without a run.
+    """Look up every name of a spec, expand every selector, and check everything that can be checked without a
+    run.
 
-    `tokenizer(text)["input_ids"]`, also with `add_special_tokens=False`, and `tokenizer.decode(ids)` are called; None
-    where all data are token ids. `base`: what the spec's paths are relative to. `model`: where it was given in Python,
-    so that the spec needs none. `data`: see `records.Given`. `tensors`: the shape `[d]` of each tensor given.
-    `metrics`: the names of Python metrics. `parameters`: the values of `${NAME}`. `bos` overrides the spec's option.
+    `tokenizer(text)["input_ids"]`, also with `add_special_tokens=False`, and `tokenizer.decode(ids)` are
+    called; None where all data are token ids. `base`: what the spec's paths are relative to. `model`: where
+    it was given in Python, so that the spec needs none. `data`: see `records.Given`. `tensors`: the shape
+    `[d]` of each tensor given. `metrics`: the names of Python metrics. `parameters`: the values of `${NAME}`.
+    `bos` overrides the spec's option.
 
-    Raises `PatchcError` with every error, and the warnings, of the spec and its data.
+    Raises `PatchcError` with every error of the spec and its data, in the spec's order.
     """
     report = Report()
     scope = Scope(report, parameters or {})
@@ -73,16 +75,24 @@ def resolve(
         bos = next((bool(value) for name, value in chosen.options if name == "bos"), None)
     study = _Study(spec, graph, Encoder(tokenizer, bos), scope, base, data, tensors or {}, metrics)
     experiments = study.experiments(source)
-    study.dataset.check_unused(report)
-    report.raise_errors()
+    if report.has_errors:
+        raise PatchcError(_in_order(report.diagnostics, source))
+    study.dataset.check_unused(report)  # only now: what has an error uses less than it will
     choice = model or chosen or ModelChoice("")
     found = Study(choice, study.dataset.prompts(), experiments, tuple(study.tensors.sources.items()))
-    return Resolved(found, tuple(report.diagnostics))
+    return Resolved(found, tuple(_in_order(report.diagnostics, source)))
 
 
-def _start(source: Source):
-    from patchc.diagnostics import Span
+def _in_order(diagnostics: Sequence[Diagnostic], source: Source) -> list[Diagnostic]:
+    """Those about data files and Python's arguments first, then as they stand in the spec."""
 
+    def start(d: Diagnostic) -> int:
+        return d.span.start if d.span is not None and d.span.source == source else -1
+
+    return sorted(diagnostics, key=start)
+
+
+def _start(source: Source) -> Span:
     return Span(source, 0, min(1, len(source.text)))
 
 
@@ -120,11 +130,15 @@ class _Study:
         self.metrics = Metrics(scope, dataset, self.positions)
         values = Values(scope, dataset, self.tensors)
         self._resolve = Experiments(
-            self.report, scope, graph, dataset,
+            self.report,
+            scope,
+            graph,
+            dataset,
             Loops(scope, graph, dataset, self.positions, self.sets),
             Patches(graph, dataset, self.sets, Paths(graph, self.report), values, self.tensors),
-            self.metrics, Expects(scope, self.positions, self.sets),
-        )  # fmt: skip
+            self.metrics,
+            Expects(scope, self.positions, self.sets),
+        )
 
     # ---- names
 
@@ -143,6 +157,7 @@ class _Study:
                         self.scope.metrics[item.name.text] = item
                 case tree.Sae():
                     self.report.add(NOT_SUPPORTED_YET.at(item.span, "sae is not supported yet"))
+                    self.scope.unsupported.add(item.name.text)
                 case _:
                     pass
 
@@ -157,7 +172,8 @@ class _Study:
         seen: set[str] = set()
         for record in self.dataset.records:
             for name in record.cells:
-                if name not in seen:
+                # A file's key may be a word of the language: where the key is used, no such word can stand.
+                if name not in seen and not (name in BUILT_IN and name not in record.spans):
                     self.scope.declare(name, "a column", record.span(name))
                 seen.add(name)
             for name, position in record.positions.items():
@@ -168,7 +184,8 @@ class _Study:
     # ---- statements
 
     def experiments(self, source: Source) -> tuple[Experiment, ...]:
-        """Every experiment that has no error; lets, metrics and positions that nothing uses are checked too."""
+        """Every experiment that has no error; lets, metrics and positions that nothing uses are checked
+        too."""
         self.positions.check_declared()
         for item in self.spec.items:
             with collecting(self.report):
@@ -196,7 +213,11 @@ class _Study:
             other = first.setdefault(node.name.text, node)
             if other is not node:
                 notes = [Note("the first is here", other.name.span)]
-                self.report.add(NAME_CLASH.at(node.name.span, f"two experiments are called {node.name.text!r}", notes=notes))
+                self.report.add(
+                    NAME_CLASH.at(
+                        node.name.span, f"two experiments are called {node.name.text!r}", notes=notes
+                    )
+                )
 
 
 def _runs(spec: tree.Spec) -> Iterator[str]:

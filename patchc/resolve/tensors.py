@@ -1,4 +1,5 @@
-"""Tensors that a value names: given from Python, or in a safetensors file, of which only the header is read."""
+"""Tensors that a value names: given from Python, or in a safetensors file, of which only the header is
+read."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ class Tensors:
 
     def _take(self, key: str, shape: Shape, source: str, span: Span | None) -> str:
         if len(shape) != 1:
-            raise TENSOR_SHAPE.error(f"tensor {key!r} has shape {list(shape)}; a value has one axis, [d]", span=span)
+            raise TENSOR_SHAPE.error(
+                f"tensor {key!r} has shape {list(shape)}; a value has one axis, [d]", span=span
+            )
         self.sources[key], self.shapes[key] = source, shape
         return key
 
@@ -66,7 +69,7 @@ def _read_header(path: Path, name: str, span: Span | None) -> dict[str, Any]:
             size = int.from_bytes(file.read(LENGTH_BYTES), "little")
             raw = file.read(size) if size <= MAX_HEADER else b""
     except OSError as error:
-        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror} ({path})", span=span) from None
+        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
     try:
         found: dict[str, Any] = json.loads(raw)
         return {key: entry for key, entry in found.items() if key != "__metadata__" and "shape" in entry}

@@ -21,8 +21,8 @@ BAD_DIFFERENCE = RULES.add("bad-difference", "`-` takes a part out of something 
 class Member:
     """One thing that a path can start at or step through, as a spec names it.
 
-    `site` is what a start replaces; `ports` are those that a later step enters (0: it cannot be a later step);
-    `tokens` is what `@` says; `rank` is the stream's, for `Site.STREAM`.
+    `site` is what a start replaces; `ports` are those that a later step enters (0: it cannot be a later
+    step); `tokens` is what `@` says; `rank` is the stream's, for `Site.STREAM`.
     """
 
     name: str
@@ -142,13 +142,15 @@ class Difference:
 
     def _without(self, member: Member, taken: Member, span: Span | None) -> list[Member]:
         common = member.nodes & taken.nodes
-        if not common or Site.STREAM in (member.site, taken.site) and member.site is not taken.site:
+        if not common or (Site.STREAM in (member.site, taken.site) and member.site is not taken.site):
             return [member]
         if Site.STREAM is member.site and member.rank != taken.rank:
             return [member]
         whole = {Site.ATTN_OUT, Site.STREAM}
         if member.site in whole and common != member.nodes:
-            raise BAD_DIFFERENCE.error(f"{member.name} is one thing, and {taken.name} cannot be taken out of it", span=span)
+            raise BAD_DIFFERENCE.error(
+                f"{member.name} is one thing, and {taken.name} cannot be taken out of it", span=span
+            )
         return self._rest(member, taken, common)
 
     def _rest(self, member: Member, taken: Member, common: Nodes) -> list[Member]:
@@ -182,7 +184,11 @@ _ENTERED = (Site.OUT, Site.Q, Site.K, Site.V)
 
 def is_head(graph: ResidualGraph, member: Member) -> bool:
     """Whether the member is one head, or one port or site of one."""
-    return member.nodes & graph.heads == member.nodes and member.nodes.bit_count() == 1 and member.site is not Site.ATTN_OUT
+    return (
+        member.nodes & graph.heads == member.nodes
+        and member.nodes.bit_count() == 1
+        and member.site is not Site.ATTN_OUT
+    )
 
 
 def kinds_of(graph: ResidualGraph, nodes: Nodes) -> set[Kind]:

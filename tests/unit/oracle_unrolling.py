@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +18,34 @@ from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Tokens
 from tests.unit.oracle_models import NodeFunctions
 
-Item = tuple[Node, int | None, Tokens]
-"""A node on a path, the port (None: its only one) and the tokens by which the path enters it from the node before."""
+
+@dataclass(frozen=True)
+class Below:
+    """The whole stream below a rank, as the beginning of a path."""
+
+    rank: int
+
+
+Item = tuple[Any, int | None, Tokens]
+"""A node on a path (or, at its beginning, the stream below a rank), the port (None: its only one) and the tokens by which
+the path enters it from the node before."""
 
 Word = tuple[Item, ...]
 """A path from a node to the logits. Of the first item only the node counts."""
 
 
 PORT_SITES = (Site.Q, Site.K, Site.V)
+WHOLE = (Site.STREAM, Site.ATTN_OUT)
 
 
 def joins(step: Step, word: Word, i: int) -> bool:
     """Whether `step` may be the one at place `i` of `word`."""
     node, port, tokens = word[i]
+    if isinstance(node, Below):
+        return step.site is Site.STREAM and step.rank == node.rank
     if not step.nodes >> node.id & 1:
+        return False
+    if step.site is Site.STREAM and not node.rank < step.rank <= word[i + 1][0].rank:
         return False
     if i and (not step.tokens & tokens or (port is not None and not step.ports >> port & 1)):
         return False
@@ -40,33 +55,33 @@ def joins(step: Step, word: Word, i: int) -> bool:
     return bool(step.via.writers(reader.id, -1 if port is None else port) >> node.id & 1)
 
 
-def matches(path: Path, word: Word, i: int) -> Iterator[tuple[int, Step | None]]:
-    """Where a match that begins at place `i` may end, and the step at the word's own beginning if that is in it."""
+Match = tuple[int, Step | None]
+"""Where a match has got to in a word, and the step at the word's own beginning if that is in it."""
+
+
+def matches(path: Path, word: Word, begun: set[Match]) -> set[Match]:
+    """Every way to match `path` on from one of `begun`."""
     match path:
         case Step():
-            if i < len(word) and joins(path, word, i):
-                yield i + 1, path if i == 0 else None
+            here = ((i, first) for i, first in begun if i < len(word) and joins(path, word, i))
+            return {(i + 1, first or path) for i, first in here}
         case Alt(parts):
-            for part in parts:
-                yield from matches(part, word, i)
+            return {end for part in parts for end in matches(part, word, begun)}
         case Seq(parts):
-            if not parts:
-                yield i, None
-                return
-            for j, first in matches(parts[0], word, i):
-                for k, later in matches(Seq(parts[1:]), word, j):
-                    yield k, first or later
+            for part in parts:
+                begun = matches(part, word, begun)
+            return begun
         case Star(part):
-            yield i, None
-            for j, first in matches(part, word, i):
-                if j > i:
-                    for k, later in matches(path, word, j):
-                        yield k, first or later
+            ends, new = set(begun), set(begun)
+            while new:
+                new = matches(part, word, new) - ends
+                ends |= new
+            return ends
 
 
 def starts(path: Path, word: Word) -> list[Step]:
     """The steps of `path` that may be first in it where it is the whole of `word`."""
-    found = (step for end, step in matches(path, word, 0) if end == len(word) and step is not None)
+    found = (step for end, step in matches(path, word, {(0, None)}) if end == len(word) and step is not None)
     return list(dict.fromkeys(found))
 
 
@@ -88,6 +103,7 @@ class Unrolled:
     patches: tuple[Patch, ...]
     classes: tuple[Tokens, ...]
     possible: dict[tuple[int, Word], bool] = field(default_factory=dict)
+    masks: dict[Tokens, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.graph = self.functions.graph
@@ -101,15 +117,33 @@ class Unrolled:
     def read(self, word: Word, port: int | None, active: tuple[int, ...]) -> Tensor:
         """What the first node of `word` reads by `port`."""
         reader = word[0][0]
-        total = torch.zeros(self.prompts.layout.n_tokens, self.graph.d_model)
+        total = torch.zeros_like(self.plain[self.run].out[self.graph.nodes[0]])
         for tokens in self.classes:
             entered = ((reader, port, tokens), *word[1:])
             some = tuple(i for i in active if not self.is_member_at(i, word, port, tokens))
-            for writer in self.graph.nodes[:-1]:
-                if writer.rank < reader.rank:
-                    out = self.variant(((writer, None, 0), *entered), some)
-                    total += torch.where(self.mask(tokens), out, 0.0)
+            total = torch.where(self.mask(tokens), self.summed(entered, some), total)
         return total
+
+    def summed(self, word: Word, active: tuple[int, ...]) -> Tensor:
+        """The stream that the first node of `word` reads by the port and at the tokens that `word` names."""
+        reader = word[0][0]
+        x = torch.zeros_like(self.plain[self.run].out[self.graph.nodes[0]])
+        for rank in range(reader.rank + 1):
+            whole = self.entering(((Below(rank), None, 0), *word), active, Site.STREAM)
+            x = self.entered(x, whole, lambda plain, r=rank: plain.stream(r))
+            for block in self.graph.blocks:
+                if block.rank == rank < reader.rank:
+                    members = self.graph.members(block.nodes)
+                    out = sum(self.variant(((node, None, 0), *word), active) for node in members)
+                    whole = self.entering(((members[0], None, 0), *word), active, Site.ATTN_OUT)
+                    x = x + self.entered(out, whole, lambda plain, m=members: sum(plain.out[n] for n in m))
+        return x
+
+    def entering(self, word: Word, active: tuple[int, ...], site: Site) -> list[tuple[Site, Tokens, Value]]:
+        """The values of ordinary patches that enter at a whole stream, or at a layer's attention output."""
+        ordinary = (self.patches[i] for i in active if not self.patches[i].complement)
+        found = ((step, patch) for patch in ordinary for step in starts(patch.path, word) if step.site is site)
+        return [(site, step.tokens & self.all, patch.value) for step, patch in found]
 
     def is_member_at(self, patch: int, word: Word, port: int | None, tokens: Tokens) -> bool:
         """Whether a path of a complement's set starts at this port: what it reads stays as it is."""
@@ -129,7 +163,8 @@ class Unrolled:
             patch = self.patches[i]
             first = starts(patch.path, word)
             if not patch.complement:
-                entering += [(step.site, step.tokens & self.all, patch.value) for step in first]
+                own = (step for step in first if step.site not in WHOLE)
+                entering += [(step.site, step.tokens & self.all, patch.value) for step in own]
                 continue
             inside = 0
             for step in first:
@@ -144,7 +179,7 @@ class Unrolled:
                 for part in (tokens & inside, tokens & ~inside)
                 if part
             ]
-        out = torch.zeros(self.prompts.layout.n_tokens, self.graph.d_model)
+        out = torch.zeros_like(self.plain[self.run].out[node])
         inner = [e for e in entering if e[0] in PORT_SITES]
         outer = [e for e in entering if e[0] not in PORT_SITES]
         for tokens, some in groups:
@@ -208,7 +243,10 @@ class Unrolled:
         return self.possible[key]
 
     def mask(self, tokens: Tokens) -> Tensor:
-        return torch.tensor([tokens >> t & 1 for t in range(self.prompts.layout.n_tokens)], dtype=torch.bool)[:, None]
+        if tokens not in self.masks:
+            numbers = [tokens >> t & 1 for t in range(self.prompts.layout.n_tokens)]
+            self.masks[tokens] = torch.tensor(numbers, dtype=torch.bool)[:, None]
+        return self.masks[tokens]
 
 
 class Plain:
@@ -230,4 +268,9 @@ class Plain:
                 case _:
                     self.qkv[node] = [f.project(node, port, sum(below)) for port in range(3)]
                     self.out[node] = f.write(node, f.z(node, *self.qkv[node]))
-        self.logits = f.unembed(sum(self.out.values()))
+        self.logits = f.unembed(self.stream(f.graph.top))
+
+    def stream(self, rank: int) -> Tensor:
+        """The stream below a rank."""
+        below = [x for node, x in self.out.items() if node.rank < rank]
+        return sum(below, torch.zeros_like(next(iter(self.out.values()))))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ from patchc.ir.experiment import (
     Sum,
     Value,
 )
-from patchc.ir.graph import Kind, ResidualGraph
+from patchc.ir.graph import BlockKind, Kind, ResidualGraph
 from patchc.ir.paths import Alt, Edges, Seq, Site, Star, Step
 from patchc.ir.tokens import Layout
 from tests.unit.oracle_models import D_HEAD, MODELS, NodeFunctions, gpt2, llama, native, prompts
@@ -81,8 +81,19 @@ def largest_difference(got: list[Tensor], want: list[Tensor]) -> float:
 class Fixture:
     """A model, an oracle on it, and its plain runs."""
 
-    def __init__(self, kind: str, driver: str = "auto", n_heads: int = 4, data: Prompts | None = None, **given: Any):
+    def __init__(
+        self,
+        kind: str,
+        driver: str = "auto",
+        *,
+        n_heads: int = 4,
+        data: Prompts | None = None,
+        double: bool = False,
+        **given: Any,
+    ):
         self.model, self.graph = MODELS[kind](n_heads)
+        if double:
+            self.model = self.model.double()
         self.data = data or prompts(5, 7, 5)
         self.oracle = Oracle(self.model, self.graph, self.data, driver=driver, **given)
         self.functions = NodeFunctions(self.model, self.graph, self.data.layout)
@@ -298,7 +309,15 @@ def start_steps(graph: ResidualGraph) -> st.SearchStrategy[Step]:
     sites = st.sampled_from([Site.Z, Site.Q, Site.K, Site.V])
     of_heads = node_sets(graph).map(lambda nodes: nodes & graph.heads or graph.heads)
     inside = st.builds(Step, of_heads, st.just(7), tokens(), relations(graph), sites)
-    return st.one_of(anywhere, inside)
+    ranks = st.integers(1, graph.top)
+    streams = st.builds(
+        lambda rank, some: Step(graph.below(rank), tokens=some, site=Site.STREAM, rank=rank), ranks, tokens()
+    )
+    layers = [b.nodes for b in graph.blocks if b.kind is BlockKind.ATTENTION]
+    outputs = st.builds(
+        lambda nodes, some: Step(nodes, tokens=some, site=Site.ATTN_OUT), st.sampled_from(layers), tokens()
+    )
+    return st.one_of(anywhere, anywhere, inside, streams, outputs)
 
 
 def languages(graph: ResidualGraph) -> st.SearchStrategy[Seq]:
@@ -320,39 +339,231 @@ def patches(graph: ResidualGraph) -> st.SearchStrategy[tuple[Patch, ...]]:
     return st.one_of(one.map(lambda p: (p,)), st.tuples(one, one))
 
 
-@torch.no_grad()
-def assert_unrolls(f: Fixture, some: tuple[Patch, ...]) -> None:
-    try:
-        want = Unrolled(f.functions, f.data, "clean", some, CLASSES).logits()
-    except Disagree:
-        assume(False)
-        return
-    try:
-        got = f.logits(*some)
-    except PatchcError as error:
-        # The oracle may find two values at one start where brute force, which stops at equal ones, sees no difference.
-        assert [d.code for d in error.diagnostics] == ["hooks-two-values"]
-        assume(False)
-        return
-    assert largest_difference(got, list(want.split(f.data.layout.lengths))) < 2e-5
+def checked(examples: int) -> Any:
+    """Settings of a random test: the same examples each time, and no shrinking, which would take minutes."""
+    phases = (Phase.explicit, Phase.generate)
+    unwell = list(HealthCheck)
+    return settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases, suppress_health_check=unwell
+    )  # fmt: skip
 
 
-SMALL_FIXTURES: dict[tuple[str, str], Fixture] = {}
+@pytest.mark.parametrize(("kind", "examples", "tolerance"), [("native", 30, 1e-9), ("gpt2", 10, 1e-9), ("llama", 15, 2e-5)])
+def test_random_languages_unroll(kind: str, examples: int, tolerance: float) -> None:
+    # In double precision (but for Llama's norms and rotations): where patches zero all that a norm reads, it makes much
+    # of the last bits.
+    fixture = Fixture(kind, n_heads=2, data=SMALL, double=True)
 
-
-def small(kind: str, driver: str) -> Fixture:
-    if (kind, driver) not in SMALL_FIXTURES:
-        SMALL_FIXTURES[kind, driver] = Fixture(kind, driver, n_heads=2, data=SMALL)
-    return SMALL_FIXTURES[kind, driver]
-
-
-@pytest.mark.parametrize(("kind", "driver", "examples"), [("native", "transformer_lens", 40), ("gpt2", "transformer_lens", 12), ("llama", "forward_hooks", 12), ("llama", "transformer_lens", 12), ("gpt2", "forward_hooks", 12)])
-def test_random_languages_unroll(kind: str, driver: str, examples: int) -> None:
-    fixture = small(kind, driver)
-
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @checked(examples)
     @given(patches(fixture.graph))
     def check(some: tuple[Patch, ...]) -> None:
-        assert_unrolls(fixture, some)
+        try:
+            with torch.no_grad():
+                want = Unrolled(fixture.functions, fixture.data, "clean", some, CLASSES).logits()
+        except Disagree:
+            assume(False)
+            return
+        got = fixture.logits(*some)
+        assert largest_difference(got, list(want.split(SMALL.layout.lengths))) < tolerance
 
     check()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_both_drivers_agree(kind: str) -> None:
+    one, other = (Fixture(kind, driver, data=prompts(4, 3, 4)) for driver in ("transformer_lens", "forward_hooks"))
+
+    @checked(20)
+    @given(patches(one.graph))
+    def check(some: tuple[Patch, ...]) -> None:
+        try:
+            want = one.logits(*some)
+        except PatchcError:
+            assume(False)
+            return
+        assert largest_difference(other.logits(*some), want) < 1e-3
+
+    check()
+
+
+# ---- values that meet
+
+
+@torch.no_grad()
+def test_of_two_starts_on_one_path_the_one_nearest_the_logits_wins() -> None:
+    f = Fixture("native")
+    low, high = head(f.graph, 0, 0), head(f.graph, 1, 2)
+    noise = Patch(to_logits(f.graph, Step(low)), Value(()))
+    restore = Patch(to_logits(f.graph, Step(f.graph.heads & ~low)), Value(((1.0, FromWorld("clean")),)))
+    direct = Patch(Seq((Step(low), Step(f.graph.logits_set))), Value(()))
+    assert largest_difference(f.logits(noise, restore), f.logits(direct)) < 2e-6
+    assert largest_difference(f.logits(noise), f.logits(direct)) > 1e-4
+    assert high & restore.path.parts[0].nodes
+
+
+def test_one_start_with_two_values_is_an_error() -> None:
+    f = Fixture("native")
+    step = to_logits(f.graph, Step(head(f.graph, 0, 0)))
+    with pytest.raises(PatchcError, match="hooks-two-values") as error:
+        f.logits(Patch(step, CORRUPT), Patch(step, Value(())))
+    assert "head[0, 0]" in error.value.diagnostics[0].message
+    assert largest_difference(f.logits(Patch(step, CORRUPT), Patch(step, CORRUPT)), f.logits(Patch(step, CORRUPT))) == 0
+
+
+def test_a_start_may_have_two_values_at_different_tokens() -> None:
+    f = Fixture("native", data=prompts(4))
+    early, late = (to_logits(f.graph, Step(head(f.graph, 0, 0), tokens=t)) for t in (0b0011, 0b1100))
+    both = f.logits(Patch(early, CORRUPT), Patch(late, Value(())))
+    assert largest_difference(both, f.logits(Patch(early, CORRUPT))) > 1e-4
+    assert largest_difference([both[0][:2]], [f.logits(Patch(early, CORRUPT))[0][:2]]) < 2e-6
+
+
+@pytest.mark.parametrize(("tensors", "message"), [({}, "no tensor 'v'"), ({"v": torch.zeros(3)}, r"must be \[32\]")])
+def test_a_tensor_that_does_not_fit_is_an_error(tensors: dict[str, Tensor], message: str) -> None:
+    f = Fixture("native", tensors=tensors)
+    given = Value(((1.0, Given("v")),))
+    with pytest.raises(PatchcError, match=message):
+        f.logits(Patch(to_logits(f.graph, Step(head(f.graph, 0, 0))), given))
+
+
+# ---- metrics
+
+
+def test_metrics_are_their_definitions() -> None:
+    data = prompts(4, 6, 6)
+    ends = tuple(data.layout.token(i, -1) for i in range(3))
+    answers = ((1, 2), (3,), (4,))
+    reads = {measure: Read(measure, answers, ends) for measure in Measure}
+    expressions = {str(m): e for m, e in reads.items()} | {
+        "kl": Kl("corrupt", ends),
+        "sum": Sum(((2.0, reads[Measure.LOGIT]), (-1.0, Constant(3.0)))),
+        "product": Product((reads[Measure.PROB], reads[Measure.LOSS])),
+        "quotient": Quotient(reads[Measure.PROB], reads[Measure.LOSS]),
+        "called": Called("largest"),
+    }
+    metrics = [Metric(name, e) for name, e in expressions.items()]
+    f = Fixture("native", data=data, metrics={"largest": lambda logits: logits[:, -1].amax(-1)})
+    got = f.oracle.measure(experiment(*metrics), [cell(), cell()])
+    clean = torch.stack([x[-1] for x in f.plain("clean")]).double()
+    corrupt = torch.stack([x[-1] for x in f.plain("corrupt")]).double()
+    p, q = corrupt.softmax(-1), clean.softmax(-1)
+    prob = torch.stack([q[i, list(a)].sum() for i, a in enumerate(answers)])
+    logit = torch.stack([clean[i, list(a)].mean() for i, a in enumerate(answers)])
+    best = [clean[i, list(a)].max() for i, a in enumerate(answers)]
+    want = {
+        "logit": logit.mean(), "prob": prob.mean(), "logprob": prob.log().mean(), "loss": -prob.log().mean(),
+        "rank": sum((clean[i] > b).sum() for i, b in enumerate(best)) / 3,
+        "correct": sum(float(int(clean[i].argmax()) in a) for i, a in enumerate(answers)) / 3,
+        "kl": (p * (p / q).log()).sum(-1).mean(), "sum": (2 * logit - 3).mean(),
+        "product": -(prob * prob.log()).mean(), "quotient": -(prob / prob.log()).mean(),
+        "called": clean.amax(-1).mean(),
+    }  # fmt: skip
+    assert got.keys() == want.keys()
+    for name, number in want.items():
+        assert got[name].dtype == torch.float64
+        assert got[name].tolist() == pytest.approx([float(number)] * 2, abs=2e-6), name
+
+
+def test_normalised_metrics_are_0_and_1_at_their_worlds() -> None:
+    f = Fixture("native", data=prompts(4, 6))
+    ends = tuple(f.data.layout.token(i, -1) for i in range(2))
+    logit = Read(Measure.LOGIT, ((1,), (2,)), ends)
+    metrics = [Metric("of means", logit, "clean", "corrupt"), Metric("of ratios", logit, "clean", "corrupt", True)]
+    whole = Patch(to_logits(f.graph, Step(f.graph.input)), CORRUPT)
+    part = Patch(to_logits(f.graph, Step(head(f.graph, 0, 0))), CORRUPT)
+    done: list[int] = []
+    got = f.oracle.measure(experiment(*metrics), [cell(), cell(whole), cell(part)], done.append)
+    assert done == [1, 2, 3]
+    for numbers in got.values():
+        assert numbers[:2].tolist() == pytest.approx([0, 1], abs=1e-6)
+    at_end = [torch.stack([x[-1, i + 1] for i, x in enumerate(run)]).double() for run in (f.plain("clean"), f.logits(part), f.plain("corrupt"))]
+    zero, x, one = at_end
+    assert got["of means"][2].item() == pytest.approx(((x.mean() - zero.mean()) / (one.mean() - zero.mean())).item(), abs=1e-5)
+    assert got["of ratios"][2].item() == pytest.approx(((x - zero) / (one - zero)).mean().item(), abs=1e-5)
+
+
+def test_a_python_metric_of_a_wrong_shape_is_an_error() -> None:
+    f = Fixture("native", metrics={"all": lambda logits: logits})
+    with pytest.raises(PatchcError, match="one number, or one a prompt"):
+        f.oracle.measure(experiment(Metric("m", Called("all"))), [cell()])
+
+
+# ---- what it leaves alone
+
+
+@pytest.mark.parametrize(("kind", "driver"), DRIVERS)
+def test_the_model_is_left_as_it_was(kind: str, driver: str) -> None:
+    def state(model: nn.Module) -> list[Any]:
+        modules = [
+            (name, type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+            for name, m in model.named_modules()
+        ]
+        return [modules, {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}]
+
+    model, graph = MODELS[kind](4)
+    model.train()
+    before, weights = state(model), {name: x.clone() for name, x in model.state_dict().items()}
+    config = str(getattr(model, "config", None))
+    oracle = Oracle(model, graph, prompts(4), driver=driver)
+    oracle.logits(experiment(), cell(Patch(to_logits(graph, Step(graph.heads, ports=1)), Value(()))))
+    assert state(model) == before
+    assert str(getattr(model, "config", None)) == config
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+def test_a_model_that_nothing_can_hook_is_refused_by_name() -> None:
+    _, graph = gpt2()
+    with pytest.raises(PatchcError, match="cannot hook a Sequential") as error:
+        Oracle(nn.Sequential(nn.Embedding(50, 32)), graph, prompts(4))
+    assert error.value.exit == 3
+
+
+def test_a_graph_of_another_model_is_refused() -> None:
+    model, _ = gpt2()
+    _, other = native()
+    with pytest.raises(PatchcError, match="hooks-differ"):
+        Oracle(model, other, prompts(4))
+
+
+# ---- independence
+
+FILES = ("hooks", "hook_drivers", "oracle_metrics", "oracle_worlds", "residuals")
+ALLOWED = {"patchc", "patchc.diagnostics", "patchc.execute", *(f"patchc.execute.{name}" for name in FILES)}
+
+
+def forbidden(modules: list[str]) -> list[str]:
+    ours = (m for m in modules if m == "patchc" or m.startswith("patchc."))
+    return sorted(m for m in ours if m not in ALLOWED and m != "patchc.ir" and not m.startswith("patchc.ir."))
+
+
+def loaded_with(*names: str) -> list[str]:
+    """The modules that a fresh process has after importing these."""
+    code = f"import sys, {', '.join(names)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def imported_by(source: str) -> list[str]:
+    """Every module that a source names in an import, inside functions too."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names.append(node.module or "")
+    return names
+
+
+def test_the_backend_loads_nothing_of_the_compiler() -> None:
+    assert forbidden(loaded_with(*(f"patchc.execute.{name}" for name in FILES))) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_function_of_the_backend_imports_the_compiler(name: str) -> None:
+    assert forbidden(imported_by((ROOT / "patchc" / "execute" / f"{name}.py").read_text())) == []
+
+
+def test_the_tests_of_independence_can_fail() -> None:
+    assert forbidden(loaded_with("patchc.execute.residuals", "patchc.lower")) == ["patchc.lower"]
+    assert forbidden(imported_by("def f():\n    from patchc.optimise import cut")) == ["patchc.optimise"]

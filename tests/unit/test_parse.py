@@ -1,4 +1,4 @@
-"""The parser: nothing raw in the tree, places, limits, round trips, and never anything but a tree or diagnostics."""
+"""The parser: its tree, places, limits, round trips; never anything but a tree or diagnostics."""
 
 from __future__ import annotations
 
@@ -78,6 +78,10 @@ def parts(item: Any) -> list[Any]:
     return [item, *(x for member in inner for x in parts(member))]
 
 
+def inside(item: tree.Construct) -> list[Any]:
+    return [getattr(item, f.name) for f in dataclasses.fields(item) if f.name != "span"]
+
+
 def is_node(item: object) -> bool:
     return isinstance(item, tree.Construct)
 
@@ -114,8 +118,7 @@ def test_the_whole_spec_has_every_construct() -> None:
 def test_every_place_is_inside_the_place_round_it(text: str) -> None:
     def check(item: tree.Construct) -> None:
         assert item.span is not None
-        inner = [getattr(item, f.name) for f in dataclasses.fields(item) if f.name != "span"]
-        for part in [p for x in inner for p in (parts(x) if x is not None else []) if is_node(p)]:
+        for part in [p for x in inside(item) for p in parts(x) if is_node(p)]:
             assert item.span.start <= part.span.start < part.span.end <= item.span.end
 
     for part in parts(parsed(text)):
@@ -192,31 +195,42 @@ def test_more_errors_than_anyone_reads_are_cut() -> None:
 
 def test_random_damage_gives_a_tree_or_diagnostics() -> None:
     random_ = random.Random(0)
-    trees = 0
-    for number in range(200):
-        damaged = bytearray(SPECS[number % len(SPECS)].encode())
-        for _ in range(random_.randint(1, 4)):
-            at = random_.randrange(len(damaged))
-            match random_.randrange(3):
-                case 0:
-                    damaged[at] = random_.randrange(256)
-                case 1:
-                    del damaged[at : at + random_.randint(1, 30)]
-                case _:
-                    damaged[at:at] = random_.choice(
-                        [b"(", b"}", b'"', b"->", b" patch ", b"\\u", b"\xff", b"@"]
-                    )
-        try:
-            spec = parsed(damaged.decode(errors="replace"))
-        except PatchcError as error:
-            assert error.diagnostics
-            assert all(d.span is not None and d.span.start <= d.span.end for d in error.diagnostics)
-        else:
-            trees += 1
-            assert parsed(print_spec(spec)) == spec
+    trees = sum(is_tree(damaged(SPECS[i % len(SPECS)], random_)) for i in range(200))
     assert 0 < trees < 200
 
 
+def damaged(text: str, random_: random.Random) -> str:
+    """The text after up to four bytes or pieces were changed, cut out or put in."""
+    data = bytearray(text.encode())
+    for _ in range(random_.randint(1, 4)):
+        at = random_.randrange(len(data))
+        match random_.randrange(3):
+            case 0:
+                data[at] = random_.randrange(256)
+            case 1:
+                del data[at : at + random_.randint(1, 30)]
+            case _:
+                pieces = [b"(", b"}", b'"', b"->", b" patch ", b"\\u", b"\xff", b"@"]
+                data[at:at] = random_.choice(pieces)
+    return data.decode(errors="replace")
+
+
+def is_tree(text: str) -> bool:
+    """Whether a text parses; if it does its tree can be printed, if not every diagnostic has its place."""
+    try:
+        spec = parsed(text)
+    except PatchcError as error:
+        found = error.diagnostics
+    else:
+        assert parsed(print_spec(spec)) == spec
+        return True
+    assert found
+    assert all(d.span is not None and d.span.start <= d.span.end <= len(text) for d in found)
+    return False
+
+
 def test_parsing_needs_no_torch() -> None:
-    code = "import sys, patchc.parse, patchc.diagnostics.render; assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = (
+        "import sys, patchc.parse, patchc.diagnostics.render; assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,337 @@
+"""patchc from Python: load a model once, compile specs against it, run them, keep their graphs.
+
+    m = patchc.load("ioi-tiny")
+    compiled = m.compile("heads.patch")
+    results = compiled.run(check=True)
+    results["heads"]["recovered"]            # an xarray.DataArray with dims and coords
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, fx, nn
+
+from patchc import pipeline
+from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
+from patchc.execute.base import PlainRun
+from patchc.execute.check import SAMPLE, check
+from patchc.execute.sweep import Outcome
+from patchc.ir.experiment import Called, Experiment, ModelChoice, Study
+from patchc.ir.graph import ResidualGraph
+from patchc.ir.program import Program
+from patchc.lower import NO_EFFECT
+from patchc.model.load import LoadedModel
+from patchc.model.load import load as load_model
+from patchc.optimise import reads
+from patchc.optimise.cut import DEFAULT_BUDGET
+from patchc.optimise.plan import Plan, plan
+from patchc.parse import parse
+from patchc.pipeline import Given
+from patchc.report.files import save_picture
+from patchc.report.record import run_record
+from patchc.report.results import Check, Result, Results
+from patchc.spec import read_spec
+
+SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
+CALLED_LENGTHS = RULES.add("metric-needs-one-length", "a Python metric needs prompts of one length")
+
+Progress = Callable[[str, int, int], None]
+"""Told an experiment's name, how many of its cells are done, and how many it has."""
+
+
+def load(
+    model: str | Path | nn.Module | ModelChoice,
+    *,
+    tokenizer: Any | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    attention: str | None = None,
+    bos: bool | None = None,
+    base: Path | None = None,
+) -> Model:
+    """Load and trace a model once, for any number of specs.
+
+    `model`: a built-in name (`"ioi-tiny"`), a model directory, a hub id, a `torch.nn.Module` of a supported architecture
+    (left exactly as it is; give its `tokenizer`), or a `TransformerBridge`. Raises `PatchcError`.
+    """
+    if isinstance(model, ModelChoice):
+        options: dict[str, Any] = dict(model.options)
+        return Model(load_model(model.name, tokenizer=tokenizer, base=base, **options), model)
+    loaded = load_model(
+        model,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        attention=attention,
+        bos=bos,
+        base=base,
+    )
+    return Model(loaded, ModelChoice(loaded.name))
+
+
+def load_graph(directory: str | Path, model: str | Path | nn.Module | Model) -> fx.GraphModule:
+    """A compiled graph that `Compiled.save` wrote, over the weights of `model`: the same ones, or `model-changed`."""
+    from patchc.codegen.saved import load_saved
+
+    loaded = model if isinstance(model, Model) else load(model)
+    return load_saved(Path(directory), loaded.loaded)
+
+
+@dataclass
+class Model:
+    """A traced and proved model. `loaded.eager` is the module itself; nothing here changes it."""
+
+    loaded: LoadedModel
+    choice: ModelChoice
+
+    @property
+    def graph(self) -> ResidualGraph:
+        """The residual graph: nodes, ports, ranks. `graph.to_networkx()` for algorithms and pictures."""
+        return self.loaded.graph
+
+    def compile(
+        self,
+        spec: str | Path,
+        data: Any = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        *,
+        memory: int = DEFAULT_BUDGET,
+    ) -> Compiled:
+        """Compile a spec (a path, or its text) against this model; its own `model` statement, if any, is not looked at.
+
+        `data`: records (dicts), a DataFrame, or columns by name, where the spec's own data are not to be used.
+        `tensors`: what the spec's `tensor("name")` reads, `[d_model]`. `metrics`: functions of the logits
+        `[prompt, pos, d_vocab]` that give one number a prompt, under names that the spec measures.
+        `memory`: bytes that a pass may hold beyond the model. Raises `PatchcError` with every error of the spec.
+        """
+        self.loaded.check_unchanged()
+        source, base = read_spec(spec)
+        given = Given(data, dict(tensors or {}), dict(metrics or {}))
+        tree = parse(source)
+        study, warnings = pipeline.to_study(tree, source, self.loaded, self.choice, base, given)
+        given = Given(data, _tensors(study, base, given.tensors, self.loaded), given.metrics)
+        _check_called(study)
+        programs = pipeline.to_programs(study, self.loaded, memory)
+        return Compiled(self, source, base, study, programs, given, warnings)
+
+
+@dataclass
+class Compiled:
+    """A compiled spec: `plan()`, `run()`, and each experiment as a differentiable graph."""
+
+    model: Model
+    source: Source
+    base: Path
+    study: Study
+    programs: tuple[Program, ...]
+    given: Given
+    warnings: tuple[Diagnostic, ...] = ()
+    _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
+    _graphs: dict[str, fx.GraphModule] = field(default_factory=dict[str, fx.GraphModule])
+
+    # ---- before anything runs
+    def plan(self) -> Plans:
+        """What each experiment will run."""
+        return Plans(plan(p) for p in self.programs)
+
+    # ---- running
+    def run(
+        self,
+        check: bool | int | str = False,
+        *,
+        progress: Progress | bool = True,
+        write: bool = True,
+    ) -> Results:
+        """Run every experiment.
+
+        `check`: hold a sample of cells (True), a number of them or all (`"all"`) against the hooks backend. `progress`:
+        a callback, or whether to show a bar. `write`: whether `save` and `show` write their files, once everything has
+        run and been checked. Raises `PatchcError`: `check-failed`, `non-finite-metric`, `no-effect`...
+        """
+        self.model.loaded.check_unchanged()
+        tell = _bars() if progress is True else (progress or (lambda *_: None))
+        results = {p.experiment.name: self._run(p, _count(check), tell) for p in self.programs}
+        out = Results(results, run_record(self.source.text, self.study.prompts, self.model.loaded.fingerprint))
+        if write:
+            _write(out, self.base, self.source)
+        return out
+
+    def _run(self, program: Program, count: int | None | bool, tell: Progress) -> Result:
+        experiment, n_cells = program.experiment, len(program.roots)
+        loaded = self.model.loaded
+        outcome = pipeline.execute(program, loaded, self.given, self._runs, lambda n: tell(experiment.name, n, n_cells))
+        _refuse_silent(experiment, outcome)
+        result = _result(program, outcome)
+        if count is not False:
+            compared = check(
+                experiment,
+                outcome,
+                loaded.eager,
+                loaded.graph,
+                self.study.prompts,
+                self.given.tensors,
+                self.given.metrics,
+                count,
+                lambda n: tell(f"{experiment.name}: check", n, n_cells if count is None else min(count, n_cells)),
+            )
+            effect = compared.largest_effect
+            result = replace(result, check=Check(compared.cells, compared.max_abs_diff, compared.tolerance, effect))
+        return result
+
+    # ---- as graphs
+    @cached_property
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        """Each experiment as one `torch.fx.GraphModule`, by name, compiled when first asked for."""
+        return _Graphs(self)
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The spec's one experiment as a graph: `forward(ids of each world [batch, pos], masks) -> logits, captures`.
+
+        `masks` has the shape of the experiment's results, one number a cell: 1 patches, 0 does not, anything between
+        blends, and gradients flow. The worlds are inputs in the order of `graph.worlds`.
+        """
+        if len(self.study.experiments) != 1:
+            names = ", ".join(e.name for e in self.study.experiments)
+            raise SEVERAL_EXPERIMENTS.error(f"the spec has several experiments: {names}", fix="use `.graphs[name]`")
+        return self.graphs[self.study.experiments[0].name]
+
+    def save(self, directory: str | Path, experiment: str | None = None) -> Path:
+        """Write an experiment's graph (JSON and safetensors, weights not included) for `patchc.load_graph`."""
+        from patchc.codegen.saved import save_graph
+
+        graph = self.graph if experiment is None else self.graphs[experiment]
+        return save_graph(graph, Path(directory), self.model.loaded)
+
+
+class Plans(tuple[Plan, ...]):
+    """The plans of a spec; prints as text."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
+
+    __repr__ = __str__
+
+
+class _Graphs(Mapping[str, fx.GraphModule]):
+    def __init__(self, compiled: Compiled):
+        self._compiled, self._made = compiled, dict[str, fx.GraphModule]()
+        self._experiments = {e.name: e for e in compiled.study.experiments}
+
+    def __getitem__(self, name: str) -> fx.GraphModule:
+        if name not in self._made:
+            c, experiment = self._compiled, self._experiments[name]
+            graph = pipeline.to_graph(experiment, c.study.prompts, c.model.loaded, c.given.tensors)
+            graph.worlds = reads.worlds(experiment, c.study.prompts)
+            graph.mask_shape = experiment.shape
+            self._made[name] = graph
+        return self._made[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._experiments)
+
+    def __len__(self) -> int:
+        return len(self._experiments)
+
+
+# ---- between stages
+
+
+def _tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
+    """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file."""
+    out = {name: t.to(model.pieces.device, model.pieces.dtype) for name, t in given.items()}
+    for key, place in study.tensors:
+        if key not in out:
+            file, _, name = place.partition("#")
+            with safe_open(base / file, framework="pt") as opened:
+                out[key] = opened.get_tensor(name).to(model.pieces.device, model.pieces.dtype)
+    return out
+
+
+def _check_called(study: Study) -> None:
+    if len(set(study.prompts.layout.lengths)) == 1:
+        return
+    report = Report()
+    for experiment in study.experiments:
+        for metric in experiment.metrics:
+            if any(isinstance(leaf, Called) for leaf in reads.leaves(metric.expression)):
+                report.add(CALLED_LENGTHS.at(metric.span, f"`{metric.name}` is a Python function, and the prompts differ in length"))
+    report.raise_errors()
+
+
+def _count(check: bool | int | str) -> int | None | bool:
+    """How many cells to check: False for none, None for all."""
+    if check == "all":
+        return None
+    return SAMPLE if check is True or check == "sample" else (False if check is False else int(check))
+
+
+def _refuse_silent(experiment: Experiment, outcome: Outcome) -> None:
+    if not experiment.dims and outcome.silent:
+        raise NO_EFFECT.error(
+            "the patch came out as the run's own value, to the bit: it changes nothing that is measured",
+            span=experiment.cells[0].patches[0].span,
+        )
+
+
+def _result(program: Program, outcome: Outcome) -> Result:
+    experiment = program.experiment
+
+    def shaped(values: Tensor) -> np.ndarray:
+        out = np.full(experiment.shape, np.nan)
+        for cell, value in zip(experiment.cells, values.tolist(), strict=True):
+            out[cell.index] = value
+        return out
+
+    return Result(
+        experiment=experiment,
+        values={name: shaped(v) for name, v in outcome.mean.items()},
+        stderr={name: shaped(v) for name, v in outcome.stderr.items()},
+        n=program.prompts.layout.n_prompts,
+        baselines=outcome.baselines,
+        passes=program.n_passes,
+        unfused_passes=len(program.roots),
+        no_effect=len(program.no_effect) + len(outcome.silent),
+    )
+
+
+def _write(results: Results, base: Path, source: Source) -> None:
+    """The files that `save` and `show` name; a picture without a name is called after its spec and experiment."""
+    stem = "" if source.name == "<spec>" else Path(source.name).stem + "."
+    for name, result in results.items():
+        for save in result.experiment.saves:
+            result.save(base / save.path, span=save.span)
+        for show in result.experiment.shows:
+            save_picture(result, base / (show.path or f"{stem}{name}.png"), show.span)
+
+
+def _bars() -> Progress:
+    """A progress bar an experiment, for a terminal or a notebook; silent where there is neither."""
+    import sys
+
+    from tqdm.auto import tqdm
+
+    bars: dict[str, Any] = {}
+
+    def tell(name: str, done: int, total: int) -> None:
+        if name not in bars:
+            bars[name] = tqdm(total=total, desc=name, unit="cell", leave=False, file=sys.stderr, disable=None)
+        bars[name].update(done - bars[name].n)
+        if done >= total:
+            bars[name].close()
+
+    return tell
+
+
+__all__ = ["Compiled", "Model", "PatchcError", "Plans", "load", "load_graph"]

@@ -1,0 +1,266 @@
+"""The `patchc` command. Results go to stdout, progress and messages to stderr; only here is the process's state touched.
+
+Imports are made where a command needs them: `--help`, and a spec that does not parse, answer without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import click
+
+from patchc.diagnostics import Diagnostic, PatchcError
+
+
+class Exit(IntEnum):
+    """The process's exit status; where several apply, the run's own failure wins over a failed `expect`."""
+
+    OK = 0
+    SPEC = 1
+    USAGE = 2
+    RUN = 3
+    EXPECT = 4
+    INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    # `--check` alone takes no value, so that the spec after it is not read as one.
+    args = ["--check=sample" if a == "--check" else a for a in (sys.argv[1:] if argv is None else argv)]
+    try:
+        sys.exit(cli.main(args, prog_name="patchc", standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        sys.exit(Exit.INTERRUPTED)
+    except KeyboardInterrupt:
+        click.echo("interrupted; nothing was written", err=True)
+        sys.exit(Exit.INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(Exit.USAGE)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="patchc")
+def cli() -> None:
+    """Compile and run activation-patching experiments written as .patch specs."""
+
+
+FORMAT = click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", help="What stdout gets.")
+THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that torch may use.")
+MEMORY = click.option("--memory", callback=lambda _c, _p, v: _bytes(v), help="Most that a pass may hold, e.g. 4GiB.")
+SPEC = click.argument("spec", type=click.Path(path_type=Path))
+CHECK = click.option(
+    "--check", metavar="[=all|N]", help="Recompute a sample of the cells (or all, or N) with forward hooks, and compare."
+)
+
+
+@cli.command()
+@SPEC
+@CHECK
+@FORMAT
+@THREADS
+@MEMORY
+@click.option("--quiet", is_flag=True, help="No progress.")
+def run(spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool) -> int:
+    """Run every experiment of SPEC."""
+    return _guarded(output, lambda: _run(spec, check, output, threads, memory, quiet))
+
+
+@cli.command()
+@SPEC
+@FORMAT
+@MEMORY
+def plan(spec: Path, output: str, memory: int | None) -> int:
+    """Print what SPEC will run: variants, rows, passes. Runs nothing."""
+    return _guarded(output, lambda: _plan(spec, output, memory))
+
+
+@cli.command()
+@click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@FORMAT
+def check(specs: tuple[Path, ...], output: str) -> int:
+    """Report every error of SPECS. Runs nothing."""
+    return _guarded(output, lambda: _check(specs, output))
+
+
+@cli.command()
+@click.argument("model")
+@FORMAT
+def nodes(model: str, output: str) -> int:
+    """List the nodes, ports and shapes of MODEL."""
+    return _guarded(output, lambda: _nodes(model, output))
+
+
+# ---- commands
+
+
+def _run(spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool) -> int:
+    count = _cells_to_check(check)
+    compiled = _compile(spec, memory, threads)
+    results = compiled.run(check=count, progress=not quiet)
+    from patchc.report.expects import failed_expects
+
+    failed = [d for result in results.values() for d in failed_expects(result)]
+    if output == "json":
+        click.echo(json.dumps(results.to_json(), allow_nan=False))
+    else:
+        from rich.console import Console
+
+        from patchc.report.terminal import print_results
+
+        print_results(results, Console())
+    _say(failed)
+    return Exit.EXPECT if failed else Exit.OK
+
+
+def _plan(spec: Path, output: str, memory: int | None) -> int:
+    plans = _compile(spec, memory, None).plan()
+    if output == "json":
+        from dataclasses import asdict
+
+        click.echo(json.dumps({"format_version": 1, "plans": [asdict(p) for p in plans]}))
+    else:
+        click.echo(str(plans))
+    return Exit.OK
+
+
+def _check(specs: tuple[Path, ...], output: str) -> int:
+    found: list[Diagnostic] = []
+    models: dict[Any, Any] = {}
+    for spec in specs:
+        try:
+            found += _checked(spec, models)
+        except PatchcError as error:
+            found += error.diagnostics
+    if output == "json":
+        from patchc.diagnostics.render import to_json
+
+        click.echo(json.dumps({"format_version": 1, "diagnostics": to_json(found)}))
+    else:
+        _say(found)
+        n_errors = sum(d.is_error for d in found)
+        click.echo(f"{len(specs)} checked, {n_errors} errors" if n_errors else f"{len(specs)} checked, no errors", err=True)
+    return max((d.exit for d in found if d.is_error), default=Exit.OK)
+
+
+def _checked(spec: Path, models: dict[Any, Any]) -> list[Diagnostic]:
+    """The warnings of a spec; raises its errors. Parsed before torch is imported."""
+    choice, base = _parsed(spec)
+    from patchc import api
+
+    key = (choice.name, choice.options, base)
+    if key not in models:
+        models[key] = api.load(choice, base=base)
+    return list(models[key].compile(spec).warnings)
+
+
+def _nodes(model: str, output: str) -> int:
+    from patchc import api
+    from patchc.report.nodes import nodes_json, nodes_text
+
+    graph = api.load(model).graph
+    click.echo(json.dumps(nodes_json(graph)) if output == "json" else nodes_text(graph))
+    return Exit.OK
+
+
+# ---- shared
+
+
+def _parsed(spec: Path) -> tuple[Any, Path]:
+    """The model that a spec asks for; every syntax error is raised here, without torch."""
+    from patchc.parse import parse
+    from patchc.resolve.model_choice import model_choice
+    from patchc.spec import read_spec
+
+    source, base = read_spec(spec)
+    return model_choice(parse(source)), base
+
+
+def _compile(spec: Path, memory: int | None, threads: int | None) -> Any:
+    choice, base = _parsed(spec)
+    from patchc import api
+    from patchc.optimise.cut import DEFAULT_BUDGET
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    compiled = api.load(choice, base=base).compile(spec, memory=memory or DEFAULT_BUDGET)
+    _say(compiled.warnings)
+    return compiled
+
+
+def _guarded(output: str, command: Callable[[], int]) -> int:
+    """Runs a command; errors go to stderr as text, or to stdout as the one JSON object."""
+    try:
+        return command()
+    except PatchcError as error:
+        if output == "json":
+            from patchc.diagnostics.render import to_json
+
+            click.echo(json.dumps({"format_version": 1, "diagnostics": to_json(error.diagnostics)}))
+        else:
+            _say(error.diagnostics)
+        return error.exit
+    except (KeyboardInterrupt, click.ClickException):
+        raise
+    except Exception as error:
+        return _internal(output, error)
+
+
+def _internal(output: str, error: Exception) -> int:
+    """A bug of ours: said in one line, with the place, and the traceback where PATCHC_DEBUG asks for it."""
+    import os
+    import traceback
+
+    if os.environ.get("PATCHC_DEBUG"):
+        traceback.print_exc()
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    diagnostic = Diagnostic("internal", message, fix="please report this; PATCHC_DEBUG=1 shows where", exit=Exit.RUN)
+    return _guarded(output, lambda: _raise(diagnostic))
+
+
+def _raise(diagnostic: Diagnostic) -> int:
+    raise PatchcError([diagnostic])
+
+
+def _say(diagnostics: Sequence[Diagnostic]) -> None:
+    if diagnostics:
+        from patchc.diagnostics.render import render
+
+        click.echo(render(diagnostics, color=sys.stderr.isatty()), err=True)
+
+
+def _cells_to_check(check: str | None) -> bool | int | str:
+    if check is None:
+        return False
+    if check in ("all", "sample"):
+        return check
+    if check.isdigit() and int(check):
+        return int(check)
+    raise click.UsageError(f"--check takes nothing, `all` or a number of cells, not {check!r}")
+
+
+def _bytes(text: str | None) -> int | None:
+    """`4GiB`, `512MiB` or a number of bytes."""
+    if text is None:
+        return None
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
+    number = text.rstrip("KMGTiB")
+    unit = text[len(number) :]
+    try:
+        value = int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise click.BadParameter(f"{text!r} is no amount of memory; write 4GiB or 512MiB") from None
+    if value <= 0:
+        raise click.BadParameter("a pass needs some memory")
+    return value
+
+
+__all__ = ["Exit", "cli", "main"]

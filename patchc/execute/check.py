@@ -1,0 +1,90 @@
+"""Holds compiled results against the hooks backend: which cells, what counts as equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from patchc.diagnostics import RULES
+from patchc.execute.hooks import Oracle
+from patchc.execute.sweep import Outcome
+from patchc.ir.experiment import Experiment, Metric, Prompts
+from patchc.ir.graph import ResidualGraph
+
+CHECK_FAILED = RULES.add("check-failed", "a compiled number differs from the hooks backend's", exit=3)
+
+SAMPLE = 16
+"""Cells that `--check` recomputes of each experiment."""
+TOLERANCE = 1e-4
+"""Largest difference that counts as equal, in the metric's own unit before it is normalised (logits, nats, ...)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """How a check came out. `largest_effect` is the largest difference of a checked cell from the base run, in the same
+    unit: beside it the largest difference says something."""
+
+    cells: int
+    max_abs_diff: float
+    tolerance: float
+    largest_effect: float
+    passes: int
+
+
+def sample(outcome: Outcome, n_cells: int, count: int | None) -> list[int]:
+    """The cells to recompute: all where `count` is None, else evenly spread ones and the strongest."""
+    if count is None or count >= n_cells:
+        return list(range(n_cells))
+    spread = {round(i * (n_cells - 1) / max(1, count - 2)) for i in range(count - 1)}
+    first = next(iter(outcome.mean.values()))
+    return sorted({*spread, int((first - first.median()).abs().argmax())})
+
+
+def check(
+    experiment: Experiment,
+    outcome: Outcome,
+    eager: nn.Module,
+    graph: ResidualGraph,
+    prompts: Prompts,
+    tensors: Mapping[str, Tensor],
+    metrics: Mapping[str, Callable[[Tensor], Tensor]],
+    count: int | None = SAMPLE,
+    progress: Callable[[int], None] | None = None,
+) -> Compared:
+    """Recompute cells with hooks. Raises `check-failed` where a number differs by more than the tolerance."""
+    numbers = sample(outcome, len(experiment.cells), count)
+    oracle = Oracle(eager, graph, prompts, tensors=tensors, metrics=metrics)
+    with torch.no_grad():
+        hooked = oracle.measure(experiment, [experiment.cells[i] for i in numbers], progress)
+    worst, effect = 0.0, 0.0
+    for metric in experiment.metrics:
+        unit = _unit(metric, outcome)
+        compiled = outcome.mean[metric.name][numbers]
+        gap = (compiled - hooked[metric.name]).abs() * unit
+        base = outcome.baselines[metric.name][experiment.run]
+        effect = max(effect, float((hooked[metric.name] - base).abs().max()) * unit)
+        if not bool((gap <= TOLERANCE).all()):
+            cell = int(gap.nan_to_num(nan=float("inf")).argmax())
+            raise CHECK_FAILED.error(
+                f"`{metric.name}` of `{experiment.name}` is {float(compiled[cell]):.6g} compiled and "
+                f"{float(hooked[metric.name][cell]):.6g} with hooks in cell {_named(experiment, numbers[cell])}",
+                span=metric.span or experiment.span,
+            )
+        worst = max(worst, float(gap.max()))
+    return Compared(len(numbers), worst, TOLERANCE, effect, oracle.passes)
+
+
+def _unit(metric: Metric, outcome: Outcome) -> float:
+    """What a normalised metric is divided by: differences are compared before that."""
+    if metric.zero is None or metric.one is None or metric.per_prompt:
+        return 1.0
+    raw = outcome.ends.get(metric.name)
+    return abs(raw) if raw is not None else 1.0
+
+
+def _named(experiment: Experiment, number: int) -> str:
+    index = experiment.cells[number].index
+    return ", ".join(f"{d.name}={d.coords[i]}" for d, i in zip(experiment.dims, index, strict=True)) or "0"

@@ -1,0 +1,79 @@
+"""Results to files, by suffix. A file is written whole or not at all: beside its place, then moved there.
+
+What is in a file comes from `Result`; this says how it gets to the disk and what can go wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patchc.diagnostics import RULES, Span
+
+if TYPE_CHECKING:
+    from patchc.report.results import Result
+
+UNKNOWN_FORMAT = RULES.add("unknown-format", "a file name whose suffix names no format that patchc writes")
+NO_DIRECTORY = RULES.add("no-such-directory", "a file should be written into a directory that does not exist")
+CANNOT_WRITE = RULES.add("cannot-write", "the system refused to write a file", exit=3)
+
+TABLES = (".json", ".csv", ".parquet")
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def save_result(result: Result, path: Path, span: Span | None = None) -> Path:
+    """Write a result's numbers; returns the path."""
+    _check_suffix(path, TABLES, "results", span)
+
+    def write(target: Path) -> None:
+        match path.suffix.lower():
+            case ".json":
+                target.write_text(_json(result), encoding="utf-8")
+            case ".csv":
+                result.to_pandas().to_csv(target, index=False, lineterminator="\n")
+            case _:
+                result.to_pandas().to_parquet(target, index=False)
+
+    return write_whole(path, write, span)
+
+
+def save_picture(result: Result, path: Path, span: Span | None = None) -> Path:
+    """Draw a result's heatmap into a picture; returns the path."""
+    _check_suffix(path, PICTURES, "pictures", span)
+    from patchc.report.heatmap import write_picture
+
+    return write_whole(path, lambda target: write_picture(result, target), span)
+
+
+def write_whole(path: Path, write: Callable[[Path], None], span: Span | None = None) -> Path:
+    """Let `write` fill a new file beside `path`, then put it in its place; a failure leaves nothing."""
+    if not path.parent.is_dir():
+        raise NO_DIRECTORY.error(f"there is no directory {path.parent} for {path.name}", span=span)
+    if path.is_dir():
+        raise CANNOT_WRITE.error(f"{path} is a directory", span=span)
+    # The suffix stays at the end: the writers look at it. The point hides the file while it is not whole.
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CANNOT_WRITE.error(f"{path} cannot be written: {error.strerror or error}", span=span) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _check_suffix(path: Path, known: tuple[str, ...], what: str, span: Span | None) -> None:
+    if path.suffix.lower() not in known:
+        shown = f"`{path.suffix}`" if path.suffix else "no suffix"
+        message = f"{path.name} has {shown}; {what} are written as {', '.join(known)}"
+        raise UNKNOWN_FORMAT.error(message, span=span, fix=f'"{path.stem or "results"}{known[0]}"')
+
+
+def _json(result: Result) -> str:
+    content = {"format_version": 1, "experiments": {result.name: result.to_json()}}
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"

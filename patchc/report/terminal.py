@@ -1,0 +1,156 @@
+"""A result for a person at a terminal: a small heatmap, the strongest cells, what it took. Drawn with rich.
+
+No text from a spec or a tokenizer is read as markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from patchc.report.cells import label, number, passes_sentence, strongest, with_error
+from patchc.report.results import Array, Result, Results
+
+STRONGEST = 8
+MOST_ROWS = 32
+NUMBER_WIDTH = 7
+BLOCK_WIDTH = 2
+
+
+def print_results(results: Results, console: Console) -> None:
+    """Every experiment, one after another."""
+    for result in results.values():
+        console.print(shown(result, console))
+        console.print()
+
+
+def shown(result: Result, console: Console) -> RenderableType:
+    """One experiment, to fit the console's width."""
+    return Group(*_lines(result, console))
+
+
+def _lines(result: Result, console: Console) -> Iterator[RenderableType]:
+    yield _heading(result)
+    for metric in result.metrics:
+        if not result.dims:
+            yield _one_line(result, metric)
+            continue
+        picture = _heatmap(result, metric, console)
+        if picture is not None:
+            yield Text(f"{metric}, {_axes(result)}", style="italic")
+            yield picture
+        yield _strongest(result, metric)
+    yield Text(_summary(result), style="dim")
+    for path in result.files:
+        yield Text(f"written: {path}", style="dim")
+
+
+def _heading(result: Result) -> Text:
+    text = Text(result.name, style="bold")
+    return text.append(f"  {result.experiment.title}", style="not bold") if result.experiment.title else text
+
+
+def _one_line(result: Result, metric: str) -> Text:
+    worlds = result.baselines.get(metric, {})
+    unpatched = ", ".join(f"{world} {number(value)}" for world, value in worlds.items())
+    return Text(
+        f"  {metric} = {with_error(result, metric, ())}"
+        + (f"  (unpatched: {unpatched})" if unpatched else "")
+    )
+
+
+def _axes(result: Result) -> str:
+    return " by ".join(d.name for d in result.dims)
+
+
+def _summary(result: Result) -> str:
+    parts = [f"{result.n} prompt{'' if result.n == 1 else 's'}", passes_sentence(result)]
+    if result.no_effect:
+        parts.append(f"{result.no_effect} cells provably change nothing")
+    if (check := result.check) is not None:
+        largest, allowed = number(check.max_abs_diff, 2), number(check.tolerance, 2)
+        effect = number(check.largest_effect, 2)
+        parts.append(
+            f"check: {check.cells} cells differ by at most {largest} (allowed {allowed}, largest effect {effect})"
+        )
+    return "; ".join(parts)
+
+
+# ---- the strongest cells
+
+
+def _strongest(result: Result, metric: str) -> RenderableType:
+    found = strongest(result, metric, STRONGEST)
+    if not found:
+        return Text(f"  {metric}: no cell differs from the unpatched {number(result.baseline(metric))}")
+    table = Table(box=None, pad_edge=True, show_edge=False, header_style="dim")
+    for dim in result.dims:
+        table.add_column(Text(dim.name))
+    table.add_column(Text(metric), justify="left")
+    table.add_column(Text("change"), justify="right")
+    for index in found:
+        places = [Text(label(d, i)) for d, i in zip(result.dims, index, strict=True)]
+        change = float(result.effects(metric)[index])
+        table.add_row(
+            *places, Text(with_error(result, metric, index)), Text(f"{'+' * (change > 0)}{number(change, 3)}")
+        )
+    return table
+
+
+# ---- the heatmap
+
+
+def _heatmap(result: Result, metric: str, console: Console) -> Table | None:
+    """Numbers on coloured ground where they fit, else coloured blocks; None where neither does."""
+    if len(result.dims) > 2:
+        return None
+    values = np.atleast_2d(result.values[metric])
+    rows = [label(result.dims[0], i) for i in range(values.shape[0])] if len(result.dims) == 2 else [metric]
+    space = console.width - max(map(len, rows)) - 2
+    colored = console.color_system is not None
+    if values.shape[0] > MOST_ROWS:
+        return None
+    if values.shape[1] * NUMBER_WIDTH <= space:
+        return _grid(result, values, rows, NUMBER_WIDTH, colored)
+    if colored and values.shape[1] * BLOCK_WIDTH <= space:
+        return _grid(result, values, rows, BLOCK_WIDTH, colored)
+    return None
+
+
+def _grid(result: Result, values: Array, rows: list[str], width: int, colored: bool) -> Table:
+    grid = Table.grid(padding=0)
+    grid.add_column(justify="right")
+    for _ in range(values.shape[1]):
+        grid.add_column(width=width, justify="right", no_wrap=True)
+    last = result.dims[-1]
+    heads = [_fitting(str(c), width) for c in last.coords]
+    grid.add_row("", *(Text(head, style="dim") for head in heads))
+    limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    for name, row in zip(rows, values, strict=True):
+        grid.add_row(Text(f"{name} ", style="dim"), *(_cell(float(v), limit, width, colored) for v in row))
+    return grid
+
+
+def _fitting(text: str, width: int) -> str:
+    """The text where it leaves a space between columns, else what there is room for."""
+    return text if len(text) < width else text[: width - 1]
+
+
+def _cell(value: float, limit: float, width: int, colored: bool) -> Text:
+    missing = not np.isfinite(value)
+    text = "" if width < NUMBER_WIDTH else "·" if missing else number(value, 2)
+    style = _ground(value / limit) if colored and not missing else Style(dim=missing)
+    return Text(f"{text} ".rjust(width), style=style)
+
+
+def _ground(share: float) -> Style:
+    """Blue through white to red for -1 through 0 to 1, with writing that can be read on it."""
+    strong = (178, 24, 43) if share > 0 else (33, 102, 172)
+    red, green, blue = (round(247 + (c - 247) * min(1.0, abs(share))) for c in strong)
+    ink = "white" if abs(share) > 0.6 else "black"
+    return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})")

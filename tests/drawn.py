@@ -1,0 +1,133 @@
+"""What the property tests draw: small residual networks, data of several lengths, path languages, values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from patchc.ir.experiment import Cell, FromWorld, Itself, Patch, Prompts, Value, World
+from patchc.ir.graph import ResidualGraph
+from patchc.ir.paths import EVERYWHERE, Alt, Edges, Path, Seq, Site, Star, Step
+from patchc.ir.tokens import Layout, Tokens
+from tests.toy import VOCAB, Toy, graph_of
+
+VALUES = (
+    Value(((1.0, FromWorld("corrupt")),)),
+    Value(()),
+    Value(((0.3, FromWorld("corrupt")), (0.7, FromWorld("other")))),
+    Value(((0.4, FromWorld("other")), (0.6, Itself()))),
+    Value(((1.0, FromWorld("clean")),)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its data and a cell. The run is `clean`."""
+
+    toy: Toy
+    prompts: Prompts
+    cell: Cell
+
+    @property
+    def graph(self) -> ResidualGraph:
+        return self.toy.graph
+
+
+def case(rng: Random, most_nodes: int = 8) -> Case:
+    """A random case; `most_nodes` counts writers and the logits."""
+    graph = network(rng)
+    while len(graph.nodes) > most_nodes:
+        graph = network(rng)
+    layout = Layout(tuple(rng.choice([1, 2, 3]) for _ in range(rng.choice([1, 2]))))
+    prompts = data(rng, layout)
+    return Case(Toy(graph, rng.randrange(1000)), prompts, Draw(rng, graph, layout).cell())
+
+
+def network(rng: Random) -> ResidualGraph:
+    """One to three blocks, in sequence or in parallel."""
+    shape: list[tuple[str, int]] = []
+    for _ in range(rng.randint(1, 3)):
+        parallel = bool(shape) and rng.random() < 0.2
+        rank = shape[-1][1] + (not parallel) if shape else 1
+        shape.append((rng.choice(["attention", "mlp"]), rank))
+    return graph_of(shape, rng.choice([1, 2]), rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.7)
+
+
+def data(rng: Random, layout: Layout) -> Prompts:
+    """Three worlds; about half the tokens of clean and corrupt are the same."""
+
+    def ids() -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(rng.randrange(VOCAB) for _ in range(n)) for n in layout.lengths)
+
+    clean, other = ids(), ids()
+    corrupt = tuple(tuple(t if rng.random() < 0.5 else rng.randrange(VOCAB) for t in row) for row in clean)
+    return Prompts(layout, (World("clean", clean), World("corrupt", corrupt), World("other", other)))
+
+
+@dataclass
+class Draw:
+    """Draws patches over a graph."""
+
+    rng: Random
+    graph: ResidualGraph
+    layout: Layout
+    complement: bool = False
+
+    def cell(self) -> Cell:
+        n = self.rng.choice([1, 1, 2])
+        return Cell((), tuple(self.patch(alone=n == 1) for _ in range(n)))
+
+    def patch(self, alone: bool) -> Patch:
+        # Beside another patch, which of the two values enters nearer the logits is a matter of where a complement's
+        # value is said to enter; alone, with a whole world as value, it makes no difference.
+        self.complement = alone and self.rng.random() < 0.35
+        value = VALUES[0] if self.complement else self.rng.choice(VALUES)
+        tail = (Star(Step(self.graph.all)),) if self.rng.random() < 0.5 else ()
+        end = Step(self.graph.logits_set, tokens=self.tokens(0.7))
+        return Patch(Seq((self.path(2, True), *tail, end)), value, self.complement)
+
+    def path(self, depth: int, first: bool) -> Path:
+        kind = self.rng.random()
+        if depth == 0 or kind < 0.3:
+            return self.start() if first else self.step()
+        if kind < 0.7:
+            return Seq(tuple(self.path(depth - 1, first and i == 0) for i in range(self.rng.randint(2, 3))))
+        if kind < 0.85 or first:
+            return Alt(tuple(self.path(depth - 1, first) for _ in range(2)))
+        return Star(self.path(depth - 1, False))
+
+    def step(self) -> Step:
+        ports = self.rng.choice([7, 7, 1, 2, 4, 3, 6])
+        return Step(self.nodes(), ports=ports, tokens=self.tokens(0.6), via=self.via())
+
+    def start(self) -> Step:
+        kind, tokens = self.rng.random(), self.tokens(0.6)
+        attention = [b for b in self.graph.blocks if b.kind == "attention"]
+        if kind < 0.15 and not self.complement:
+            rank = self.rng.randrange(1, self.graph.top + 1)
+            return Step(self.graph.below(rank), tokens=tokens, site=Site.STREAM, rank=rank)
+        if kind < 0.3 and attention and not self.complement:
+            return Step(self.rng.choice(attention).nodes, tokens=tokens, site=Site.ATTN_OUT)
+        if kind < 0.5 and attention:
+            heads = self.nodes() & self.graph.heads or self.graph.heads
+            return Step(heads, tokens=tokens, site=self.rng.choice([Site.Q, Site.K, Site.V]), via=self.via())
+        return Step(self.nodes(), tokens=tokens, via=self.via())
+
+    def nodes(self) -> int:
+        if self.rng.random() < 0.3:
+            return self.graph.all
+        n = len(self.graph.nodes) - 1
+        return self.rng.getrandbits(n) | 1 << self.rng.randrange(n)
+
+    def tokens(self, everywhere: float) -> Tokens:
+        if self.rng.random() < everywhere:
+            return EVERYWHERE
+        n = self.layout.n_tokens
+        return self.rng.getrandbits(n) | 1 << self.rng.randrange(n)
+
+    def via(self) -> Edges | None:
+        if self.rng.random() < 0.8:
+            return None
+        readers = ((r.node.id, -1 if r.port is None else r.port) for r in self.graph.readers)
+        n = len(self.graph.nodes) - 1
+        return Edges(tuple((r, self.rng.getrandbits(n)) for r in readers), self.rng.random() < 0.5)

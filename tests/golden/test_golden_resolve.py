@@ -1,0 +1,41 @@
+"""Specs to resolved studies, and mistakes to diagnostics: tests/golden/resolve/*.test.
+
+A case without a model, data or a metric of its own gets those of `tests.unit.resolving` after its text. The model has
+4 layers of 4 heads.
+"""
+
+from __future__ import annotations
+
+import pytest
+from harness import Case, Golden, cases
+
+from patchc.diagnostics import PatchcError
+from patchc.ir.printer import print_study
+from tests.unit.resolving import SMALL, resolved, short
+
+EXTRA = {
+    "tensors": {"direction": (32,), "narrow": (8,), "square": (8, 8)},
+    "metrics": ("mine",),
+    "parameters": {"K": 2},
+}
+
+
+@pytest.mark.parametrize("case", cases("resolve"), ids=str)
+def test_resolve(case: Case, golden: Golden) -> None:
+    golden(case, outcome(case.input))
+
+
+def outcome(text: str) -> dict[str, str]:
+    try:
+        found = resolved(text, SMALL, **EXTRA)
+    except PatchcError as error:
+        return {"errors": "\n".join(map(short, error.diagnostics))}
+    out = {"study": experiments_of(print_study(found.study, SMALL))}
+    if found.warnings:
+        out["warnings"] = "\n".join(map(short, found.warnings))
+    return out
+
+
+def experiments_of(printed: str) -> str:
+    """Without the model and the prompts, which most cases share."""
+    return printed[printed.index("experiment ") :]
