@@ -191,7 +191,7 @@ def train(seed: int, steps: int, batch: int) -> tuple[GPT2LMHeadModel, PreTraine
     pairs = [p for p in itertools.permutations(NAMES, 2) if frozenset(p) not in held_out]
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": 0.4}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=1.5e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.5e-3, total_steps=steps, pct_start=0.1)
     started = time.monotonic()

@@ -5,6 +5,7 @@ The one place that says so, for the terminal, the pages, the pictures and the di
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,10 +26,10 @@ def cell_name(experiment: Experiment, index: Sequence[int]) -> str:
 def label(dim: Dim, i: int) -> str:
     """A coordinate for people: `5 " John"` where the dim has labels that say more than it does."""
     coord = str(dim.coords[i])
-    if dim.labels is None or dim.labels[i] == coord:
+    if dim.labels is None or dim.labels[i] in ("", coord):
         return coord
     shown = dim.labels[i]
-    return shown if shown.startswith(coord) else f"{coord} {shown!r}"
+    return shown if shown.startswith(coord) else f"{coord} {json.dumps(shown, ensure_ascii=False)}"
 
 
 def strongest(result: Result, metric: str, count: int) -> list[tuple[int, ...]]:

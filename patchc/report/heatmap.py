@@ -107,7 +107,7 @@ def _panels(result: Result, metrics: Sequence[str]) -> tuple[list[Panel], int]:
 
 
 def _axes(result: Result) -> tuple[Axis, ...]:
-    """The axes, those to be drawn last; layer and head of one variable are one axis where there are more dims."""
+    """The axes, those to be drawn last; `a.layer, a.head` share one where there are more dims."""
     dims = result.dims
     groups: list[tuple[int, ...]] = [(i,) for i in range(len(dims))]
     if len(dims) > 2:

@@ -132,7 +132,7 @@ class Result:
     # ---- other forms
 
     def to_xarray(self) -> xr.Dataset:
-        """A variable a metric, and `METRIC_stderr`; dims and coords as in the experiment, labels `DIM_label`."""
+        """A variable a metric, and `METRIC_stderr`; dims and coords are the experiment's, labels too."""
         import xarray as xr
 
         names = tuple(d.name for d in self.dims)

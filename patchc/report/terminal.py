@@ -45,9 +45,7 @@ def _lines(result: Result, console: Console) -> Iterator[RenderableType]:
             yield Text(f"{metric}, {_axes(result)}", style="italic")
             yield picture
         yield _strongest(result, metric)
-    yield Text(_summary(result), style="dim")
-    for path in result.files:
-        yield Text(f"written: {path}", style="dim")
+    yield from (Text(line, style="dim") for line in _summary(result))
 
 
 def _heading(result: Result) -> Text:
@@ -68,17 +66,19 @@ def _axes(result: Result) -> str:
     return " by ".join(d.name for d in result.dims)
 
 
-def _summary(result: Result) -> str:
+def _summary(result: Result) -> Iterator[str]:
     parts = [f"{result.n} prompt{'' if result.n == 1 else 's'}", passes_sentence(result)]
     if result.no_effect:
-        parts.append(f"{result.no_effect} cells provably change nothing")
+        parts.append(f"{result.no_effect} cell{'s' * (result.no_effect > 1)} without any possible effect")
+    yield "; ".join(parts)
     if (check := result.check) is not None:
-        largest, allowed = number(check.max_abs_diff, 2), number(check.tolerance, 2)
-        effect = number(check.largest_effect, 2)
-        parts.append(
-            f"check: {check.cells} cells differ by at most {largest} (allowed {allowed}, largest effect {effect})"
+        worst, allowed, effect = (
+            number(x, 2) for x in (check.max_abs_diff, check.tolerance, check.largest_effect)
         )
-    return "; ".join(parts)
+        cells = f"{check.cells} cell{'' if check.cells == 1 else 's'}"
+        yield f"checked with hooks: {cells} off by at most {worst} (allowed {allowed}, largest effect {effect})"
+    for path in result.files:
+        yield f"written: {path}"
 
 
 # ---- the strongest cells
@@ -92,7 +92,7 @@ def _strongest(result: Result, metric: str) -> RenderableType:
     for dim in result.dims:
         table.add_column(Text(dim.name))
     table.add_column(Text(metric), justify="left")
-    table.add_column(Text("change"), justify="right")
+    table.add_column(Text(f"change from {number(result.baseline(metric))}"), justify="right")
     for index in found:
         places = [Text(label(d, i)) for d, i in zip(result.dims, index, strict=True)]
         change = float(result.effects(metric)[index])

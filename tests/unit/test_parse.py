@@ -230,7 +230,5 @@ def is_tree(text: str) -> bool:
 
 
 def test_parsing_needs_no_torch() -> None:
-    code = (
-        "import sys, patchc.parse, patchc.diagnostics.render; assert not {'torch', 'numpy'} & set(sys.modules)"
-    )
+    code = "import sys, patchc.parse, patchc.diagnostics.render; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
