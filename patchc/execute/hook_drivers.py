@@ -1,13 +1,14 @@
 """Hooked forward passes on a private copy of a model: one small interface, two ways to hook.
 
-`TransformerLens` hooks a TransformerBridge; `ForwardHooks` hooks plain modules. What to edit is the caller's matter.
+`TransformerLens` hooks a TransformerBridge; `ForwardHooks` hooks plain modules. What to edit is the caller's
+matter.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,7 +21,9 @@ from patchc.diagnostics import RULES, PatchcError
 from patchc.ir.graph import BlockKind, Kind, ResidualGraph
 
 NO_DRIVER = RULES.add("hooks-model", "the hooks backend has no way to hook this model", exit=3)
-DIFFERS = RULES.add("hooks-differ", "the hooked copy of a model does not compute what the model computes", exit=3)
+DIFFERS = RULES.add(
+    "hooks-differ", "the hooked copy of a model does not compute what the model computes", exit=3
+)
 
 
 class At(StrEnum):
@@ -48,8 +51,8 @@ class At(StrEnum):
 class Point(NamedTuple):
     """A place in the model, of a layer where it has one.
 
-    Activations there are `[prompt, pos, d_model]`; at q and z `[prompt, pos, head, d_head]`, at k and v (before any
-    rotation) `[prompt, pos, kv_head, d_head]`; the logits are `[prompt, pos, d_vocab]`.
+    Activations there are `[prompt, pos, d_model]`; at q and z `[prompt, pos, head, d_head]`, at k and v
+    (before any rotation) `[prompt, pos, kv_head, d_head]`; the logits are `[prompt, pos, d_vocab]`.
     """
 
     at: At
@@ -79,7 +82,9 @@ class Driver(ABC):
 
     n_layers: int
 
-    def run(self, ids: Tensor, edits: Mapping[Point, Edit], capture: Collection[Point]) -> dict[Point, Tensor]:
+    def run(
+        self, ids: Tensor, edits: Mapping[Point, Edit], capture: Collection[Point]
+    ) -> dict[Point, Tensor]:
         """One forward pass on `ids` `[prompt, pos]`; it stops early unless the logits are captured."""
         wanted = set(capture) - {Point(At.LOGITS)}
         kept: dict[Point, Tensor] = {}
@@ -120,7 +125,8 @@ class Driver(ABC):
 
 
 def _without_mid(edits: Mapping[Point, Edit]) -> dict[Point, Edit]:
-    """The same edits, those of `RESID_MID` made on the attention output: no module holds the stream itself there."""
+    """The same edits, those of `RESID_MID` made on the attention output: no module holds the stream itself
+    there."""
     out = {point: edit for point, edit in edits.items() if point.at is not At.RESID_MID}
     for point, edit in edits.items():
         if point.at is At.RESID_MID:
@@ -168,13 +174,14 @@ _NAMES = {
 
 
 class TransformerLens(Driver):
-    """A TransformerBridge (TransformerLens 4) around the copy: HF models that it knows, and its own native ones."""
+    """A TransformerBridge (TransformerLens 4) around the copy: HF models that it knows, and its own native
+    ones."""
 
     def __init__(self, model: nn.Module):
         """`model` belongs to the driver from now on: the bridge replaces its modules."""
         # Imported here: it takes seconds, and the other driver does not need it.
+        from transformer_lens.model_bridge.sources import build_bridge_from_module as build
         from transformer_lens.model_bridge.sources.native import NativeModel
-        from transformer_lens.model_bridge.sources.native import build_bridge_from_module as build
 
         if isinstance(model, NativeModel):
             config = copy.deepcopy(model.cfg)
@@ -186,7 +193,7 @@ class TransformerLens(Driver):
         self._weights = [block.attn.W_O.detach() for block in self.bridge.blocks]
 
     @contextmanager
-    def _hooked(self, handlers: Mapping[Point, Edit]) -> Iterator[None]:
+    def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
         hooks = [
             (_NAMES[point.at].format(point.layer), lambda x, hook, handler=handler: handler(x))
             for point, handler in handlers.items()
@@ -206,8 +213,8 @@ class TransformerLens(Driver):
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """An activation as a part of what a module takes or gives: columns `start` to `stop` of its first tensor, as heads
-    of width `d_head` where that is not 0."""
+    """An activation as a part of what a module takes or gives: columns `start` to `stop` of its first tensor,
+    as heads of width `d_head` where that is not 0."""
 
     module: nn.Module
     is_input: bool = False
@@ -255,8 +262,9 @@ class ForwardHooks(Driver):
             raise _unknown(model)
 
     @contextmanager
-    def _hooked(self, handlers: Mapping[Point, Edit]) -> Iterator[None]:
-        # In the order of a pass, since several points of one module (a fused q, k and v) are hooked one by one.
+    def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
+        # In the order of a pass, since several points of one module (a fused q, k and v) are hooked one by
+        # one.
         handles = [self._taps[point].hook(handlers[point]) for point in self._taps if point in handlers]
         try:
             yield
@@ -347,13 +355,17 @@ def prove(driver: Driver, eager: nn.Module, graph: ResidualGraph) -> None:
     if set(got) != set(points):
         raise DIFFERS.error(f"no activation at {sorted(str(p.at) for p in set(points) - set(got))}")
     _must_agree(got[Point(At.LOGITS)], want, "its logits differ from the model's by")
-    added = sum(x for point, x in got.items() if point.at in (At.EMBED, At.POS_EMBED, At.ATTN_OUT, At.MLP_OUT))
+    added = sum(
+        x for point, x in got.items() if point.at in (At.EMBED, At.POS_EMBED, At.ATTN_OUT, At.MLP_OUT)
+    )
     assert isinstance(added, Tensor)
     _must_agree(added, got[Point(At.FINAL_IN)], "its writers miss the final stream by")
     for layer in range(graph.n_layers):
         z = got[Point(At.Z, layer)]
         bias = got[Point(At.ATTN_OUT, layer)] - torch.einsum("bphd,hdm->bpm", z, driver.w_o(layer))
-        _must_agree(bias, bias[:1, :1].expand_as(bias), f"the heads of layer {layer} miss its attention output by")
+        _must_agree(
+            bias, bias[:1, :1].expand_as(bias), f"the heads of layer {layer} miss its attention output by"
+        )
 
 
 def _must_agree(got: Tensor, want: Tensor, what: str) -> None:
@@ -365,6 +377,6 @@ def _must_agree(got: Tensor, want: Tensor, what: str) -> None:
 
 def _unknown(model: nn.Module) -> PatchcError:
     return NO_DRIVER.error(
-        f"the hooks backend cannot hook a {type(model).__name__}: it knows models that TransformerLens can bridge, and "
-        f"models built like HF's GPT-2 or Llama"
+        f"the hooks backend cannot hook a {type(model).__name__}: it knows models that TransformerLens can "
+        f"bridge, and models built like HF's GPT-2 or Llama"
     )

@@ -1,6 +1,8 @@
-"""The hooks backend: recomputes a cell of an experiment from its definition, by hooked forward passes of the plain model.
+"""The hooks backend: recomputes a cell of an experiment from its definition, by hooked forward passes of the
+plain model.
 
-It is slow on purpose, and shares nothing with the compiler but `ir`: what both agree on, two ways of working say.
+It is slow on purpose, and shares nothing with the compiler but `ir`: what both agree on, two ways of working
+say.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from torch import Tensor, nn
 
 from patchc.execute.hook_drivers import At, Point, driver_for
 from patchc.execute.oracle_metrics import Metrics
-from patchc.execute.oracle_worlds import PROJECTIONS, Change, Passes, TokenEdit, Worlds
-from patchc.execute.residuals import (
+from patchc.execute.oracle_states import (
     PORT_SITES,
     Arrival,
     Continuation,
@@ -25,16 +26,18 @@ from patchc.execute.residuals import (
     agreed,
     ports_of,
 )
+from patchc.execute.oracle_worlds import PROJECTIONS, Change, Passes, TokenEdit, Worlds
 from patchc.ir.experiment import Cell, Experiment, Prompts
-from patchc.ir.graph import BlockKind, Kind, Node, Reader, ResidualGraph
+from patchc.ir.graph import Kind, Node, Reader, ResidualGraph
 from patchc.ir.tokens import Tokens
 
 
 class Oracle:
     """Recomputes cells of experiments on `prompts`.
 
-    `eager` is copied, and neither run nor hooked. `tensors` and `metrics` are those that `Given` and `Called` name.
-    `driver`: `transformer_lens`, `forward_hooks`, or `auto`, which takes the first that can hook the model.
+    `eager` is copied, and neither run nor hooked. `tensors` and `metrics` are those that `Given` and `Called`
+    name. `driver`: `transformer_lens`, `forward_hooks`, or `auto`, which takes the first that can hook the
+    model.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class Oracle:
         cells: Sequence[Cell],
         progress: Callable[[int], object] | None = None,
     ) -> dict[str, Tensor]:
-        """Every metric of the experiment, `[cell]`, float64: means over prompts, normalised where the metric is.
+        """Every metric of the experiment, `[cell]`, float64: means over prompts, normalised where the metric
+        is.
 
         A number that is not finite is given as it is. `progress` hears how many cells are done.
         """
@@ -90,9 +94,11 @@ class Oracle:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One copy of a node, as a stream sees it: what is changed of its output, and (`direct`) what it adds besides.
+    """One copy of a node, as a stream sees it: what is changed of its output, and (`direct`) what it adds
+    besides.
 
-    Without changes it is left to the pass. `moves`: in the pass its input is not the base run's, nor is its output set.
+    Without changes it is left to the pass. `moves`: in the pass its input is not the base run's, nor is its
+    output set.
     """
 
     node: Node
@@ -103,15 +109,16 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A stream `[token, d_model]`; of the final one also the logits, where the pass that made it went on to them."""
+    """A stream `[token, d_model]`; of the final one also the logits, where the pass that made it went on to
+    them."""
 
     x: Tensor
     logits: Tensor | None = None
 
 
 class CellRun:
-    """One cell. The value of a node's copy is computed from the streams that its ports read, a stream from the copies of
-    the writers below; each once."""
+    """One cell. The value of a node's copy is computed from the streams that its ports read, a stream from
+    the copies of the writers below; each once."""
 
     def __init__(self, worlds: Worlds, run: str, cell: Cell):
         self.worlds, self.graph, self.world = worlds, worlds.graph, run
@@ -169,7 +176,8 @@ class CellRun:
     def _reads_alike(
         self, node: Node, classes: list[tuple[Tokens, Arrival]], starts: list[Start], state: Continuation
     ) -> bool:
-        """Whether each port of the node reads the very stream that is being made, so that the pass computes the node."""
+        """Whether each port of the node reads the very stream that is being made, so that the pass computes
+        the node."""
         if self.walk.has_via(state) or len(classes) > 1 or any(s.site in PORT_SITES for s in starts):
             return False
         return all(
@@ -179,7 +187,8 @@ class CellRun:
         )
 
     def _added(self, rank: int, copies: Iterable[Copy], starts: Sequence[StreamStart]) -> Tensor:
-        """The stream below `rank` where nothing in it need be run: the base run's and what stored values add."""
+        """The stream below `rank` where nothing in it need be run: the base run's and what stored values
+        add."""
         deltas: dict[int, Tensor] = {}
         for copy in copies:
             if copy.changes or copy.direct is not None:
@@ -211,7 +220,8 @@ class CellRun:
         return delta if copy.direct is None else delta + copy.direct
 
     def _passed(self, rank: int, copies: Iterable[Copy], starts: Sequence[StreamStart]) -> Stream:
-        """The stream below `rank` from a pass in which the copies that need it are set, and the others are live."""
+        """The stream below `rank` from a pass in which the copies that need it are set, and the others are
+        live."""
         edits: dict[Point, TokenEdit] = {}
         for copy in copies:
             for change in copy.changes:
@@ -285,7 +295,9 @@ class CellRun:
         changes: list[Change] = []
         total: Tensor | None = None
         done: Tokens = 0
-        for site in dict.fromkeys(s.site for s in outputs):  # z and out are one place: no token is changed twice.
+        for site in dict.fromkeys(
+            s.site for s in outputs
+        ):  # z and out are one place: no token is changed twice.
             for tokens, value in agreed((s for s in outputs if s.site is site), node.name):
                 change, direct = self.worlds.node_change(value, tokens & ~done, node, site)
                 changes.append(change)
@@ -322,15 +334,14 @@ class CellRun:
                     value, tokens, lambda record, p=port: self.worlds.projection(record, node, p)
                 )(x)
             point = Point(PROJECTIONS[port], node.layer or 0)
-            # With grouped queries this sets k and v for the whole group, but of this pass one head alone is kept.
+            # With grouped queries this sets k and v for the whole group, but of this pass one head alone is
+            # kept.
             edits[point] = _on_column(self.worlds.column(node, port), _always(x))
         if not edits:
             return self.worlds.own(self.base, node)
         return self._pass(edits, Point(At.Z, node.layer or 0))[0][:, node.head]
 
-    def _projected(
-        self, node: Node, port: int, classes: list[tuple[Tokens, Continuation]]
-    ) -> Tensor | None:
+    def _projected(self, node: Node, port: int, classes: list[tuple[Tokens, Continuation]]) -> Tensor | None:
         """A head's q, k or v of what the port reads; None: the base run's."""
         reader = Reader(node, port)
         private = any(self.walk.has_via(state) for _, state in classes)

@@ -1,4 +1,5 @@
-"""Metrics computed from whole logits, in double precision, as their definitions stand. For the hooks backend alone."""
+"""Metrics computed from whole logits, in double precision, as their definitions stand. For the hooks backend
+alone."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ from patchc.ir.experiment import (
 )
 from patchc.ir.tokens import Layout
 
-CALLED_SHAPE = RULES.add("hooks-metric", "a Python metric is not there, or gives neither one number nor one a prompt")
+CALLED_SHAPE = RULES.add(
+    "hooks-metric", "a Python metric is not there, or gives neither one number nor one a prompt"
+)
 
 Logits = list[Tensor]
 """A run's logits, `[pos, d_vocab]` a prompt."""
@@ -96,14 +99,14 @@ def _each(name: str, result: Any, n_prompts: int) -> Tensor:
     x = torch.as_tensor(result).detach().double().cpu()
     if x.numel() not in (1, n_prompts) or x.dim() > 1:
         raise CALLED_SHAPE.error(
-            f"metric {name!r} gave a tensor of shape {list(x.shape)}; it must give one number, or one a prompt"
+            f"metric {name!r} gave shape {list(x.shape)}; it must give one number, or one a prompt"
         )
     return x.flatten().expand(n_prompts)
 
 
 def read(measure: Measure, logits: Tensor, answers: list[int]) -> float:
-    """A number from the logits `[d_vocab]` of one token: a set's prob is the sum, its logprob that sum's log, its logit
-    the mean, its rank that of its best member."""
+    """A number from the logits `[d_vocab]` of one token: a set's prob is the sum, its logprob that sum's log,
+    its logit the mean, its rank that of its best member."""
     logprob = logits.log_softmax(-1)[answers].logsumexp(0)
     match measure:
         case Measure.LOGIT:

@@ -14,8 +14,20 @@ from torch import Tensor, fx
 
 from patchc.model.export import Exported
 from patchc.model.nodes import (
-    MATMUL, MOVES, REPEATS, SDPA, SOFTMAX, A, cone, evaluate, is_pointwise, is_tensor, need, shape_of, single,
-)  # fmt: skip
+    MATMUL,
+    MOVES,
+    REPEATS,
+    SDPA,
+    SOFTMAX,
+    A,
+    cone,
+    evaluate,
+    is_pointwise,
+    is_tensor,
+    need,
+    shape_of,
+    single,
+)
 
 
 @dataclass(frozen=True)
@@ -77,10 +89,18 @@ class AttentionReader:
     def read(self, leaf: fx.Node) -> AttentionBlock:
         core, query, key, value = self._core(leaf)
         n_heads, d_head = int(shape_of(core)[1]), int(shape_of(core)[3])
-        need(shape_of(core) == self._heads(n_heads, d_head), "attention whose output is not [batch, head, pos, d]", core)
+        need(
+            shape_of(core) == self._heads(n_heads, d_head),
+            "attention whose output is not [batch, head, pos, d]",
+            core,
+        )
         q, k, v = (self._port(o, d_head) for o in (query, key, value))
         need(len(q[0].first) == n_heads, "attention with another number of queries than of outputs", core)
-        need(k[1] == v[1] and len(k[0].first) == len(v[0].first), "keys and values are shared out differently", core)
+        need(
+            k[1] == v[1] and len(k[0].first) == len(v[0].first),
+            "keys and values are shared out differently",
+            core,
+        )
         need(q[1] == tuple(range(n_heads)), "queries that are shared by heads", core)
         kv_head = k[1] if len(k[1]) == n_heads else k[1] * n_heads  # one key/value head is broadcast
         need(len(kv_head) == n_heads, "keys are not one per query head", core)
@@ -93,7 +113,9 @@ class AttentionReader:
 
     def _back(self, node: fx.Node) -> fx.Node:
         """The only residual-dependent input."""
-        return single((a for a in node.all_input_nodes if self.dynamic[a]), "two paths lead into attention here", node)
+        return single(
+            (a for a in node.all_input_nodes if self.dynamic[a]), "two paths lead into attention here", node
+        )
 
     # ---- the core
     def _core(self, leaf: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
@@ -105,7 +127,11 @@ class AttentionReader:
             return node, node.args[0], node.args[1], node.args[2]
         after = self._applied(node)
         before = self._scores(node)
-        need(self.dynamic[after.args[0]] and not self.cores(cone(after.args[1], self.tree)), "a pattern that is not applied from the left", after)
+        need(
+            self.dynamic[after.args[0]] and not self.cores(cone(after.args[1], self.tree)),
+            "a pattern that is not applied from the left",
+            after,
+        )
         return after, before.args[0], self._untransposed(before.args[1]), after.args[1]
 
     def _applied(self, pattern: fx.Node) -> Any:
@@ -119,7 +145,9 @@ class AttentionReader:
                     need(is_pointwise(user), "between the attention pattern and its values stands", user)
                     seen.add(user)
                     todo.append(user)
-        return single(products, "an attention pattern that is applied to more than one set of values", pattern)
+        return single(
+            products, "an attention pattern that is applied to more than one set of values", pattern
+        )
 
     def _scores(self, pattern: fx.Node) -> Any:
         """The product of queries and keys that a pattern is the softmax of, query by query."""
@@ -140,7 +168,11 @@ class AttentionReader:
         swap = keys.target is A.transpose.int and {int(a) % 4 for a in keys.args[1:]} == {2, 3}  # type: ignore[arg-type]
         swap = swap or (keys.target is A.permute.default and keys.args[1] == [0, 1, 3, 2])
         source = keys.args[0] if keys.args else None
-        need(len(shape) == 4 and swap and isinstance(source, fx.Node), "scores are not a product of queries and transposed keys", keys)
+        need(
+            len(shape) == 4 and swap and isinstance(source, fx.Node),
+            "scores are not a product of queries and transposed keys",
+            keys,
+        )
         assert isinstance(source, fx.Node)
         return source
 
@@ -150,9 +182,15 @@ class AttentionReader:
         linear, between = self._linear(operand)
         head, first = self._head(linear, between, d_head)
         prepared = self._prepared(operand, head, d_head)
-        need(shape_of(prepared) == self._heads(len(first), d_head), "a projection that is not [batch, head, pos, d] in the end", prepared)
+        need(
+            shape_of(prepared) == self._heads(len(first), d_head),
+            "a projection that is not [batch, head, pos, d] in the end",
+            prepared,
+        )
         heads_last = shape_of(head)[1] == self.exported.pos
-        return Port(linear, head, heads_last, first, prepared, operand), self._shared(prepared, operand, len(first), d_head)
+        return Port(linear, head, heads_last, first, prepared, operand), self._shared(
+            prepared, operand, len(first), d_head
+        )
 
     def _linear(self, operand: fx.Node) -> tuple[fx.Node, set[fx.Node]]:
         """The one projection that an operand comes from, and the nodes between."""
@@ -169,7 +207,11 @@ class AttentionReader:
                         todo.append(a)
         if len(linears) != 1:
             last = max(linears, key=self.exported.nodes.index, default=operand)
-            need(False, f"an attention operand is made by {len(linears)} linear projections, not one; the last is", last)
+            need(
+                False,
+                f"an attention operand is made by {len(linears)} linear projections, not one; the last is",
+                last,
+            )
         return linears.pop(), between
 
     def _head(self, linear: fx.Node, between: set[fx.Node], d_head: int) -> tuple[fx.Node, tuple[int, ...]]:
@@ -215,7 +257,11 @@ class AttentionReader:
         """For each head of `operand` the head of `prepared` that it is."""
         labels = torch.arange(heads * d_head).reshape(1, heads, 1, d_head)
         out = evaluate(operand, {prepared: labels, **self._ones()}, self.exported.module).reshape(-1, d_head)
-        need(bool((out % d_head == torch.arange(d_head)).all()), "repeating keys changes their dimensions", operand)
+        need(
+            bool((out % d_head == torch.arange(d_head)).all()),
+            "repeating keys changes their dimensions",
+            operand,
+        )
         return tuple(int(h) for h in out[:, 0] // d_head)
 
     # ---- the output
@@ -224,10 +270,21 @@ class AttentionReader:
         node, scales = leaf, list[fx.Node]()
         while node.target is not A.linear.default:
             whole = sum(self.dynamic[a] for a in node.all_input_nodes) == 1
-            need(whole and node.target in {A.mul.Tensor, A.mul.Scalar, A.div.Tensor, A.div.Scalar},
-                 "between attention's output projection and the stream stands", node)  # fmt: skip
-            need(all(not isinstance(a, fx.Node) or self._is_scale(a) or self.dynamic[a] for a in node.args), "a factor that differs by position", node)
-            need(node.target is not A.div.Tensor or self.dynamic[node.args[0]], "a division by the stream", node)  # type: ignore[index]
+            need(
+                whole and node.target in {A.mul.Tensor, A.mul.Scalar, A.div.Tensor, A.div.Scalar},
+                "between attention's output projection and the stream stands",
+                node,
+            )
+            need(
+                all(not isinstance(a, fx.Node) or self._is_scale(a) or self.dynamic[a] for a in node.args),
+                "a factor that differs by position",
+                node,
+            )
+            need(
+                node.target is not A.div.Tensor or self.dynamic[node.args[0]],
+                "a division by the stream",
+                node,
+            )  # type: ignore[index]
             scales.append(node)
             node = self._back(node)
         return node, tuple(reversed(scales))
@@ -244,7 +301,11 @@ class AttentionReader:
         labels = torch.arange(n_heads * d_head).reshape(1, n_heads, 1, d_head)
         flat: Any = out.args[0]
         order = evaluate(flat, {core: labels, **self._ones()}, self.exported.module)
-        need(order.shape[:2] == (1, 1) and order.numel() == n_heads * d_head, "attention's output projection does not read every head", out)
+        need(
+            order.shape[:2] == (1, 1) and order.numel() == n_heads * d_head,
+            "attention's output projection does not read every head",
+            out,
+        )
         column = order.flatten().argsort().reshape(n_heads, d_head)
         need(bool((column.diff(dim=1) == 1).all()), "the columns of a head do not stand together", out)
         return tuple(int(c) for c in column[:, 0])

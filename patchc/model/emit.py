@@ -50,7 +50,14 @@ class Emitter:
     """Writes one GraphModule. `inputs` names its arguments; the first one's axes 0 and `pos_axis` are batch and
     position. Regions are copied in with `copy`, further operations with `call`."""
 
-    def __init__(self, structure: Structure, statics: Statics, inputs: Sequence[str], needs: Iterable[tuple[fx.Node, Sequence[fx.Node]]] = (), pos_axis: int = 1) -> None:
+    def __init__(
+        self,
+        structure: Structure,
+        statics: Statics,
+        inputs: Sequence[str],
+        needs: Iterable[tuple[fx.Node, Sequence[fx.Node]]] = (),
+        pos_axis: int = 1,
+    ) -> None:
         self.structure, self.statics = structure, statics
         self.graph, self.root = fx.Graph(), nn.Module()
         self.inputs = [self.graph.placeholder(name) for name in inputs]
@@ -83,7 +90,11 @@ class Emitter:
             elif missing := [a for a in n.all_input_nodes if a not in self.env]:
                 todo += missing
             else:
-                need(n.op == "call_function" and n not in self.structure.tree, "the stream is read outside a port", n)
+                need(
+                    n.op == "call_function" and n not in self.structure.tree,
+                    "the stream is read outside a port",
+                    n,
+                )
                 self.env[n] = self.graph.node_copy(n, self.env.__getitem__)
         return self.env[node]
 
@@ -121,7 +132,11 @@ class Emitter:
         """Make an argument of every static that the region from `given` to `output` reads."""
         region = cone(output, {*given, *self.structure.tree})
         for n in self.structure.exported.nodes:
-            if n in region and self._is_static(n) and any(self.structure.dynamic[u] and u in region for u in n.users):
+            if (
+                n in region
+                and self._is_static(n)
+                and any(self.structure.dynamic[u] and u in region for u in n.users)
+            ):
                 number = self.statics.number(n)
                 if number not in self.used:
                     self.used.append(number)
@@ -140,7 +155,14 @@ def statics_region(structure: Structure, statics: Statics) -> Region:
     return emitter.finish(tuple(emitter.copy(n) for n in statics.nodes), "Statics")
 
 
-def region(structure: Structure, statics: Statics, output: fx.Node, given: Sequence[tuple[str, fx.Node]], name: str, pos_axis: int = 1) -> Region:
+def region(
+    structure: Structure,
+    statics: Statics,
+    output: fx.Node,
+    given: Sequence[tuple[str, fx.Node]],
+    name: str,
+    pos_axis: int = 1,
+) -> Region:
     """The region from some nodes, given under these argument names, to `output`."""
     nodes = [node for _, node in given]
     emitter = Emitter(structure, statics, [n for n, _ in given], [(output, nodes)], pos_axis)

@@ -22,8 +22,16 @@ from torch.export import Dim
 
 from patchc.diagnostics import PatchcError
 from patchc.model.nodes import (
-    CASTS, NOT_UNDERSTOOD, SDPA, VIEW, A, is_mutable, is_tensor, need, shape_of,
-)  # fmt: skip
+    CASTS,
+    NOT_UNDERSTOOD,
+    SDPA,
+    VIEW,
+    A,
+    is_mutable,
+    is_tensor,
+    need,
+    shape_of,
+)
 
 EXAMPLE = (2, 7)
 """Shape of the ids that are traced: unequal sizes above 1, so that neither becomes a constant."""
@@ -96,7 +104,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     nowhere = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -152,12 +164,19 @@ def _canonical(module: fx.GraphModule) -> Exported:
     ids = next(n for n in graph.nodes if n.op == "placeholder")
     need(len(shape_of(ids)) == 2, "the input is not a matrix of token ids")
     batch, pos = shape_of(ids)
-    need(not batch.isdigit() and not pos.isdigit(), f"the model works for one shape of input only ({batch}, {pos})")
+    need(
+        not batch.isdigit() and not pos.isdigit(),
+        f"the model works for one shape of input only ({batch}, {pos})",
+    )
     Canonicaliser(graph, ids, batch, pos).run()
     graph.eliminate_dead_code()
     graph.lint()
     logits = next(n for n in reversed(graph.nodes) if n.op == "output").args[0][0]
-    need(shape_of(logits)[:2] == (batch, pos) and len(shape_of(logits)) == 3, "the logits are not [batch, pos, vocab]", logits)
+    need(
+        shape_of(logits)[:2] == (batch, pos) and len(shape_of(logits)) == 3,
+        "the logits are not [batch, pos, vocab]",
+        logits,
+    )
     return Exported(module, ids, logits, batch, pos)
 
 
@@ -204,11 +223,20 @@ class Canonicaliser:
             return False
         target, args = node.target, node.args
         return (
-            target in CASTS | VIEW | {A.expand.default, A.alias.default, A.detach.default, A.detach_.default,
-                                      A.lift_fresh_copy.default, A.clone.default}
+            target
+            in CASTS
+            | VIEW
+            | {
+                A.expand.default,
+                A.alias.default,
+                A.detach.default,
+                A.detach_.default,
+                A.lift_fresh_copy.default,
+                A.clone.default,
+            }
             or (target is A.dropout.default and not args[2])
             or (target is A.slice.Tensor and (len(args) < 5 or args[4] == 1))
-        )  # fmt: skip
+        )
 
     def _is_conv1d(self, node: fx.Node) -> bool:
         source = node.args[0]
@@ -235,7 +263,9 @@ class Canonicaliser:
         if node.target in VIEW:
             node.target = A.reshape.default
         shape = shape_of(node)
-        if self.batch not in shape or node.target is A.expand.default and shape_of(node.args[0])[:1] != (self.batch,):
+        if self.batch not in shape or (
+            node.target is A.expand.default and shape_of(node.args[0])[:1] != (self.batch,)
+        ):
             return
         known = all(d in (self.batch, self.pos) or d.isdigit() for d in shape)
         need(shape.count(self.batch) == 1 and known, "a view that mixes the batch axis with others", node)
@@ -268,7 +298,9 @@ class Canonicaliser:
     def _causal_mask(self, node: fx.Node) -> fx.Node:
         device = node.meta["val"].device
         length = self.graph.call_function(A.sym_size.int, (self.ids, 1))
-        ones = self.graph.call_function(A.ones.default, ([length, length],), {"dtype": torch.bool, "device": device})
+        ones = self.graph.call_function(
+            A.ones.default, ([length, length],), {"dtype": torch.bool, "device": device}
+        )
         mask = self.graph.call_function(A.tril.default, (ones,))
         size = self.ids.meta["val"].shape[1]
         for made in (ones, mask):

@@ -24,14 +24,22 @@ from patchc.model.export import export
 from patchc.model.pieces import TracedPieces
 from patchc.model.prove import is_causal, prove
 from patchc.model.state import (
-    CHANGED, content_fingerprint, files_fingerprint, refuse_hooks, refuse_non_finite, untouched, versions,
-)  # fmt: skip
+    CHANGED,
+    content_fingerprint,
+    files_fingerprint,
+    refuse_hooks,
+    refuse_non_finite,
+    untouched,
+    versions,
+)
 from patchc.model.trace import trace
 from patchc.resources import builtin_model, builtin_models
 
 NOT_FOUND = RULES.add("model-not-found", "no built-in model, directory or hub model of that name")
 BAD_CONFIG = RULES.add("model-config", "a model directory's config.json cannot be used")
-BAD_WEIGHTS = RULES.add("model-weights", "a model directory's weights are missing, incomplete or damaged", exit=3)
+BAD_WEIGHTS = RULES.add(
+    "model-weights", "a model directory's weights are missing, incomplete or damaged", exit=3
+)
 BAD_OPTION = RULES.add("model-option", "an option of the model has a value that does not exist")
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -57,11 +65,15 @@ class LoadedModel:
     def check_unchanged(self) -> None:
         """Raise `model-changed` or `model-has-hooks` where the module is no longer the one that was traced."""
         refuse_hooks(self.eager)
-        same = versions(self.eager) == self.versions if self.content is None else content_fingerprint(self.eager) == self.content
+        same = (
+            versions(self.eager) == self.versions
+            if self.content is None
+            else content_fingerprint(self.eager) == self.content
+        )
         if not same:
             raise CHANGED.error(
                 f"the weights of {self.name} were changed after it was traced", fix="load the model again"
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)
@@ -115,8 +127,16 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
     fingerprint = content or files_fingerprint(source.folder or Path())
     return LoadedModel(
-        source.name, module, source.tokenizer, pieces.graph, pieces, fingerprint, bos, content, versions(module)
-    )  # fmt: skip
+        source.name,
+        module,
+        source.tokenizer,
+        pieces.graph,
+        pieces,
+        fingerprint,
+        bos,
+        content,
+        versions(module),
+    )
 
 
 def _number(config: Any, names: tuple[str, ...]) -> int | None:
@@ -130,10 +150,12 @@ def _number(config: Any, names: tuple[str, ...]) -> int | None:
 
 def _given(module: nn.Module, dtype: object, device: object) -> _Source:
     if dtype is not None or device is not None:
-        raise BAD_OPTION.error("dtype and device are options of models loaded by name; move the module itself instead")
+        raise BAD_OPTION.error(
+            "dtype and device are options of models loaded by name; move the module itself instead"
+        )
     original = _unbridged(module)
     config = getattr(original, "config", None) or getattr(original, "cfg", None)
-    name = getattr(config, "name_or_path", None) or getattr(config, "model_name", None) or type(original).__name__
+    name = getattr(config, "name_or_path", None) or type(original).__name__
     tokenizer = getattr(module, "tokenizer", None) if original is not module else None
     return _Source(str(name), original, None, tokenizer)
 
@@ -182,7 +204,9 @@ def _directory(name: str, folder: Path, options: _Options) -> _Source:
     elif "model_type" in config:
         module = _hf(str(folder), folder, options, local=True)
     else:
-        raise BAD_CONFIG.error(f"{folder / 'config.json'} has neither `model_type` (Hugging Face) nor `format` (patchc)")
+        raise BAD_CONFIG.error(
+            f"{folder / 'config.json'} has neither `model_type` (Hugging Face) nor `format` (patchc)"
+        )
     return _Source(name, module.eval(), folder, _tokenizer(folder))
 
 
@@ -205,11 +229,15 @@ def _native(folder: Path, config: dict[str, Any]) -> nn.Module:
     from transformer_lens.config import TransformerBridgeConfig
 
     if config.get("version") != 1:
-        raise BAD_CONFIG.error(f"{folder / 'config.json'} has version {config.get('version')}; this patchc reads version 1")
+        raise BAD_CONFIG.error(
+            f"{folder / 'config.json'} has version {config.get('version')}; this patchc reads version 1"
+        )
     try:
         module = native.NativeModel(TransformerBridgeConfig(**config["config"]))
     except (KeyError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
-        raise BAD_CONFIG.error(f"{folder / 'config.json'} describes no model: {type(error).__name__}: {error}") from None
+        raise BAD_CONFIG.error(
+            f"{folder / 'config.json'} describes no model: {type(error).__name__}: {error}"
+        ) from None
     path = folder / "model.safetensors"
     try:
         module.load_state_dict(load_file(path))
@@ -231,7 +259,11 @@ def _hub(name: str, options: _Options) -> _Source:
     folder = None
     for local in (True, False):
         with contextlib.suppress(Exception):
-            folder = Path(snapshot_download(name, revision=options.revision, allow_patterns=wanted, local_files_only=local))
+            folder = Path(
+                snapshot_download(
+                    name, revision=options.revision, allow_patterns=wanted, local_files_only=local
+                )
+            )
             break
     if folder is None:
         raise NOT_FOUND.error(
@@ -254,10 +286,12 @@ def _hf(name: str, folder: Path, options: _Options, local: bool) -> nn.Module:
             local_files_only=local,
             output_loading_info=True,
         )
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise BAD_WEIGHTS.error(f"the weights in {folder} cannot be loaded: {_first_line(error)}") from None
-    except (ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        raise BAD_CONFIG.error(f"transformers cannot build the model of {folder}: {_first_line(error)}") from None
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise BAD_CONFIG.error(
+            f"transformers cannot build the model of {folder}: {_first_line(error)}"
+        ) from None
     _complete(folder, info)
     return module
 
@@ -272,7 +306,10 @@ def _complete(folder: Path, info: dict[str, Any]) -> None:
 
 def _tokenizer(folder: Path) -> Any | None:
     """The tokenizer beside a model, None where there is none."""
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")):
+    if not any(
+        (folder / n).exists()
+        for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    ):
         return None
     from transformers import AutoTokenizer
 

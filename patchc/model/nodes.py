@@ -17,7 +17,9 @@ from torch.fx.node import map_arg
 from patchc.diagnostics import RULES
 
 NOT_UNDERSTOOD = RULES.add(
-    "model-not-understood", "the model is not a pre-norm decoder whose writers add into one residual stream", exit=3
+    "model-not-understood",
+    "the model is not a pre-norm decoder whose writers add into one residual stream",
+    exit=3,
 )
 
 A = torch.ops.aten
@@ -26,19 +28,33 @@ SOFTMAX = {A.softmax.int, A._softmax.default}
 MATMUL = {A.matmul.default, A.bmm.default}
 VIEW = {A.view.default, A.reshape.default, A._unsafe_view.default}
 SAME_MEMORY_ORDER = {A.contiguous.default, A.clone.default}
-CASTS = {
-    A.to.dtype, A.to.dtype_layout, A.to.device, A.to.other, A.type_as.default, A._to_copy.default
-}  # fmt: skip
+CASTS = {A.to.dtype, A.to.dtype_layout, A.to.device, A.to.other, A.type_as.default, A._to_copy.default}
 FILLS = {A.zeros_like.default, A.ones_like.default, A.full_like.default}
-MOVES = VIEW | SAME_MEMORY_ORDER | {
-    A.transpose.int, A.permute.default, A.split.Tensor, A.split_with_sizes.default, A.chunk.default,
-    A.slice.Tensor, A.select.int, A.unsqueeze.default, A.squeeze.dim, A.unbind.int, operator.getitem,
-    A.flatten.using_ints, A.unflatten.int,
-}  # fmt: skip
+MOVES = (
+    VIEW
+    | SAME_MEMORY_ORDER
+    | {
+        A.transpose.int,
+        A.permute.default,
+        A.split.Tensor,
+        A.split_with_sizes.default,
+        A.chunk.default,
+        A.slice.Tensor,
+        A.select.int,
+        A.unsqueeze.default,
+        A.squeeze.dim,
+        A.unbind.int,
+        operator.getitem,
+        A.flatten.using_ints,
+        A.unflatten.int,
+    }
+)
 """Operations that only move numbers, each to one place at most."""
-REPEATS = VIEW | SAME_MEMORY_ORDER | {
-    A.unsqueeze.default, A.expand.default, A.repeat.default, A.repeat_interleave.self_int
-}  # fmt: skip
+REPEATS = (
+    VIEW
+    | SAME_MEMORY_ORDER
+    | {A.unsqueeze.default, A.expand.default, A.repeat.default, A.repeat_interleave.self_int}
+)
 """Operations by which grouped keys and values become one per query head."""
 
 
@@ -57,7 +73,9 @@ def place(node: fx.Node) -> str:
 def op_name(node: fx.Node) -> str:
     """`layer_norm` for `aten.layer_norm.default`."""
     name = getattr(node.target, "_schema", None)
-    return name.name.split("::")[-1] if name is not None else getattr(node.target, "__name__", str(node.target))
+    return (
+        name.name.split("::")[-1] if name is not None else getattr(node.target, "__name__", str(node.target))
+    )
 
 
 def path_of(node: fx.Node) -> str:

@@ -41,13 +41,16 @@ def piece_modules(structure: Structure, statics: Statics) -> PieceModules:
     if structure.pos_embed is not None:
         regions["pos_embed"] = _embedding(structure, statics, structure.pos_embed, "PosEmbed")
     for i, layer in enumerate(structure.layers):
-        regions |= {f"layer{i}_{name}": made for name, made in _layer(structure, statics, layer, f"Layer{i}").items()}
+        regions |= {
+            f"layer{i}_{name}": made for name, made in _layer(structure, statics, layer, f"Layer{i}").items()
+        }
     unembed = region(structure, statics, structure.exported.logits, [("x", structure.final)], "Unembed")
     need(len(statics.nodes) == known, "a table that only some pieces read", structure.exported.logits)
     regions |= {"unembed": unembed, "statics": statics_region(structure, statics)}
     return PieceModules(
-        {name: made.module for name, made in regions.items()}, {name: made.statics for name, made in regions.items()}
-    )  # fmt: skip
+        {name: made.module for name, made in regions.items()},
+        {name: made.statics for name, made in regions.items()},
+    )
 
 
 def _embedding(structure: Structure, statics: Statics, node: fx.Node, name: str) -> Region:
@@ -77,7 +80,11 @@ def _projection(structure: Structure, statics: Statics, layer: Layer, port: Port
     emitter = Emitter(structure, statics, ["x"], [(source, [layer.entry])])
     emitter.bind(layer.entry, emitter.inputs[0])
     x, d_head = emitter.copy(source), layer.attention.d_head
-    rows = [_cut(emitter, emitter.copy(w), port.first, d_head, 0) for w in (weight, *bias) if isinstance(w, fx.Node)]
+    rows = [
+        _cut(emitter, emitter.copy(w), port.first, d_head, 0)
+        for w in (weight, *bias)
+        if isinstance(w, fx.Node)
+    ]
     projected = emitter.call(A.linear.default, x, *rows)
     return emitter.finish(emitter.call(A.unflatten.int, projected, -1, [len(port.first), d_head]), name)
 
@@ -103,7 +110,9 @@ def _write(structure: Structure, statics: Statics, block: AttentionBlock, name: 
     weight = block.out.args[1]
     assert isinstance(weight, fx.Node)
     columns = _cut(emitter, emitter.copy(weight), block.columns, block.d_head, 1)
-    by_head = emitter.call(A.unflatten.int, emitter.call(A.t.default, columns), 0, [block.n_heads, block.d_head])
+    by_head = emitter.call(
+        A.unflatten.int, emitter.call(A.t.default, columns), 0, [block.n_heads, block.d_head]
+    )
     heads = emitter.call(A.einsum.default, "bshd,hdm->bshm", [emitter.inputs[0], by_head])
     return emitter.finish(_scaled(emitter, block, heads), name)
 

@@ -20,8 +20,8 @@ from patchc.ir.graph import ResidualGraph
 from patchc.ir.tokens import Layout
 from patchc.model.attention import AttentionBlock
 from patchc.model.emit import Emitter, Region, Statics, region, run, spans, statics_region
-from patchc.model.piece_modules import PieceModules, piece_modules
 from patchc.model.nodes import A, evaluate, is_pointwise, need, shape_of
+from patchc.model.piece_modules import PieceModules, piece_modules
 from patchc.model.trace import Layer, Structure
 
 
@@ -78,7 +78,17 @@ class Pieces(Protocol):
         """The key/value head that a query head reads."""
         ...
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, length: int, tables: Tables, heads: Sequence[int] | None = None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        length: int,
+        tables: Tables,
+        heads: Sequence[int] | None = None,
+    ) -> Tensor:
         """Attention of prepared q [c, s_q, h, d] over prepared k and v [c, s_k, h, d], one per query head, of the first
         s_k positions of a prompt of `length` tokens -> z [c, s_q, h, d]. `positions` [c, s_q]: where each query stands.
         `heads`: which query heads these are (None: all)."""
@@ -136,14 +146,20 @@ class _Attention:
             norm = None
             if source is not layer.entry:
                 made = region(structure, statics, source, [("x", layer.entry)], f"Layer{index}Norm_{name}")  # type: ignore[arg-type]
-                need(not made.statics, "a normalisation that depends on more than the stream at each position", source)  # type: ignore[arg-type]
+                need(
+                    not made.statics,
+                    "a normalisation that depends on more than the stream at each position",
+                    source,
+                )  # type: ignore[arg-type]
                 norm = made.module
             self.norms.append(norm)
             self.projections.append(owner.matrix(port.linear))
             prepare = None
             if port.prepared is not port.head:
                 axis = 1 if port.heads_last else 2
-                prepare = region(structure, statics, port.prepared, [("r", port.head)], f"Layer{index}Prepare_{name}", axis)
+                prepare = region(
+                    structure, statics, port.prepared, [("r", port.head)], f"Layer{index}Prepare_{name}", axis
+                )
             self.prepares.append(prepare)
         operands = [(name, port.operand) for name, port in zip("qkv", self.block.ports, strict=True)]
         self.core = region(structure, statics, self.block.core, operands, f"Layer{index}Core", 2)
@@ -173,7 +189,13 @@ class TracedPieces:
         # Regions read their weights from here: detached, so that autograd keeps nothing for gradients of weights.
         root = structure.exported.module
         self.weights = SimpleNamespace(
-            **{n: p.detach() for n, p in (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))}
+            **{
+                n: p.detach()
+                for n, p in (
+                    *root.named_parameters(remove_duplicate=False),
+                    *root.named_buffers(remove_duplicate=False),
+                )
+            }
         )
         embedding = structure.embed.meta["val"]
         self.dtype: torch.dtype = embedding.dtype
@@ -282,23 +304,41 @@ class TracedPieces:
     def kv_head(self, head: int) -> int:
         return self.structure.layers[0].attention.kv_head[head]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, length: int, tables: Tables, heads: Sequence[int] | None = None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        length: int,
+        tables: Tables,
+        heads: Sequence[int] | None = None,
+    ) -> Tensor:
         core = self._attention[layer].core
         statics = [self._mask(n, positions, k.shape[1], tables.whole[length][n], heads) for n in core.statics]
         z = run(core.module, self.weights, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *statics)
         return z.transpose(1, 2)
 
-    def _mask(self, number: int, positions: Tensor, s_k: int, mask: Tensor, heads: Sequence[int] | None) -> Tensor:
+    def _mask(
+        self, number: int, positions: Tensor, s_k: int, mask: Tensor, heads: Sequence[int] | None
+    ) -> Tensor:
         """A static of an attention core, right-aligned with [c, head, query, key], cut to these queries and keys."""
         shape, pos = shape_of(self.statics.nodes[number]), self.structure.exported.pos
-        need(pos not in shape[:-2], "a mask with a position axis before the last two", self.statics.nodes[number])
+        need(
+            pos not in shape[:-2],
+            "a mask with a position axis before the last two",
+            self.statics.nodes[number],
+        )
         if shape[-1:] == (pos,):
             mask = mask[..., :s_k]
         if mask.dim() >= 3 and heads is not None and mask.shape[-3] > 1:
             mask = mask[..., list(heads), :, :]
         if shape[-2:-1] != (pos,):
             return mask
-        if positions.stride(0) == 0 or positions.shape[0] == 1:  # the same queries in every computation: one mask
+        if (
+            positions.stride(0) == 0 or positions.shape[0] == 1
+        ):  # the same queries in every computation: one mask
             return mask.index_select(-2, positions[0])
         rows = mask.reshape(-1, *mask.shape[-2:])[:, positions]  # [head or 1, c, query, key]
         return rows.transpose(0, 1)
@@ -334,7 +374,9 @@ class Unembedding:
         linear = self._linear(logits)
         if linear is not None:
             self.matrix = owner.matrix(linear)
-            self.norm = region(structure, statics, linear.args[0], [("x", structure.final)], "FinalNorm").module  # type: ignore[arg-type]
+            self.norm = region(
+                structure, statics, linear.args[0], [("x", structure.final)], "FinalNorm"
+            ).module  # type: ignore[arg-type]
             self.after = region(structure, statics, logits, [("x", linear)], "AfterUnembed").module
 
     def _linear(self, logits: fx.Node) -> fx.Node | None:

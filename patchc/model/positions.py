@@ -15,9 +15,17 @@ from patchc.model.nodes import CASTS, MOVES, SOFTMAX, VIEW, A, is_pointwise, is_
 
 LAST_AXES = {A.layer_norm.default, A.rms_norm.default, A.native_layer_norm.default, A._fused_rms_norm.default}
 ALONG = SOFTMAX | {
-    A.log_softmax.int, A.mean.dim, A.sum.dim_IntList, A.amax.default, A.amin.default, A.cumsum.default,
-    A.var.correction, A.linalg_vector_norm.default, A.cat.default, A.glu.default,
-}  # fmt: skip
+    A.log_softmax.int,
+    A.mean.dim,
+    A.sum.dim_IntList,
+    A.amax.default,
+    A.amin.default,
+    A.cumsum.default,
+    A.var.correction,
+    A.linalg_vector_norm.default,
+    A.cat.default,
+    A.glu.default,
+}
 """Operations that join entries along the axes that they name."""
 
 
@@ -25,7 +33,9 @@ def check_positions(exported: Exported, nodes: set[fx.Node], dynamic: dict[fx.No
     """Refuse the first of these nodes that is not known to leave every position to itself."""
     for node in exported.nodes:
         if node in nodes and dynamic[node] and node.op == "call_function":
-            need(_Axes(exported, dynamic).keep(node), "positions are mixed outside attention, or may be", node)
+            need(
+                _Axes(exported, dynamic).keep(node), "positions are mixed outside attention, or may be", node
+            )
 
 
 class _Axes:
@@ -78,7 +88,13 @@ def _axes(node: fx.Node) -> list[int]:
     found = _argument(node, "dim")
     if found is None:
         found = _argument(node, "start_dim")
-        return list(range(found, 0)) if isinstance(found, int) and found < 0 else [0] if found is not None else []
+        return (
+            list(range(found, 0))
+            if isinstance(found, int) and found < 0
+            else [0]
+            if found is not None
+            else []
+        )
     return [found] if isinstance(found, int) else list(found)
 
 
@@ -87,5 +103,7 @@ def _argument(node: fx.Node, name: str) -> Any:
     schema = getattr(node.target, "_schema", None)
     for i, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.name == name or argument.name == f"{name}s":
-            return node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            return (
+                node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            )
     return None

@@ -39,9 +39,13 @@ def count_layers(pieces: TracedPieces, config_layers: int | None) -> None:
     structure = pieces.structure
     layers, cores = len(structure.layers), len(_cores(pieces))
     if layers != cores:
-        raise NOT_UNDERSTOOD.error(f"the model has {cores} attention cores, but {layers} write into its residual stream")
+        raise NOT_UNDERSTOOD.error(
+            f"the model has {cores} attention cores, but {layers} write into its residual stream"
+        )
     if config_layers is not None and layers != config_layers:
-        raise NOT_UNDERSTOOD.error(f"the model's config says {config_layers} layers, but {layers} write into its residual stream")
+        raise NOT_UNDERSTOOD.error(
+            f"the model's config says {config_layers} layers, but {layers} write into its residual stream"
+        )
 
 
 def _cores(pieces: TracedPieces) -> list[fx.Node]:
@@ -59,7 +63,8 @@ def is_causal(pieces: TracedPieces) -> bool:
 @torch.no_grad()
 def _layer_is_causal(pieces: TracedPieces, layer: int) -> bool:
     return all(
-        _looks_back(pieces, layer, n) and _ignores_later(pieces, layer, n) for n in _lengths(pieces.graph, (2, 9, 33))
+        _looks_back(pieces, layer, n) and _ignores_later(pieces, layer, n)
+        for n in _lengths(pieces.graph, (2, 9, 33))
     )
 
 
@@ -70,7 +75,9 @@ def _lengths(graph: ResidualGraph, wanted: Sequence[int]) -> list[int]:
 def _looks_back(pieces: TracedPieces, layer: int, n: int) -> bool:
     """Equal scores everywhere: the weight of each key is then the mask's alone, and none may lie above the diagonal."""
     q, values = _zeros(pieces, n, n), _zeros(pieces, n, n)
-    values[torch.arange(n), torch.arange(n)] = 1  # computation c shows the weight that every query gives to key c
+    values[torch.arange(n), torch.arange(n)] = (
+        1  # computation c shows the weight that every query gives to key c
+    )
     weights = _attend(pieces, layer, q, q, values, n)[..., 0].permute(2, 1, 0)  # [head, query, key]
     return bool((weights.triu(1) == 0).all())
 
@@ -88,7 +95,9 @@ def _ignores_later(pieces: TracedPieces, layer: int, n: int) -> bool:
 
 
 def _zeros(pieces: TracedPieces, c: int, n: int) -> Tensor:
-    return torch.zeros((c, n, pieces.graph.n_heads, pieces.graph.d_head), device=pieces.device, dtype=pieces.dtype)
+    return torch.zeros(
+        (c, n, pieces.graph.n_heads, pieces.graph.d_head), device=pieces.device, dtype=pieces.dtype
+    )
 
 
 def _attend(pieces: TracedPieces, layer: int, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
@@ -131,7 +140,9 @@ class Prover:
         logits = values[self.pieces.structure.exported.logits]
         want = Logits(self.model)(ids)
         if not bool(torch.isfinite(want).all()):
-            raise NOT_FINITE.error("the model gives logits that are NaN or infinite for some token ids of its vocabulary")
+            raise NOT_FINITE.error(
+                "the model gives logits that are NaN or infinite for some token ids of its vocabulary"
+            )
         self._compare(logits, want, "the traced graph's logits")
         self._blocks(ids, values)
         stream = self._composed(ids)
@@ -154,7 +165,9 @@ class Prover:
         difference = (got - want).abs().max().item()
         allowed = self.tolerance * max(want.abs().max().item(), 1e-6)
         if not difference <= allowed:  # also where it is NaN
-            raise NOT_THE_MODEL.error(f"{what} differ from the model's by {difference:.2e}, where {allowed:.2e} is allowed")
+            raise NOT_THE_MODEL.error(
+                f"{what} differ from the model's by {difference:.2e}, where {allowed:.2e} is allowed"
+            )
 
     # ---- block by block, on the traced graph's own values
     def _blocks(self, ids: Tensor, values: dict[fx.Node, Tensor]) -> None:
@@ -164,10 +177,18 @@ class Prover:
         for i, layer in enumerate(s.layers):
             x = values[layer.entry].expand(*ids.shape, -1).flatten(0, 1)
             mine = self.attention(i, x, ids.shape)
-            self._compare(mine, values[layer.attention.leaf].flatten(0, 1), f"the outputs of attention {i} (`{path_of(layer.attention.out)}`)")
+            self._compare(
+                mine,
+                values[layer.attention.leaf].flatten(0, 1),
+                f"the outputs of attention {i} (`{path_of(layer.attention.out)}`)",
+            )
             if layer.mlp is not None and layer.mlp_entry is not None:
                 x = values[layer.mlp_entry].expand(*ids.shape, -1).flatten(0, 1)
-                self._compare(self.pieces.mlp(i, x), values[layer.mlp].flatten(0, 1), f"the outputs of MLP {i} (`{path_of(layer.mlp)}`)")
+                self._compare(
+                    self.pieces.mlp(i, x),
+                    values[layer.mlp].flatten(0, 1),
+                    f"the outputs of MLP {i} (`{path_of(layer.mlp)}`)",
+                )
 
     def attention(self, layer: int, x: Tensor, shape: Sequence[int]) -> Tensor:
         """What an attention block adds to the stream, [n, D], for the tokens of some equally long prompts."""
@@ -175,7 +196,9 @@ class Prover:
         tables = p.tables(Layout((length,) * batch))
         tokens = torch.arange(batch * length, device=p.device)
         q, k, v = (
-            p.prepare(layer, port, p.project(layer, port, p.norm(layer, port, x)), tokens, tables).unflatten(0, (batch, length))
+            p.prepare(layer, port, p.project(layer, port, p.norm(layer, port, x)), tokens, tables).unflatten(
+                0, (batch, length)
+            )
             for port in range(3)
         )
         shared = [p.kv_head(h) for h in range(p.graph.n_heads)]
@@ -229,4 +252,6 @@ class Prover:
         p, head = self.pieces, all_heads.shape[1] - 1
         tables = p.tables(Layout((x.shape[0],)))
         alone = p.prepare(layer, port, p.project(layer, port, x, [head]), tokens, tables)
-        self._compare(alone[:, 0], all_heads[:, head], f"{'qkv'[port]} of one head alone of attention {layer}")
+        self._compare(
+            alone[:, 0], all_heads[:, head], f"{'qkv'[port]} of one head alone of attention {layer}"
+        )

@@ -16,8 +16,7 @@ from torch import fx
 from patchc.ir.graph import ResidualGraph, residual_graph
 from patchc.model.attention import AttentionBlock, AttentionReader
 from patchc.model.export import Exported
-from patchc.model.nodes import SDPA, SOFTMAX, A, cone, need, op_name, path_of, shape_of
-
+from patchc.model.nodes import SDPA, SOFTMAX, A, cone, need, op_name, path_of, place, shape_of
 from patchc.model.positions import check_positions
 
 ADD = A.add.Tensor
@@ -183,26 +182,49 @@ class Tracer:
         self._positions_apart(layers, {n for n in (embed, pos_embed) if n is not None})
         return Structure(
             self.exported, embed, pos_embed, tuple(layers), final, self.dynamic, frozenset(self.tree)
-        )  # fmt: skip
+        )
 
     def _reads_tokens(self, leaf: fx.Node) -> bool:
         """Whether an embedding depends on the tokens' values. Refuses one that holds anything but a look-up."""
         inside = cone(leaf)
-        for n in sorted(inside, key=self.order.__getitem__):
+        if layer := self._layer_inside(leaf):
             # Otherwise a scaled, subtracted or normalised stream would vanish, layers and all, into an "embedding".
-            layer = n.target is SDPA or n.target in SOFTMAX or n.target in {A.linear.default, A.matmul.default}
-            if layer:
-                need(False, f"the stream is not a plain sum of writers: `{op_name(leaf)}` in module "
-                     f"`{path_of(leaf)}` changes all of it above", n)  # fmt: skip
-        need(any(n.target is A.embedding.default for n in inside), "a write that reads neither the stream nor an embedding", leaf)
+            need(
+                False,
+                f"the stream is not a plain sum of writers: {place(self._changes_all())} changes all of it, "
+                "from the layers below",
+                layer,
+            )
+        need(
+            any(n.target is A.embedding.default for n in inside),
+            "a write that reads neither the stream nor an embedding",
+            leaf,
+        )
         return any(u in inside and u.target is not A.sym_size.int for u in self.exported.ids.users)
+
+    def _layer_inside(self, leaf: fx.Node) -> fx.Node | None:
+        """The first operation of a layer that a leaf is computed from without reading the stream."""
+        inside = sorted(cone(leaf, self.tree), key=self.order.__getitem__)
+        if any(n in self.tree and n is not leaf for n in inside):
+            return None
+        layers = {SDPA, A.linear.default, A.matmul.default} | SOFTMAX
+        return next((n for n in inside if n.target in layers), None)
+
+    def _changes_all(self) -> fx.Node:
+        """The leaf that holds layers instead of an embedding; a linear one among them only reads what another made."""
+        found = [leaf for leaf in self.leaves if self._layer_inside(leaf) is not None]
+        return next((leaf for leaf in found if leaf.target is not A.linear.default), found[0])
 
     def _reads_all(self, entry: fx.Node, written: Sequence[fx.Node], reader: fx.Node) -> None:
         have, want = set(self.leaves_of[entry]), set(written)
         if have != want:
             missing = min(want ^ have, key=self.order.__getitem__)
-            need(False, f"the stream as `{path_of(reader) or op_name(reader)}` reads it is not the sum of every writer before it; it "
-                 f"differs by", missing)  # fmt: skip
+            need(
+                False,
+                f"the stream as `{path_of(reader) or op_name(reader)}` reads it is not the sum of every writer before it; it "
+                f"differs by",
+                missing,
+            )
 
     def _attention(self, leaf: fx.Node, written: Sequence[fx.Node]) -> Layer:
         block = self.reader.read(leaf)
@@ -232,17 +254,28 @@ class Tracer:
             a, b = layer.attention, first.attention
             same = (a.n_heads, a.n_kv_heads, a.d_head) == (b.n_heads, b.n_kv_heads, b.d_head)
             need(same, "a layer with other heads than the first", a.leaf)
-            need(layer.mlp is None or layer.parallel == any(x.parallel for x in layers),
-                 "some layers run their MLP beside attention, some after it", a.leaf)  # fmt: skip
+            need(
+                layer.mlp is None or layer.parallel == any(x.parallel for x in layers),
+                "some layers run their MLP beside attention, some after it",
+                a.leaf,
+            )
 
     def _layers_match_modules(self, layers: Sequence[Layer]) -> None:
         """Where modules are numbered, the numbers grow with the layers and an MLP has its attention's."""
         seen = [_number(layer.attention.leaf) for layer in layers]
         for layer, number in zip(layers, seen, strict=True):
             if number is not None and layer.mlp is not None:
-                need(_number(layer.mlp) in (None, number), "an MLP in another block than the attention before it", layer.mlp)
+                need(
+                    _number(layer.mlp) in (None, number),
+                    "an MLP in another block than the attention before it",
+                    layer.mlp,
+                )
         numbers = [n for n in seen if n is not None]
-        need(numbers == sorted(set(numbers)), "the layers do not run in their modules' order", layers[0].attention.leaf)
+        need(
+            numbers == sorted(set(numbers)),
+            "the layers do not run in their modules' order",
+            layers[0].attention.leaf,
+        )
 
 
 def _number(leaf: fx.Node) -> int | None:

@@ -76,7 +76,8 @@ def _summary(result: Result) -> Iterator[str]:
             number(x, 2) for x in (check.max_abs_diff, check.tolerance, check.largest_effect)
         )
         cells = f"{check.cells} cell{'' if check.cells == 1 else 's'}"
-        yield f"checked with hooks: {cells} off by at most {worst} (allowed {allowed}, largest effect {effect})"
+        allowing = f"allowed {allowed}, largest effect {effect}"
+        yield f"checked with hooks: {cells} off by at most {worst} ({allowing})"
     for path in result.files:
         yield f"written: {path}"
 

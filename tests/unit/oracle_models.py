@@ -114,7 +114,9 @@ class NodeFunctions:
             case "llama":
                 attn = block.self_attn
                 projection = (attn.q_proj, attn.k_proj, attn.v_proj)[port]
-                return projection(block.input_layernorm(x)).unflatten(-1, (-1, d))[:, h if port == 0 else h // 2]
+                return projection(block.input_layernorm(x)).unflatten(-1, (-1, d))[
+                    :, h if port == 0 else h // 2
+                ]
             case _:
                 projection = (block.attn.q, block.attn.k, block.attn.v)[port]
                 return projection(block.ln1(x)).unflatten(-1, (-1, d))[:, h]

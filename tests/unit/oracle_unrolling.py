@@ -79,6 +79,17 @@ def matches(path: Path, word: Word, begun: set[Match]) -> set[Match]:
             return ends
 
 
+def steps_of(path: Path) -> list[Step]:
+    """Every step that is written in `path`."""
+    match path:
+        case Step():
+            return [path]
+        case Star(part):
+            return steps_of(part)
+        case Seq(parts) | Alt(parts):
+            return [step for part in parts for step in steps_of(part)]
+
+
 def starts(path: Path, word: Word) -> list[Step]:
     """The steps of `path` that may be first in it where it is the whole of `word`."""
     found = (step for end, step in matches(path, word, {(0, None)}) if end == len(word) and step is not None)
@@ -95,19 +106,21 @@ class Disagree(Exception):
 
 @dataclass
 class Unrolled:
-    """One cell. `classes` are disjoint sets of tokens such that every step's `tokens` is a union of them."""
+    """One cell, run on world `run`."""
 
     functions: NodeFunctions
     prompts: Prompts
     run: str
     patches: tuple[Patch, ...]
-    classes: tuple[Tokens, ...]
     possible: dict[tuple[int, Word], bool] = field(default_factory=dict)
     masks: dict[Tokens, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.graph = self.functions.graph
         self.all = self.prompts.layout.all
+        self.classes = [self.all]  # Disjoint; the tokens of every step are some of them together.
+        for named in {step.tokens for patch in self.patches for step in steps_of(patch.path)}:
+            self.classes = [part for c in self.classes for part in (c & named, c & ~named) if part]
         self.plain = {w.name: Plain(self.functions, w.ids) for w in self.prompts.worlds}
 
     def logits(self) -> Tensor:
@@ -142,7 +155,9 @@ class Unrolled:
     def entering(self, word: Word, active: tuple[int, ...], site: Site) -> list[tuple[Site, Tokens, Value]]:
         """The values of ordinary patches that enter at a whole stream, or at a layer's attention output."""
         ordinary = (self.patches[i] for i in active if not self.patches[i].complement)
-        found = ((step, patch) for patch in ordinary for step in starts(patch.path, word) if step.site is site)
+        found = (
+            (step, patch) for patch in ordinary for step in starts(patch.path, word) if step.site is site
+        )
         return [(site, step.tokens & self.all, patch.value) for step, patch in found]
 
     def is_member_at(self, patch: int, word: Word, port: int | None, tokens: Tokens) -> bool:

@@ -107,6 +107,15 @@ class Fixture:
         return [(out if isinstance(out, Tensor) else out.logits)[0] for out in outs]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=DRIVERS, ids="-".join)
 def fixture(request: pytest.FixtureRequest) -> Fixture:
     return Fixture(*request.param)
@@ -272,8 +281,14 @@ def test_a_given_output_of_a_head_is_what_it_adds_to_the_stream() -> None:
 
 SMALL = prompts(3, 2, seed=3)
 EARLY = 0b01001  # the first token of either prompt
-CLASSES = (EARLY, SMALL.layout.all & ~EARLY)
-SOURCES = [FromWorld("corrupt"), FromWorld("third"), FromWorld("clean"), Itself(), Mean("corrupt"), Mean("third", True)]
+SOURCES = [
+    FromWorld("corrupt"),
+    FromWorld("third"),
+    FromWorld("clean"),
+    Itself(),
+    Mean("corrupt"),
+    Mean("third", True),
+]
 
 
 def values() -> st.SearchStrategy[Value]:
@@ -296,7 +311,7 @@ def relations(graph: ResidualGraph) -> st.SearchStrategy[Edges | None]:
 
 
 def tokens() -> st.SearchStrategy[int]:
-    return st.sampled_from([-1, -1, -1, *CLASSES])
+    return st.sampled_from([-1, -1, -1, -1, EARLY, SMALL.layout.all & ~EARLY])
 
 
 def steps(graph: ResidualGraph) -> st.SearchStrategy[Step]:
@@ -348,7 +363,9 @@ def checked(examples: int) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "examples", "tolerance"), [("native", 30, 1e-9), ("gpt2", 10, 1e-9), ("llama", 15, 2e-5)])
+@pytest.mark.parametrize(
+    ("kind", "examples", "tolerance"), [("native", 40, 1e-9), ("gpt2", 10, 1e-9), ("llama", 10, 2e-5)]
+)
 def test_random_languages_unroll(kind: str, examples: int, tolerance: float) -> None:
     # In double precision (but for Llama's norms and rotations): where patches zero all that a norm reads, it makes much
     # of the last bits.
@@ -359,7 +376,7 @@ def test_random_languages_unroll(kind: str, examples: int, tolerance: float) -> 
     def check(some: tuple[Patch, ...]) -> None:
         try:
             with torch.no_grad():
-                want = Unrolled(fixture.functions, fixture.data, "clean", some, CLASSES).logits()
+                want = Unrolled(fixture.functions, fixture.data, "clean", some).logits()
         except Disagree:
             assume(False)
             return
@@ -371,7 +388,9 @@ def test_random_languages_unroll(kind: str, examples: int, tolerance: float) -> 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_both_drivers_agree(kind: str) -> None:
-    one, other = (Fixture(kind, driver, data=prompts(4, 3, 4)) for driver in ("transformer_lens", "forward_hooks"))
+    one, other = (
+        Fixture(kind, driver, data=prompts(4, 3, 4)) for driver in ("transformer_lens", "forward_hooks")
+    )
 
     @checked(20)
     @given(patches(one.graph))
@@ -407,7 +426,12 @@ def test_one_start_with_two_values_is_an_error() -> None:
     with pytest.raises(PatchcError, match="hooks-two-values") as error:
         f.logits(Patch(step, CORRUPT), Patch(step, Value(())))
     assert "head[0, 0]" in error.value.diagnostics[0].message
-    assert largest_difference(f.logits(Patch(step, CORRUPT), Patch(step, CORRUPT)), f.logits(Patch(step, CORRUPT))) == 0
+    assert (
+        largest_difference(
+            f.logits(Patch(step, CORRUPT), Patch(step, CORRUPT)), f.logits(Patch(step, CORRUPT))
+        )
+        == 0
+    )
 
 
 def test_a_start_may_have_two_values_at_different_tokens() -> None:
@@ -418,7 +442,9 @@ def test_a_start_may_have_two_values_at_different_tokens() -> None:
     assert largest_difference([both[0][:2]], [f.logits(Patch(early, CORRUPT))[0][:2]]) < 2e-6
 
 
-@pytest.mark.parametrize(("tensors", "message"), [({}, "no tensor 'v'"), ({"v": torch.zeros(3)}, r"must be \[32\]")])
+@pytest.mark.parametrize(
+    ("tensors", "message"), [({}, "no tensor 'v'"), ({"v": torch.zeros(3)}, r"must be \[32\]")]
+)
 def test_a_tensor_that_does_not_fit_is_an_error(tensors: dict[str, Tensor], message: str) -> None:
     f = Fixture("native", tensors=tensors)
     given = Value(((1.0, Given("v")),))
@@ -468,7 +494,10 @@ def test_normalised_metrics_are_0_and_1_at_their_worlds() -> None:
     f = Fixture("native", data=prompts(4, 6))
     ends = tuple(f.data.layout.token(i, -1) for i in range(2))
     logit = Read(Measure.LOGIT, ((1,), (2,)), ends)
-    metrics = [Metric("of means", logit, "clean", "corrupt"), Metric("of ratios", logit, "clean", "corrupt", True)]
+    metrics = [
+        Metric("of means", logit, "clean", "corrupt"),
+        Metric("of ratios", logit, "clean", "corrupt", True),
+    ]
     whole = Patch(to_logits(f.graph, Step(f.graph.input)), CORRUPT)
     part = Patch(to_logits(f.graph, Step(head(f.graph, 0, 0))), CORRUPT)
     done: list[int] = []
@@ -476,9 +505,14 @@ def test_normalised_metrics_are_0_and_1_at_their_worlds() -> None:
     assert done == [1, 2, 3]
     for numbers in got.values():
         assert numbers[:2].tolist() == pytest.approx([0, 1], abs=1e-6)
-    at_end = [torch.stack([x[-1, i + 1] for i, x in enumerate(run)]).double() for run in (f.plain("clean"), f.logits(part), f.plain("corrupt"))]
+    at_end = [
+        torch.stack([x[-1, i + 1] for i, x in enumerate(run)]).double()
+        for run in (f.plain("clean"), f.logits(part), f.plain("corrupt"))
+    ]
     zero, x, one = at_end
-    assert got["of means"][2].item() == pytest.approx(((x.mean() - zero.mean()) / (one.mean() - zero.mean())).item(), abs=1e-5)
+    assert got["of means"][2].item() == pytest.approx(
+        ((x.mean() - zero.mean()) / (one.mean() - zero.mean())).item(), abs=1e-5
+    )
     assert got["of ratios"][2].item() == pytest.approx(((x - zero) / (one - zero)).mean().item(), abs=1e-5)
 
 
@@ -565,5 +599,5 @@ def test_no_function_of_the_backend_imports_the_compiler(name: str) -> None:
 
 
 def test_the_tests_of_independence_can_fail() -> None:
-    assert forbidden(loaded_with("patchc.execute.residuals", "patchc.lower")) == ["patchc.lower"]
+    assert "patchc.lower" in forbidden(loaded_with("patchc.execute.residuals", "patchc.lower"))
     assert forbidden(imported_by("def f():\n    from patchc.optimise import cut")) == ["patchc.optimise"]

@@ -38,7 +38,13 @@ def test_composed_pieces_are_the_model(loaded: LoadedModel, lengths: tuple[int, 
 
 def test_graph_counts_what_the_model_has(loaded: LoadedModel) -> None:
     graph = loaded.graph
-    assert (graph.n_layers, graph.n_heads, graph.d_model, graph.d_head, graph.d_vocab) == (2, 4, 32, 8, D_VOCAB)
+    assert (graph.n_layers, graph.n_heads, graph.d_model, graph.d_head, graph.d_vocab) == (
+        2,
+        4,
+        32,
+        8,
+        D_VOCAB,
+    )
     assert graph.n_kv_heads == len({loaded.pieces.kv_head(h) for h in range(4)})
     assert graph.causal
     assert graph.n_ctx in (32, 64)
@@ -67,7 +73,10 @@ def test_packed_rows_are_prepared_as_in_their_prompts(loaded: LoadedModel, layer
     pieces, prompts = loaded.pieces, prompts_of(RAGGED)
     x, layout = packed_embedding(pieces, prompts), Layout(RAGGED)
     packed = packed_qkv(pieces, layer, x, pieces.tables(layout))
-    alone = [packed_qkv(pieces, layer, x[o : o + n], pieces.tables(Layout((n,)))) for o, n in zip(layout.offsets, RAGGED, strict=False)]
+    alone = [
+        packed_qkv(pieces, layer, x[o : o + n], pieces.tables(Layout((n,))))
+        for o, n in zip(layout.offsets, RAGGED, strict=False)
+    ]
     for port in range(3):
         assert torch.allclose(packed[port], torch.cat([a[port] for a in alone]), atol=CLOSE)
 
@@ -93,7 +102,9 @@ def test_heads_can_be_computed_one_by_one(loaded: LoadedModel) -> None:
         assert torch.allclose(some, every[:, chosen], atol=CLOSE)
     q, k, v = (a[None] for a in packed_qkv(pieces, 0, x, tables))
     z = pieces.attend(0, q, k, v, torch.arange(7)[None], 7, tables)
-    some = pieces.attend(0, q[:, :, heads], k[:, :, heads], v[:, :, heads], torch.arange(7)[None], 7, tables, heads)
+    some = pieces.attend(
+        0, q[:, :, heads], k[:, :, heads], v[:, :, heads], torch.arange(7)[None], 7, tables, heads
+    )
     assert torch.allclose(some, z[:, :, heads], atol=CLOSE)
     written = torch.stack([pieces.write(0, z[0, :, [h]], [h]) for h in range(4)])
     assert torch.allclose(pieces.write(0, z[0]), written.sum(0), atol=CLOSE)
@@ -107,10 +118,20 @@ def test_some_queries_over_a_prefix_of_the_keys(loaded: LoadedModel) -> None:
     q, k, v = (a[None] for a in packed_qkv(pieces, 1, x, tables))
     full = pieces.attend(1, q, k, v, torch.arange(n)[None], n, tables)
     positions = torch.tensor([[4, 6], [5, 0]])  # each computation has queries of its own
-    some = pieces.attend(1, q[0, positions], k[:, :7].expand(2, -1, -1, -1), v[:, :7].expand(2, -1, -1, -1), positions, n, tables)
+    some = pieces.attend(
+        1,
+        q[0, positions],
+        k[:, :7].expand(2, -1, -1, -1),
+        v[:, :7].expand(2, -1, -1, -1),
+        positions,
+        n,
+        tables,
+    )
     assert torch.allclose(some, full[0, positions], atol=CLOSE)
     same = torch.tensor([[2, 6]]).expand(3, 2)
-    some = pieces.attend(1, q[0, same], k[:, :7].expand(3, -1, -1, -1), v[:, :7].expand(3, -1, -1, -1), same, n, tables)
+    some = pieces.attend(
+        1, q[0, same], k[:, :7].expand(3, -1, -1, -1), v[:, :7].expand(3, -1, -1, -1), same, n, tables
+    )
     assert torch.allclose(some, full[0, same], atol=CLOSE)
 
 

@@ -258,15 +258,10 @@ def test_a_variable_over_heads_is_one_axis_beside_another() -> None:
     assert np.array_equal(np.asarray(ax.images[0].get_array()), r.values["diff"].reshape(4, 3))
 
 
-def test_too_many_panels_are_left_out_and_said() -> None:
-    dims = (
-        Dim("a", tuple(range(10))),
-        Dim("b", tuple(range(10))),
-        Dim("c", tuple(range(9))),
-        Dim("d", tuple(range(9))),
-    )
-    title = result(experiment(dims)).plot().get_suptitle()
-    assert title == "heads (the first 48 panels; 33 more)"
+def test_too_many_panels_are_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchc.report.heatmap.MOST_PANELS", 2)
+    figure = result(experiment((LAYER, HEAD, Dim("c", (0, 1, 2)), Dim("d", (0, 1, 2))))).plot()
+    assert figure.get_suptitle() == "heads (the first 2 panels; 4 more)"
 
 
 # ---- for people

@@ -1,0 +1,90 @@
+"""A variant DAG as text: one variant a line, what it is made of, and the tokens at which it may differ from the base run.
+
+Token sets are printed as positions of each prompt; `all` is every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from patchc.ir.bits import bits
+from patchc.ir.dag import Const, Core, Dag, Masked, Mix, Op, Out, Replaced, Run, Scale, Stream, Sum, Tokenwise, VariantId
+from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Source, Value
+from patchc.ir.graph import PORTS
+from patchc.ir.tokens import Tokens
+
+
+def dag_text(dag: Dag, roots: Iterable[VariantId]) -> str:
+    """Every variant in order, then the cells' roots."""
+    lines = [f"v{i} = {_op(dag, op)}  @ {positions(dag, dag.changed[i])}" for i, op in enumerate(dag.ops) if i]
+    lines += [f"root = {_name(r)}" for r in roots]
+    return "\n".join(lines)
+
+
+def positions(dag: Dag, tokens: Tokens) -> str:
+    """A token set: `all`, or the positions of each prompt that has some."""
+    if tokens == dag.layout.all:
+        return "all"
+    parts = [(prompt, ",".join(map(str, bits(here)))) for prompt, here in dag.layout.split(tokens)]
+    if dag.layout.n_prompts == 1:
+        return parts[0][1] if parts else "nowhere"
+    return "; ".join(f"{prompt}: {here}" for prompt, here in parts) or "nowhere"
+
+
+def _name(variant: VariantId) -> str:
+    return f"v{variant}" if variant else "base"
+
+
+def _op(dag: Dag, op: Op) -> str:
+    match op:
+        case Const(block, members, value, _):
+            return f"stored {_members(dag, block, members)} of {value_text(dag.values[value])}"
+        case Stream(rank, value, _):
+            return f"stored stream below rank {rank} of {value_text(dag.values[value])}"
+        case Core(block, q, k, v, replaced):
+            inputs = ", ".join(f"{p}: {_name(x)}" for p, x in zip(PORTS, (q, k, v), strict=True))
+            return f"attention {dag.graph.blocks[block].layer}({inputs})" + "".join(_replaced(dag, r) for r in replaced)
+        case Out(core, heads):
+            block = dag.ops[core]
+            assert isinstance(block, Core)
+            return f"{_members(dag, block.block, heads)} of {_name(core)}"
+        case Tokenwise(block, x):
+            return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})"
+        case Sum(parts):
+            return " + ".join(map(_name, parts))
+        case Scale(factor, x):
+            return f"{factor:g} * {_name(x)}"
+        case Mix(parts):
+            return " | ".join(f"{_name(x)} @ {positions(dag, tokens)}" for tokens, x in parts)
+        case Masked(x, starts):
+            return _name(x) + "".join(f" -> {_name(v)} by mask {m}" for m, _, v in starts)
+        case Run(rank, x):
+            return f"run from rank {rank}({_name(x)})"
+
+
+def _members(dag: Dag, block: int, members: int) -> str:
+    first = dag.graph.blocks[block].first
+    return " ".join(dag.graph.nodes[first + i].name for i in bits(members))
+
+
+def _replaced(dag: Dag, r: Replaced) -> str:
+    heads = ",".join(map(str, bits(r.heads)))
+    return f" with {PORTS[r.port]} of heads {heads} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}"
+
+
+def value_text(value: Value) -> str:
+    """A value as a spec writes it."""
+    return " + ".join(_term(factor, source) for factor, source in value.terms) or "zero"
+
+
+def _term(factor: float, source: Source) -> str:
+    match source:
+        case FromWorld(world):
+            name = world
+        case Mean(world, over_positions):
+            name = f"mean({world}{', over=positions' if over_positions else ''})"
+        case Given(key):
+            name = key
+        case Itself():
+            name = "self"
+    return name if factor == 1.0 else f"{factor:g} * {name}"

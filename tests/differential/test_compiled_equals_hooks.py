@@ -1,0 +1,135 @@
+"""Compiled == hooks on traced models of every supported kind: random node, edge, path and complement patches.
+
+The hooks backend shares nothing with the compiler but the data that describe an experiment.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchc.codegen.emit import compiled_graph
+from patchc.execute.base import PlainRun, run_world
+from patchc.execute.hooks import Oracle
+from patchc.execute.stored import Stored
+from patchc.execute.walk import Walk
+from patchc.ir.dag import Dag
+from patchc.ir.experiment import Cell, Dim, Experiment, FromWorld, Patch, Prompts, Value, World
+from patchc.ir.paths import Seq, Star, Step
+from patchc.ir.tokens import Layout
+from patchc.lower.fold import Fold
+from patchc.lower.masked import lower_masked
+from patchc.model.load import LoadedModel, load
+from tests.drawn import Draw
+from tests.models import D_VOCAB, MODELS
+
+TOLERANCE = 1e-4
+CASES = 12
+
+
+@cache
+def model(kind: str) -> LoadedModel:
+    return load(MODELS[kind]())
+
+
+def prompts(rng: Random, lengths: tuple[int, ...]) -> Prompts:
+    def ids() -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(rng.randrange(D_VOCAB) for _ in range(n)) for n in lengths)
+
+    clean, other = ids(), ids()
+    corrupt = tuple(tuple(t if rng.random() < 0.4 else rng.randrange(D_VOCAB) for t in row) for row in clean)
+    return Prompts(Layout(lengths), (World("clean", clean), World("corrupt", corrupt), World("other", other)))
+
+
+def experiment(cells: list[Cell]) -> Experiment:
+    numbered = tuple(Cell((i,), c.patches) for i, c in enumerate(cells))
+    return Experiment("drawn", None, "clean", (Dim("cell", tuple(range(len(cells)))),), numbered, ())
+
+
+def plain_runs(m: LoadedModel, data: Prompts) -> dict[str, PlainRun]:
+    tables = m.pieces.tables(data.layout)
+    return {w.name: run_world(m.pieces, w, data.layout, tables) for w in data.worlds}
+
+
+def compiled(m: LoadedModel, data: Prompts, e: Experiment) -> list[Tensor]:
+    """Logits `[token, d_vocab]` of each cell, all in one pass; nothing for a cell that is refused."""
+    dag = Dag(m.graph, data.layout)
+    fold = Fold(dag, data, e.run)
+    roots = [fold.cell(c.patches).root for c in e.cells]
+    stored = Stored(m.pieces, data.layout, e.run, plain_runs(m, data), {})
+    walk = Walk(dag, m.pieces, m.pieces.tables(data.layout), stored, data.layout.all)
+    return [m.pieces.unembed(x) for x in walk.streams(roots)]
+
+
+def accepted(m: LoadedModel, data: Prompts, rng: Random, n: int) -> list[Cell]:
+    """Random cells without a start of two values."""
+    out: list[Cell] = []
+    while len(out) < n:
+        cell = Draw(rng, m.graph, data.layout).cell()
+        if not Fold(Dag(m.graph, data.layout), data, "clean").cell(cell.patches).faults:
+            out.append(cell)
+    return out
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("lengths", [(5,), (4, 6)], ids=["one prompt", "two lengths"])
+def test_random_cells(kind: str, lengths: tuple[int, ...]) -> None:
+    rng = Random(f"{kind} {lengths}")
+    m, data = model(kind), prompts(rng, lengths)
+    e = experiment(accepted(m, data, rng, CASES))
+    oracle = Oracle(m.eager, m.graph, data)
+    with torch.no_grad():
+        base = m.pieces.unembed(plain_runs(m, data)["clean"].stream[-1])
+        largest = 0.0
+        for cell, got in zip(e.cells, compiled(m, data, e), strict=True):
+            expected = torch.cat(oracle.logits(e, cell))
+            assert (got - expected).abs().max() < TOLERANCE, cell
+            largest = max(largest, float((expected - base).abs().max()))
+    assert largest > 100 * TOLERANCE  # two backends that do nothing agree too
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_graph_equals_sweep(kind: str) -> None:
+    """One differentiable graph: a mask of one cell is that cell, no mask is the plain model, halves blend."""
+    rng = Random(f"graph {kind}")
+    m, data = model(kind), prompts(rng, (5, 5))
+    corrupt = Value(((1.0, FromWorld("corrupt")),))
+    tail = (Star(Step(m.graph.all)), Step(m.graph.logits_set))
+    nodes = [Cell((), (Patch(Seq((Step(1 << n.id), *tail)), corrupt),)) for n in m.graph.members(m.graph.heads)]
+    e = experiment(nodes + accepted(m, data, rng, 4))
+    graph = compiled_graph(lower_masked(e, data, m.graph), m.pieces, ("clean", "corrupt", "other"), {})
+    ids = [torch.tensor(w.ids) for w in data.worlds]
+    with torch.no_grad():
+        for i, expected in enumerate(compiled(m, data, e)):
+            masks = torch.zeros(len(e.cells))
+            masks[i] = 1.0
+            assert (graph(*ids, masks)[0].flatten(0, 1) - expected).abs().max() < TOLERANCE
+        out = m.eager(ids[0])
+        plain = out if isinstance(out, Tensor) else out.logits
+        assert (graph(*ids, torch.zeros(len(e.cells)))[0] - plain).abs().max() < TOLERANCE
+
+
+def test_mask_gradient_is_the_finite_difference() -> None:
+    rng = Random(3)
+    module = MODELS["gpt2-sdpa"]().double()
+    m, data = load(module), prompts(rng, (4,))
+    tail = (Star(Step(m.graph.all)), Step(m.graph.logits_set))
+    corrupt = Value(((1.0, FromWorld("corrupt")),))
+    e = experiment([Cell((), (Patch(Seq((Step(1 << n.id), *tail)), corrupt),)) for n in m.graph.members(m.graph.heads)])
+    graph = compiled_graph(lower_masked(e, data, m.graph), m.pieces, ("clean", "corrupt"), {})
+    ids = [torch.tensor(w.ids) for w in data.worlds[:2]]
+
+    def metric(masks: Tensor) -> Tensor:
+        return graph(*ids, masks)[0][0, -1, 7]
+
+    masks = torch.rand(len(e.cells), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(metric(masks), masks)
+    step = 1e-5 * torch.eye(len(e.cells), dtype=torch.float64)
+    with torch.no_grad():
+        differences = torch.stack([(metric(masks + s) - metric(masks - s)) / 2e-5 for s in step])
+    assert (gradient - differences).abs().max() < 1e-6
+    assert gradient.abs().max() > 1e-3
