@@ -1,9 +1,9 @@
 """patchc from Python: load a model once, compile specs against it, run them, keep their graphs.
 
-    m = patchc.load("ioi-tiny")
-    compiled = m.compile("heads.patch")
-    results = compiled.run(check=True)
-    results["heads"]["recovered"]            # an xarray.DataArray with dims and coords
+m = patchc.load("ioi-tiny")
+compiled = m.compile("heads.patch")
+results = compiled.run(check=True)
+results["heads"]["recovered"]            # an xarray.DataArray with dims and coords
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from patchc import pipeline
+from patchc.codegen.emit import CompiledGraph
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.check import SAMPLE, check
@@ -60,12 +61,11 @@ def load(
 ) -> Model:
     """Load and trace a model once, for any number of specs.
 
-    `model`: a built-in name (`"ioi-tiny"`), a model directory, a hub id, a `torch.nn.Module` of a supported architecture
-    (left exactly as it is; give its `tokenizer`), or a `TransformerBridge`. Raises `PatchcError`.
+    `model`: a built-in name (`"ioi-tiny"`), a model directory, a hub id, a `torch.nn.Module` of a supported
+    architecture (left exactly as it is; give its `tokenizer`), or a `TransformerBridge`. Raises `PatchcError`.
     """
     if isinstance(model, ModelChoice):
-        options: dict[str, Any] = dict(model.options)
-        return Model(load_model(model.name, tokenizer=tokenizer, base=base, **options), model)
+        return Model(_chosen(model, tokenizer, base), model)
     loaded = load_model(
         model,
         tokenizer=tokenizer,
@@ -79,7 +79,16 @@ def load(
     return Model(loaded, ModelChoice(loaded.name))
 
 
-def load_graph(directory: str | Path, model: str | Path | nn.Module | Model) -> fx.GraphModule:
+def _chosen(choice: ModelChoice, tokenizer: Any | None, base: Path | None) -> LoadedModel:
+    """The model that a spec asks for; what is wrong with it is said at its statement."""
+    options: dict[str, Any] = dict(choice.options)
+    try:
+        return load_model(choice.name, tokenizer=tokenizer, base=base, **options)
+    except PatchcError as error:
+        raise PatchcError(d.at(choice.span) for d in error.diagnostics) from None
+
+
+def load_graph(directory: str | Path, model: str | Path | nn.Module | Model) -> CompiledGraph:
     """A compiled graph that `Compiled.save` wrote, over the weights of `model`: the same ones, or `model-changed`."""
     from patchc.codegen.saved import load_saved
 
@@ -138,7 +147,7 @@ class Compiled:
     given: Given
     warnings: tuple[Diagnostic, ...] = ()
     _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
-    _graphs: dict[str, fx.GraphModule] = field(default_factory=dict[str, fx.GraphModule])
+    _graphs: dict[str, CompiledGraph] = field(default_factory=dict[str, CompiledGraph])
 
     # ---- before anything runs
     def plan(self) -> Plans:
@@ -167,7 +176,7 @@ class Compiled:
             _write(out, self.base, self.source)
         return out
 
-    def _run(self, program: Program, count: int | None | bool, tell: Progress) -> Result:
+    def _run(self, program: Program, count: int | bool | None, tell: Progress) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)
         loaded = self.model.loaded
         outcome = pipeline.execute(program, loaded, self.given, self._runs, lambda n: tell(experiment.name, n, n_cells))
@@ -191,12 +200,12 @@ class Compiled:
 
     # ---- as graphs
     @cached_property
-    def graphs(self) -> Mapping[str, fx.GraphModule]:
+    def graphs(self) -> Mapping[str, CompiledGraph]:
         """Each experiment as one `torch.fx.GraphModule`, by name, compiled when first asked for."""
         return _Graphs(self)
 
     @property
-    def graph(self) -> fx.GraphModule:
+    def graph(self) -> CompiledGraph:
         """The spec's one experiment as a graph: `forward(ids of each world [batch, pos], masks) -> logits, captures`.
 
         `masks` has the shape of the experiment's results, one number a cell: 1 patches, 0 does not, anything between
@@ -224,18 +233,15 @@ class Plans(tuple[Plan, ...]):
     __repr__ = __str__
 
 
-class _Graphs(Mapping[str, fx.GraphModule]):
+class _Graphs(Mapping[str, CompiledGraph]):
     def __init__(self, compiled: Compiled):
-        self._compiled, self._made = compiled, dict[str, fx.GraphModule]()
+        self._compiled, self._made = compiled, dict[str, CompiledGraph]()
         self._experiments = {e.name: e for e in compiled.study.experiments}
 
-    def __getitem__(self, name: str) -> fx.GraphModule:
+    def __getitem__(self, name: str) -> CompiledGraph:
         if name not in self._made:
             c, experiment = self._compiled, self._experiments[name]
-            graph = pipeline.to_graph(experiment, c.study.prompts, c.model.loaded, c.given.tensors)
-            graph.worlds = reads.worlds(experiment, c.study.prompts)
-            graph.mask_shape = experiment.shape
-            self._made[name] = graph
+            self._made[name] = pipeline.to_graph(experiment, c.study.prompts, c.model.loaded, c.given.tensors)
         return self._made[name]
 
     def __iter__(self) -> Any:
@@ -266,11 +272,15 @@ def _check_called(study: Study) -> None:
     for experiment in study.experiments:
         for metric in experiment.metrics:
             if any(isinstance(leaf, Called) for leaf in reads.leaves(metric.expression)):
-                report.add(CALLED_LENGTHS.at(metric.span, f"`{metric.name}` is a Python function, and the prompts differ in length"))
+                report.add(
+                    CALLED_LENGTHS.at(
+                        metric.span, f"`{metric.name}` is a Python function, and the prompts differ in length"
+                    )
+                )
     report.raise_errors()
 
 
-def _count(check: bool | int | str) -> int | None | bool:
+def _count(check: bool | int | str) -> int | bool | None:
     """How many cells to check: False for none, None for all."""
     if check == "all":
         return None
@@ -311,9 +321,10 @@ def _write(results: Results, base: Path, source: Source) -> None:
     stem = "" if source.name == "<spec>" else Path(source.name).stem + "."
     for name, result in results.items():
         for save in result.experiment.saves:
-            result.save(base / save.path, span=save.span)
+            result.files.append(result.save(base / save.path, span=save.span))
         for show in result.experiment.shows:
-            save_picture(result, base / (show.path or f"{stem}{name}.png"), show.span)
+            path = base / (show.path or f"{stem}{name}.png")
+            result.files.append(save_picture(result, path, show.span))
 
 
 def _bars() -> Progress:

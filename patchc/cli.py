@@ -1,4 +1,5 @@
-"""The `patchc` command. Results go to stdout, progress and messages to stderr; only here is the process's state touched.
+"""The `patchc` command. Results go to stdout, progress and messages to stderr; only here is the process's state
+touched.
 
 Imports are made where a command needs them: `--help`, and a spec that does not parse, answer without torch.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import click
 
+from patchc import __version__
 from patchc.diagnostics import Diagnostic, PatchcError
 
 
@@ -34,10 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = ["--check=sample" if a == "--check" else a for a in (sys.argv[1:] if argv is None else argv)]
     try:
         sys.exit(cli.main(args, prog_name="patchc", standalone_mode=False) or 0)
-    except click.exceptions.Abort:
-        sys.exit(Exit.INTERRUPTED)
-    except KeyboardInterrupt:
-        click.echo("interrupted; nothing was written", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
         sys.exit(Exit.INTERRUPTED)
     except click.ClickException as error:
         error.show()
@@ -45,17 +45,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="patchc")
+@click.version_option(__version__, package_name="patchc")
 def cli() -> None:
     """Compile and run activation-patching experiments written as .patch specs."""
 
 
-FORMAT = click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", help="What stdout gets.")
+FORMAT = click.option(
+    "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What stdout gets."
+)
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that torch may use.")
 MEMORY = click.option("--memory", callback=lambda _c, _p, v: _bytes(v), help="Most that a pass may hold, e.g. 4GiB.")
 SPEC = click.argument("spec", type=click.Path(path_type=Path))
 CHECK = click.option(
-    "--check", metavar="[=all|N]", help="Recompute a sample of the cells (or all, or N) with forward hooks, and compare."
+    "--check",
+    metavar="[=all|N]",
+    help="Recompute a sample of the cells (or all, or N) with forward hooks, and compare.",
 )
 
 
@@ -144,7 +148,8 @@ def _check(specs: tuple[Path, ...], output: str) -> int:
     else:
         _say(found)
         n_errors = sum(d.is_error for d in found)
-        click.echo(f"{len(specs)} checked, {n_errors} errors" if n_errors else f"{len(specs)} checked, no errors", err=True)
+        counted = f"{n_errors or 'no'} error{'' if n_errors == 1 else 's'}"
+        click.echo(f"{len(specs)} checked, {counted}", err=True)
     return max((d.exit for d in found if d.is_error), default=Exit.OK)
 
 
@@ -242,7 +247,7 @@ def _cells_to_check(check: str | None) -> bool | int | str:
         return False
     if check in ("all", "sample"):
         return check
-    if check.isdigit() and int(check):
+    if check.isdecimal() and int(check):
         return int(check)
     raise click.UsageError(f"--check takes nothing, `all` or a number of cells, not {check!r}")
 
@@ -264,3 +269,6 @@ def _bytes(text: str | None) -> int | None:
 
 
 __all__ = ["Exit", "cli", "main"]
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
-from patchc.codegen.emit import compiled_graph
+from patchc.codegen.emit import CompiledGraph, compiled_graph
 from patchc.diagnostics import Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.sweep import Outcome, Sweep
@@ -58,7 +58,8 @@ def to_study(
 
 
 def to_programs(study: Study, model: LoadedModel, budget: int) -> tuple[Program, ...]:
-    """Every experiment's program, a pass holding at most `budget` bytes; errors of all experiments are raised together."""
+    """Every experiment's program, a pass holding at most `budget` bytes; errors of all experiments are raised
+    together."""
     report = Report()
     out: list[Program] = []
     for experiment in study.experiments:
@@ -78,7 +79,9 @@ def to_program(experiment: Experiment, prompts: Prompts, model: LoadedModel, bud
     return optimise(experiment, prompts, lowered, measured, budget, model.pieces.dtype.itemsize)
 
 
-def to_graph(experiment: Experiment, prompts: Prompts, model: LoadedModel, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+def to_graph(
+    experiment: Experiment, prompts: Prompts, model: LoadedModel, tensors: Mapping[str, Tensor]
+) -> CompiledGraph:
     """One experiment as one differentiable fx graph with a mask a cell."""
     cells = lower_masked(experiment, prompts, model.graph)
     return compiled_graph(cells, model.pieces, reads.worlds(experiment, prompts), tensors)

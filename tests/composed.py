@@ -1,4 +1,5 @@
-"""An unpatched run put together from a model's pieces, over prompts of any lengths, packed: what the tests compare."""
+"""An unpatched run put together from a model's pieces, over prompts of any lengths, packed: what the tests
+compare."""
 
 from __future__ import annotations
 
@@ -34,11 +35,7 @@ def attention(pieces: Pieces, layer: int, x: Tensor, tables: Tables) -> Tensor:
     z: list[Tensor] = []
     for start, n in zip(tables.layout.offsets, tables.layout.lengths, strict=False):
         rows = slice(start, start + n)
-        z.append(
-            pieces.attend(
-                layer, q[None, rows], k[None, rows], v[None, rows], torch.arange(n)[None], n, tables
-            )[0]
-        )
+        z.append(pieces.attend(layer, q[None, rows], k[None, rows], v[None, rows], torch.arange(n)[None], n, tables)[0])
     bias = pieces.attn_bias(layer)
     out = pieces.write(layer, torch.cat(z))
     return out if bias is None else out + bias

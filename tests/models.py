@@ -23,9 +23,7 @@ def jittered(module: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(
-                torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.dim() == 1 else 0.12)
-            )
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.dim() == 1 else 0.12))
     return module.eval()
 
 
@@ -36,9 +34,7 @@ def gpt2(attention: str = "sdpa", **config: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32, "vocab_size": D_VOCAB}
     special = {"bos_token_id": None, "eos_token_id": None}
-    return jittered(
-        GPT2LMHeadModel(GPT2Config(**{**sizes, **special, "attn_implementation": attention, **config}))
-    )
+    return jittered(GPT2LMHeadModel(GPT2Config(**{**sizes, **special, "attn_implementation": attention, **config})))
 
 
 def llama(attention: str = "sdpa", **config: Any) -> nn.Module:
@@ -82,9 +78,7 @@ def native(**config: Any) -> nn.Module:
 
 def native_rms_rotary() -> nn.Module:
     """RMSNorm, rotary, grouped keys and values, gated MLP."""
-    return native(
-        normalization_type="RMS", positional_embedding_type="rotary", n_key_value_heads=2, gated_mlp=True
-    )
+    return native(normalization_type="RMS", positional_embedding_type="rotary", n_key_value_heads=2, gated_mlp=True)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

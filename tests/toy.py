@@ -17,7 +17,9 @@ from patchc.ir.tokens import Layout
 D_MODEL, D_HEAD, VOCAB = 6, 2, 7
 
 
-def graph_of(shape: Sequence[tuple[str, int]], n_heads: int, pos_embed: bool, bias: bool, causal: bool) -> ResidualGraph:
+def graph_of(
+    shape: Sequence[tuple[str, int]], n_heads: int, pos_embed: bool, bias: bool, causal: bool
+) -> ResidualGraph:
     """`shape`: ("attention" or "mlp", rank) for each block, ranks ascending from 1."""
     nodes: list[Node] = []
     blocks: list[Block] = []
@@ -58,12 +60,13 @@ class Toy:
 
         h, d, m = self.graph.n_heads, D_HEAD, D_MODEL
         self.tok, self.pos = make(VOCAB, m), make(16, m)
-        self.w = {(l, p): make(h, d, m) for l in range(self.graph.n_layers) for p in range(3)}
-        self.b = {(l, p): make(h, d) for l in range(self.graph.n_layers) for p in range(3)}
-        self.o = {l: make(h, d, m) * 0.5 for l in range(self.graph.n_layers)}
-        self.ob = {l: make(m) for l in range(self.graph.n_layers)}
-        self.up = {l: make(8, m) for l in range(self.graph.n_layers)}
-        self.down = {l: make(m, 8) * 0.5 for l in range(self.graph.n_layers)}
+        layers = range(self.graph.n_layers)
+        self.w = {(layer, p): make(h, d, m) for layer in layers for p in range(3)}
+        self.b = {(layer, p): make(h, d) for layer in layers for p in range(3)}
+        self.o = [make(h, d, m) * 0.5 for _ in layers]
+        self.ob = [make(m) for _ in layers]
+        self.up = [make(8, m) for _ in layers]
+        self.down = [make(m, 8) * 0.5 for _ in layers]
         self.out = make(VOCAB, m)
         self.has_bias = bool(self.graph.of(Kind.ATTN_BIAS))
 
@@ -97,7 +100,15 @@ class Toy:
         return head
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, length: int, tables: Layout, heads: Sequence[int] | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        length: int,
+        tables: Layout,
+        heads: Sequence[int] | None = None,
     ) -> Tensor:
         scores = torch.einsum("cqhd,ckhd->chqk", q, k)
         if self.graph.causal:

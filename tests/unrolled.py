@@ -1,7 +1,7 @@
 """The definition, word for word and as slow as it reads: every path of the unrolled graph is a leaf of its own.
 
-Nothing is shared, no automaton is built: a copy of a node is known by all the steps from it to the logits, each with the
-port and the token at which it is taken, and those are matched against the path expression as a word.
+Nothing is shared, no automaton is built: a copy of a node is known by all the steps from it to the logits, each with
+the port and the token at which it is taken, and those are matched against the path expression as a word.
 """
 
 from __future__ import annotations
@@ -104,7 +104,15 @@ class Unrolled:
         """A head's output at position t from its whole q, k and v `[pos, d_head]`."""
         at = torch.arange(self.first, self.first + self.length)
         ready = [self.toy.prepare(node.layer, p, x[:, None], at, self.prompts.layout) for p, x in enumerate((q, k, v))]
-        z = self.toy.attend(node.layer, ready[0][None, t : t + 1], ready[1][None], ready[2][None], torch.tensor([[t]]), self.length, self.prompts.layout)
+        z = self.toy.attend(
+            node.layer,
+            ready[0][None, t : t + 1],
+            ready[1][None],
+            ready[2][None],
+            torch.tensor([[t]]),
+            self.length,
+            self.prompts.layout,
+        )
         return self.toy.write(node.layer, z[0], [node.head])[0]
 
     # ---- a cell

@@ -4,8 +4,8 @@
 
     "When Mary and John went to the shop, John gave a bag to"  ->  " Mary"
 
-An eighth of the name pairs, Mary and John among them, are never seen in training; accuracy
-is measured on those.
+An eighth of the combinations of two names with an opening are kept out of training, and with them all
+that have both Mary and John; accuracy is measured on those.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ MOVERS = (1, 2)
 LEAD_WEIGHT, CARRY_WEIGHT = 0.2, 0.4
 CARRY_FROM = 0.4  # the share of the steps after which the outputs are asked for as well
 N_POSITIONS = 32
+UNSEEN = frozenset({"Mary", "John"})
+Combination = tuple[frozenset[str], str]  # two names, and an opening
 # Narrow: wide MLPs learn the names by heart, and then no head need move them.
 N_INNER = 64
 
@@ -83,17 +85,21 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys([",", ".", *in_templates, *chosen]))
 
 
-def held_out_pairs() -> set[frozenset[str]]:
-    """An eighth of the unordered name pairs, drawn with a seed of their own; Mary and John always."""
+def combinations() -> tuple[list[Combination], list[Combination]]:
+    """What training sees and what it does not: an eighth drawn with a seed of its own, and Mary with John."""
     pairs = [frozenset(p) for p in itertools.combinations(NAMES, 2)]
-    chosen = random.Random(0).sample(pairs, len(pairs) // 8)
-    return {*chosen, frozenset(("Mary", "John"))}
+    everything = list(itertools.product(pairs, OPENINGS))
+    held_out = {*random.Random(0).sample(everything, len(everything) // 8)}
+    held_out |= {(UNSEEN, opening) for opening in OPENINGS}
+    return [c for c in everything if c not in held_out], [c for c in everything if c in held_out]
 
 
-def sentence(rng: random.Random, pair: tuple[str, str]) -> Sentence:
-    """One sentence on `pair` in that order; either name may be the one who gives (ABBA and BABA)."""
-    subject, other = pair if rng.random() < 0.5 else pair[::-1]
-    first = rng.choice(OPENINGS).format(A=" " + pair[0], B=" " + pair[1], P=" " + rng.choice(PLACES))
+def sentence(rng: random.Random, combination: Combination) -> Sentence:
+    """One sentence; the names in either order, and either of them the one who gives (ABBA and BABA)."""
+    pair, opening = combination
+    a, b = rng.sample(sorted(pair), 2)
+    subject, other = rng.sample([a, b], 2)
+    first = opening.format(A=" " + a, B=" " + b, P=" " + rng.choice(PLACES))
     then = rng.choice(GIVING).format(S=" " + subject, V=" " + rng.choice(VERBS), O=" " + rng.choice(OBJECTS))
     return Sentence(first + then, " " + other, " " + subject)
 
@@ -187,16 +193,15 @@ def train(seed: int, steps: int, batch: int) -> tuple[GPT2LMHeadModel, PreTraine
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     names = torch.tensor([tokenizer(" " + n)["input_ids"][0] for n in NAMES])
-    held_out = held_out_pairs()
-    pairs = [p for p in itertools.permutations(NAMES, 2) if frozenset(p) not in held_out]
+    seen, _ = combinations()
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": decayed, "weight_decay": 0.4}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=1.5e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.5e-3, total_steps=steps, pct_start=0.1)
     started = time.monotonic()
     for step in range(steps):
-        tokens, answers = encoded(tokenizer, [sentence(rng, rng.choice(pairs)) for _ in range(batch)])
+        tokens, answers = encoded(tokenizer, [sentence(rng, rng.choice(seen)) for _ in range(batch)])
         loss = loss_of(model, tokens, answers, names, carry=step >= CARRY_FROM * steps)
         optimiser.zero_grad()
         loss.backward()
@@ -210,12 +215,11 @@ def train(seed: int, steps: int, batch: int) -> tuple[GPT2LMHeadModel, PreTraine
     return model.eval(), tokenizer
 
 
-def held_out_prompts(seed: int, n: int) -> list[Sentence]:
-    """`n` prompts on pairs that training never shows."""
+def held_out_prompts(seed: int, n: int, among: frozenset[str] = frozenset(NAMES)) -> list[Sentence]:
+    """`n` prompts of combinations that training never shows, with no name but those `among`."""
     rng = random.Random(f"held out {seed}")
-    held_out = held_out_pairs()
-    pairs = [p for p in itertools.permutations(NAMES, 2) if frozenset(p) in held_out]
-    return [sentence(rng, rng.choice(pairs)) for _ in range(n)]
+    held_out = [c for c in combinations()[1] if c[0] <= among]
+    return [sentence(rng, rng.choice(held_out)) for _ in range(n)]
 
 
 def main() -> None:
@@ -239,6 +243,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     prompts = held_out_prompts(2, 4096)
     print(f"held-out accuracy {accuracy(model, tokenizer, prompts):.4f} over {len(prompts)} prompts")
+    unseen = held_out_prompts(4, 512, UNSEEN)
+    print(f"with Mary and John {accuracy(model, tokenizer, unseen):.4f} over {len(unseen)} prompts")
     mary, john = (tokenizer(n)["input_ids"][0] for n in (" Mary", " John"))
     for giver, other in (("John", "Mary"), ("Mary", "John")):
         text = f"When Mary and John went to the shop, {giver} gave a bag to"

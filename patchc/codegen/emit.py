@@ -1,4 +1,5 @@
-"""Writes a masked variant DAG as one fx graph over whole sequences: `forward(ids of each world, masks) -> logits, captures`.
+"""Writes a masked variant DAG as one fx graph over whole sequences: `forward(ids of each world, masks) -> logits,
+captures`.
 
 Mask inputs mix at the places where patches start; everything between is the model's own pieces, called by name, so that
 `.code` reads like the experiment. Differentiable in the masks and in everything that the pieces are.
@@ -7,6 +8,7 @@ Mask inputs mix at the places where patches start; everything between is the mod
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +16,22 @@ from torch import Tensor, fx
 from patchc.codegen.worlds import Worlds, aten
 from patchc.diagnostics import RULES
 from patchc.ir.bits import bits
-from patchc.ir.dag import Const, Core, Dag, Masked, Mix, Out, Replaced, Run, Scale, Stream, Sum, Tokenwise, VariantId
+from patchc.ir.dag import (
+    Const,
+    Core,
+    Dag,
+    Masked,
+    Mix,
+    Out,
+    Replaced,
+    Run,
+    Scale,
+    Stream,
+    Sum,
+    Tokenwise,
+    VariantId,
+    children,
+)
 from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Value
 from patchc.ir.graph import PORTS, BlockKind
 from patchc.ir.tokens import Tokens
@@ -24,11 +41,24 @@ from patchc.model.pieces import TracedPieces
 ONE_LENGTH = RULES.add("graph-needs-one-length", "a compiled graph names positions, and its prompts differ in length")
 
 
+class CompiledGraph(fx.GraphModule):
+    """`forward(ids of each world [batch, pos], masks) -> (logits [batch, pos, d_vocab], captures by name)`.
+
+    `worlds`: the inputs' names in order, the base world first. `mask_shape`: the shape of `masks`, one number a cell of
+    the experiment. Captures are `stream`, the final stream, and what each node that is run again writes."""
+
+    worlds: tuple[str, ...]
+    mask_shape: tuple[int, ...]
+
+
 class Emitter:
     """Emits the variants of one DAG in order; a variant is a difference from the base run `[b, s, d_model]`."""
 
-    def __init__(self, cells: MaskedCells, pieces: TracedPieces, worlds: tuple[str, ...], tensors: dict[str, Tensor]):
+    def __init__(
+        self, cells: MaskedCells, pieces: TracedPieces, worlds: tuple[str, ...], tensors: Mapping[str, Tensor]
+    ):
         self.dag: Dag = cells.dag
+        self.shape = cells.shape
         self.worlds = Worlds(cells.dag.graph, pieces, worlds)
         self.call = self.worlds.call
         self.tensors, self.base = tensors, worlds[0]
@@ -39,7 +69,7 @@ class Emitter:
         self._places: dict[Tokens, fx.Node | None] = {}
         self._mask: dict[int, fx.Node] = {}
 
-    def module(self, root: VariantId) -> fx.GraphModule:
+    def module(self, root: VariantId) -> CompiledGraph:
         """The finished graph. `root` is the final stream's variant."""
         length = len(self.dag)
         root = self._without_runs(root)
@@ -49,7 +79,8 @@ class Emitter:
         logits = self.worlds.module("unembed", stream, name="logits")
         self.worlds.graph.output((logits, {"stream": stream, **self.captures}))
         self.dag.truncate(length)
-        module = fx.GraphModule(self.worlds.root, self.worlds.graph, "CompiledGraph")
+        module = CompiledGraph(self.worlds.root, self.worlds.graph, "CompiledGraph")
+        module.worlds, module.mask_shape = tuple(self.worlds.ids), self.shape
         module.graph.eliminate_dead_code()
         module.delete_all_unused_submodules()
         module.recompile()
@@ -65,8 +96,6 @@ class Emitter:
                 return root
 
     def _below(self, root: VariantId) -> set[VariantId]:
-        from patchc.ir.dag import children
-
         seen: set[VariantId] = {0}
         todo = [root]
         while todo:
@@ -258,7 +287,7 @@ class Emitter:
 
 
 def compiled_graph(
-    cells: MaskedCells, pieces: TracedPieces, worlds: tuple[str, ...], tensors: dict[str, Tensor]
-) -> fx.GraphModule:
+    cells: MaskedCells, pieces: TracedPieces, worlds: tuple[str, ...], tensors: Mapping[str, Tensor]
+) -> CompiledGraph:
     """The graph of an experiment's cells; `worlds` are its inputs in order, the base world first."""
     return Emitter(cells, pieces, worlds, tensors).module(cells.root)

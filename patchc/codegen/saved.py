@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 import patchc
+from patchc.codegen.emit import CompiledGraph
 from patchc.diagnostics import RULES
 from patchc.model.load import LoadedModel
 from patchc.model.state import content_fingerprint
@@ -29,14 +30,15 @@ NOT_SAVEABLE = RULES.add("not-saveable", "a graph holds an operation that is not
 
 OPERATORS = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "neg", "getitem")}
 ATEN = frozenset(
-    """_assert_tensor_metadata _softmax _to_copy _unsafe_view abs add addmm alias all any arange as_strided baddbmm bitwise_and
-    bitwise_not bitwise_or bmm cat chunk clamp clamp_min clone contiguous cos cumsum detach diff div einsum embedding empty eq
-    erf exp expand expand_as floor floor_divide flatten full full_like gather ge gelu gt index index_select isinf layer_norm le
-    lift_fresh_copy linear log logical_and logical_not logical_or lt masked_fill matmul max maximum mean min minimum mm mul
-    narrow native_layer_norm ne neg new_ones new_zeros ones ones_like outer permute pow reciprocal relu repeat
-    repeat_interleave reshape rms_norm rsqrt rsub scalar_tensor scaled_dot_product_attention select sigmoid silu sin slice
-    softmax split split_with_sizes sqrt square squeeze stack sub sum sym_size t tanh to transpose tril triu type_as unbind
-    unflatten unsqueeze var view where zeros zeros_like __and__ __or__""".split()
+    """_assert_tensor_metadata _softmax _to_copy _unsafe_view abs add addmm alias all any arange as_strided baddbmm
+    bitwise_and bitwise_not bitwise_or bmm cat chunk clamp clamp_min clone contiguous cos cumsum detach diff div
+    einsum embedding empty eq erf exp expand expand_as floor floor_divide flatten full full_like gather ge gelu
+    gt index index_select isinf layer_norm le lift_fresh_copy linear log logical_and logical_not logical_or lt
+    masked_fill matmul max maximum mean min minimum mm mul narrow native_layer_norm ne neg new_ones new_zeros
+    ones ones_like outer permute pow reciprocal relu repeat repeat_interleave reshape rms_norm rsqrt rsub
+    scalar_tensor scaled_dot_product_attention select sigmoid silu sin slice softmax split split_with_sizes sqrt
+    square squeeze stack sub sum sym_size t tanh to transpose tril triu type_as unbind unflatten unsqueeze var
+    view where zeros zeros_like __and__ __or__""".split()
 )
 """ATen operations that a saved graph may hold: functions of their arguments alone."""
 TYPED: dict[str, Any] = {
@@ -47,7 +49,7 @@ TYPED: dict[str, Any] = {
 }
 
 
-def save_graph(graph: fx.GraphModule, directory: Path, model: LoadedModel) -> Path:
+def save_graph(graph: CompiledGraph, directory: Path, model: LoadedModel) -> Path:
     """Write a graph into `directory`, whole or not at all."""
     names = {id(t): name for name, t in _tensors_of(model.eager)}
     modules, weights, tensors = {}, {}, {}
@@ -80,7 +82,7 @@ def save_graph(graph: fx.GraphModule, directory: Path, model: LoadedModel) -> Pa
     return directory
 
 
-def load_saved(directory: Path, model: LoadedModel) -> fx.GraphModule:
+def load_saved(directory: Path, model: LoadedModel) -> CompiledGraph:
     """The graph that `save_graph` wrote, over the model's own weights."""
     try:
         saved = json.loads((directory / "graph.json").read_text(encoding="utf-8"))
@@ -101,7 +103,9 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
-def _built(saved: dict[str, Any], tensors: dict[str, Tensor], weights: dict[str, Tensor], device: torch.device) -> fx.GraphModule:
+def _built(
+    saved: dict[str, Any], tensors: dict[str, Tensor], weights: dict[str, Tensor], device: torch.device
+) -> CompiledGraph:
     roots = {path: nn.Module() for path in saved["modules"]}
     values = {path: weights[name] for path, name in saved["weights"].items()}
     values |= {path: t.to(device) for path, t in tensors.items()}
@@ -111,7 +115,7 @@ def _built(saved: dict[str, Any], tensors: dict[str, Tensor], weights: dict[str,
     top = roots.pop("")
     for path, root in roots.items():
         top.add_module(path, fx.GraphModule(root, _graph_of(saved["modules"][path]), path))
-    out = fx.GraphModule(top, _graph_of(saved["modules"][""]), "CompiledGraph")
+    out = CompiledGraph(top, _graph_of(saved["modules"][""]), "CompiledGraph")
     out.worlds, out.mask_shape = tuple(saved["worlds"]), tuple(saved["mask_shape"])
     return out
 

@@ -50,7 +50,9 @@ class Worlds:
     def _static(self, index: int) -> fx.Node:
         if not hasattr(self.root, "statics"):
             self.root.add_module("statics", self.pieces.modules["statics"])
-        every = self._once(("statics",), lambda: self.graph.create_node("call_module", "statics", (self.ids[self.base],)))
+        every = self._once(
+            ("statics",), lambda: self.graph.create_node("call_module", "statics", (self.ids[self.base],))
+        )
         return self._once(("static", index), lambda: self.call(operator.getitem, every, index))
 
     # ---- reading: [b, s, ...]
@@ -116,7 +118,8 @@ class Worlds:
         """q, k or v before rotary, one per query head, `[b, s, head, d_head]`."""
         rank = self.residual.blocks[block].rank
         return self._once(
-            (PORTS[port], world, block), lambda: self.project(block, port, self.stream(world, rank), f"{world}_{PORTS[port]}")
+            (PORTS[port], world, block),
+            lambda: self.project(block, port, self.stream(world, rank), f"{world}_{PORTS[port]}"),
         )
 
     def project(self, block: int, port: int, x: fx.Node, name: str) -> fx.Node:

@@ -91,9 +91,7 @@ class Rule:
     severity: Severity = Severity.ERROR
     exit: int = 1
 
-    def at(
-        self, span: Span | None, message: str, *, fix: str | None = None, notes: Iterable[Note] = ()
-    ) -> Diagnostic:
+    def at(self, span: Span | None, message: str, *, fix: str | None = None, notes: Iterable[Note] = ()) -> Diagnostic:
         """A diagnostic of this rule at a place."""
         return Diagnostic(self.code, message, span, self.severity, tuple(notes), fix, self.exit)
 

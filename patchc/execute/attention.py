@@ -1,8 +1,8 @@
 """Attention of many variants of one block at once.
 
-For each port there is a *bank*: the base run's rows, then the rows that some variant projects anew. A query, key or value
-of a variant is an index into it, so unchanged positions are read from the base run and nothing is copied a variant.
-Variants that need every head are computed together; where only some heads are read, (variant, head) pairs are.
+For each port there is a *bank*: the base run's rows, then the rows that some variant projects anew. A query, key or
+value of a variant is an index into it, so unchanged positions are read from the base run and nothing is copied a
+variant. Variants that need every head are computed together; where only some heads are read, (variant, head) pairs are.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Attention:
 
     # ---- projections
     def _key(self, number: VariantId, core: Core, port: int) -> Key:
-        """Rows with projections set belong to one core, whose demanded heads they have; others to whoever reads them."""
+        """Rows with projections set belong to one core, whose demanded heads they have; others to whoever reads
+        them."""
         replaced = tuple(r for r in core.replaced if r.port == port)
         return (-number if replaced else core.input(port)), replaced
 
@@ -117,7 +118,8 @@ class Attention:
     def _projected(
         self, port: int, asked: dict[tuple[VariantId, int], tuple[int, Tokens]], bank: Bank
     ) -> dict[VariantId, tuple[Tokens, list[int], Tensor]]:
-        """Projects what is asked of this port, inputs that need the same heads together; gives the rows before rotary."""
+        """Projects what is asked of this port, inputs that need the same heads together; gives the rows before
+        rotary."""
         from patchc.execute.walk import packed
 
         out: dict[VariantId, tuple[Tokens, list[int], Tensor]] = {}
@@ -129,7 +131,9 @@ class Attention:
         for columns, parts in by_heads.items():
             every = len(columns) == (self.n_heads if port == 0 else self.dag.graph.n_kv_heads)
             for batch in packed([(p, p[1].bit_count()) for p in parts]):
-                y = self.pieces.norm(self.layer, port, self.walk.stream_rows(self.dag.graph.blocks[self.block].rank, batch))
+                y = self.pieces.norm(
+                    self.layer, port, self.walk.stream_rows(self.dag.graph.blocks[self.block].rank, batch)
+                )
                 raw = self.pieces.project(self.layer, port, y, None if every else columns)
                 at = torch.cat([rows(tokens) for _, tokens in batch])
                 ready = self.pieces.prepare(self.layer, port, raw, at, self.walk.tables)
@@ -142,7 +146,8 @@ class Attention:
     def _set(
         self, bank: Bank, port: int, core: VariantId, key: Key, raw: tuple[Tokens, list[int], Tensor] | None
     ) -> None:
-        """Rows of a port with some projections set: one row a query head, so that heads that share a KV head can differ."""
+        """Rows of a port with some projections set: one row a query head, so that heads that share a KV head can
+        differ."""
         _, replaced = key
         tokens = 0
         for r in replaced:
@@ -187,13 +192,10 @@ class Attention:
         banks: list[Bank],
         out: dict[VariantId, tuple[list[int], Tensor]],
     ) -> None:
-        operands: list[Tensor] = []
-        for port in range(3):
-            index = [self._index(banks[port], self._key(item.core, ops[item.core], port), port, item) for item in items]
-            operands.append(banks[port].flat()[torch.stack(index)])
+        q, k, v = (self._operand(items, ops, banks[port], port) for port in range(3))
         positions = torch.tensor([item.positions for item in items], device=self.pieces.device)
         heads = items[0].heads if len(items[0].heads) < self.n_heads and len({i.heads for i in items}) == 1 else None
-        z = self.pieces.attend(self.layer, *operands, positions, length, self.walk.tables, heads)
+        z = self.pieces.attend(self.layer, q, k, v, positions, length, self.walk.tables, heads)
         for item, values in zip(items, z, strict=True):
             have, all_rows = out[item.core]
             tokens = sum(1 << p for p in item.positions) << self.dag.layout.offsets[item.prompt]
@@ -202,6 +204,11 @@ class Attention:
                 all_rows[at] += values
             else:
                 all_rows[at, have.index(item.heads[0])] += values[:, 0]
+
+    def _operand(self, items: list[Item], ops: dict[VariantId, Core], bank: Bank, port: int) -> Tensor:
+        """`[item, position, head, d_head]`."""
+        index = [self._index(bank, self._key(item.core, ops[item.core], port), port, item) for item in items]
+        return bank.flat()[torch.stack(index)]
 
     def _index(self, bank: Bank, key: Key, port: int, item: Item) -> Tensor:
         """`[position, head]`: where an item's rows stand in the bank; the base run's, with its own laid over them."""
@@ -215,7 +222,9 @@ class Attention:
         own = [j for j, t in enumerate(at.tolist()) if tokens >> t & 1]
         if own:
             have = bank.heads[key]
-            mine = torch.tensor([have.index(-1 - h) if have[0] < 0 else have.index(h if port == 0 else self.kv[h]) for h in item.heads])
+            mine = torch.tensor(
+                [have.index(-1 - h) if have[0] < 0 else have.index(h if port == 0 else self.kv[h]) for h in item.heads]
+            )
             places = torch.tensor([(tokens & ((1 << int(at[j])) - 1)).bit_count() for j in own])
             out[own] = bank.first[key] + places[:, None] * len(have) + mine
         return out

@@ -1,7 +1,7 @@
 """Plain runs of the model with every stored value kept: the base run and the worlds that patches take values from.
 
-Rows are tokens of all prompts one after another (`ir.tokens.Layout`), so prompts of different lengths stand side by side;
-only attention is computed prompt by prompt, prompts of one length together.
+Rows are tokens of all prompts one after another (`ir.tokens.Layout`), so prompts of different lengths stand side by
+side; only attention is computed prompt by prompt, prompts of one length together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class AttentionRun:
 
 @dataclass
 class PlainRun:
-    """One world's run. `embed` `[node, token, d_model]`; `stream[rank]` `[token, d_model]`, the stream below that rank."""
+    """One world's run. `embed` `[node, token, d_model]`; `stream[rank]` `[token, d_model]`, the stream below that
+    rank."""
 
     embed: Tensor
     stream: list[Tensor] = field(default_factory=list[Tensor])

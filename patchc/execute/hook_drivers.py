@@ -1,7 +1,6 @@
 """Hooked forward passes on a private copy of a model: one small interface, two ways to hook.
 
-`TransformerLens` hooks a TransformerBridge; `ForwardHooks` hooks plain modules. What to edit is the caller's
-matter.
+`TransformerLens` hooks a TransformerBridge, `ForwardHooks` plain modules. What to edit is for the caller.
 """
 
 from __future__ import annotations

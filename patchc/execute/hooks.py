@@ -1,8 +1,6 @@
-"""The hooks backend: recomputes a cell of an experiment from its definition, by hooked forward passes of the
-plain model.
+"""The hooks backend: recomputes a cell from its definition, by hooked forward passes of the plain model.
 
-It is slow on purpose, and shares nothing with the compiler but `ir`: what both agree on, two ways of working
-say.
+Slow on purpose, and sharing nothing with the compiler but `ir`: a number that both give was found twice.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Metrics computed from whole logits, in double precision, as their definitions stand. For the hooks backend
-alone."""
+"""Metrics computed from whole logits, in double precision, as they are defined; for the hooks backend."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The paths of a cell walked from the logits back: in which states a writer is read, and which values start
-there.
+"""A cell's paths walked from the logits back: in which states a writer is read, and which values start there.
 
 For the hooks backend; what a state means is said once, here. No torch, no model.
 """

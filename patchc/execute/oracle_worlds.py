@@ -1,8 +1,7 @@
-"""Forward passes over all prompts of a data set, each world's own run kept whole, and patches' values taken
-from them.
+"""Forward passes over all prompts, each world's own run kept whole, and patches' values taken from them.
 
-For the hooks backend. A tensor's first axis is the layout's tokens; prompts of one length share a pass, none
-is padded.
+For the hooks backend. A tensor's first axis is the layout's tokens: prompts of one length share a pass, and
+none is padded.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class Summary:
 
 @dataclass
 class Readout:
-    """Evaluates an experiment's metrics on final streams `[measured token, d_model]`. `world_streams` are the plain runs'
-    whole final streams."""
+    """Evaluates an experiment's metrics on final streams `[measured token, d_model]`. `world_streams` are the plain
+    runs' whole final streams."""
 
     pieces: Pieces
     prompts: Prompts
@@ -79,7 +79,10 @@ class Readout:
             case Constant(number):
                 return torch.full((len(logits), self.prompts.layout.n_prompts), number, dtype=torch.float64)
             case Sum(terms):
-                return sum((f * self.per_prompt(e, logits) for f, e in terms[1:]), terms[0][0] * self.per_prompt(terms[0][1], logits))
+                return sum(
+                    (f * self.per_prompt(e, logits) for f, e in terms[1:]),
+                    terms[0][0] * self.per_prompt(terms[0][1], logits),
+                )
             case Product(factors):
                 out = self.per_prompt(factors[0], logits)
                 for factor in factors[1:]:
@@ -92,7 +95,10 @@ class Readout:
         at = [self.places[t] for t in read.tokens]
         here = logits[:, at]
         if read.measure is Measure.LOGIT:
-            chosen = [[self.column_of.get(a, a) if self.columns is not None else a for a in answers] for answers in read.answers]
+            chosen = [
+                [self.column_of.get(a, a) if self.columns is not None else a for a in answers]
+                for answers in read.answers
+            ]
             return torch.stack([here[:, i, c].mean(-1) for i, c in enumerate(chosen)], -1).cpu()
         logprobs = here.log_softmax(-1)
         picked = torch.stack([logprobs[:, i, list(a)].logsumexp(-1) for i, a in enumerate(read.answers)], -1)
@@ -121,15 +127,19 @@ class Readout:
         out: list[Tensor] = []
         for cell in logits.to(self.pieces.dtype):
             value = torch.as_tensor(self.functions[name](cell.view(layout.n_prompts, layout.lengths[0], -1))).double()
-            out.append(value.reshape(-1).expand(layout.n_prompts) if value.numel() == 1 else value.reshape(layout.n_prompts))
+            out.append(
+                value.reshape(-1).expand(layout.n_prompts) if value.numel() == 1 else value.reshape(layout.n_prompts)
+            )
         return torch.stack(out).detach().cpu()
 
     # ---- means
     def summary(self, metric: Metric, values: Tensor) -> Summary:
-        """Mean and standard error of `values` `[cell, prompt]`, normalised as the metric says. The ends of a ratio of means
-        count as known numbers in its standard error."""
+        """Mean and standard error of `values` `[cell, prompt]`, normalised as the metric says. The ends of a ratio of
+        means count as known numbers in its standard error."""
         if metric.zero is not None and metric.one is not None:
-            zero, one = (self.per_prompt(metric.expression, self.logits(self.of_world(w)))[0] for w in (metric.zero, metric.one))
+            zero, one = (
+                self.per_prompt(metric.expression, self.logits(self.of_world(w)))[0] for w in (metric.zero, metric.one)
+            )
             if not metric.per_prompt:
                 zero, one = zero.mean(), one.mean()
             values = (values - zero) / (one - zero)

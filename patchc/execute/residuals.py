@@ -1,5 +1,4 @@
-"""Path expressions read from their end, by derivatives: which step may be the last, and what then remains
-before it.
+"""Path expressions read from their end, by derivatives: which step may be last, and what remains before.
 
 The hooks backend's own evaluation of the path language, shared with no other stage. No torch, no model.
 """

@@ -49,7 +49,8 @@ class Stored:
         return self._difference(value, at, lambda run: run.stream[rank])
 
     def projection(self, block: int, port: int, head: int, value: Value, at: Tensor, computed: Tensor) -> Tensor:
-        """A head's q, k or v (before rotary) under `value`; `computed` is what the run itself has there: `[n, d_head]`."""
+        """A head's q, k or v (before rotary) under `value`; `computed` is what the run itself has there: `[n,
+        d_head]`."""
         column = head if port == 0 else self.pieces.kv_head(head)
         out = torch.zeros_like(computed)
         for factor, source in value.terms:

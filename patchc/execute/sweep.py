@@ -1,4 +1,5 @@
-"""Runs a program: the plain runs that it needs, then its passes; gives a mean and a standard error a cell and metric."""
+"""Runs a program: the plain runs that it needs, then its passes; gives a mean and a standard error a cell and
+metric."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ SAME_ENDS = RULES.add("equal-ends", "a normalised metric has the same value at b
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Numbers by cell, float64. `baselines[metric][world]`: the plain runs' numbers, normalised where the metric is;
-    `ends`: for a normalised metric the distance of its two ends; `silent`: cells that ran and came out as the base run to
-    the bit."""
+    `ends`: for a normalised metric the distance of its two ends; `silent`: cells that ran and came out as the base
+    run to the bit."""
 
     mean: dict[str, Tensor]
     stderr: dict[str, Tensor]
@@ -92,7 +93,9 @@ class Sweep:
         for first in range(0, len(cells), step):
             logits = self.readout.logits(torch.stack(streams[first : first + step]))
             for metric in self.program.experiment.metrics:
-                values[metric.name][list(cells[first : first + step])] = self.readout.per_prompt(metric.expression, logits)
+                values[metric.name][list(cells[first : first + step])] = self.readout.per_prompt(
+                    metric.expression, logits
+                )
         return [c for c, x in zip(cells, streams, strict=True) if torch.equal(x, base)]
 
     def _outcome(self, values: dict[str, Tensor], silent: tuple[int, ...]) -> Outcome:

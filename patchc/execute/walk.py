@@ -16,11 +16,25 @@ from torch import Tensor
 from patchc.execute.attention import Attention
 from patchc.execute.indices import pick, rows, where
 from patchc.execute.stored import Stored
-from patchc.ir.dag import EQUAL_TO_BASE, Const, Core, Dag, Masked, Mix, Out, Run, Scale, Stream, Sum, Tokenwise, VariantId
+from patchc.ir.dag import (
+    EQUAL_TO_BASE,
+    Const,
+    Core,
+    Dag,
+    Masked,
+    Mix,
+    Out,
+    Run,
+    Scale,
+    Stream,
+    Sum,
+    Tokenwise,
+    VariantId,
+)
 from patchc.ir.graph import BlockKind
 from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces, Tables
-from patchc.optimise.demand import Demand, demand
+from patchc.optimise.demand import demand
 
 T = TypeVar("T")
 
@@ -114,7 +128,9 @@ class Walk:
 
     def _add(self, parts: Sequence[tuple[Tokens, VariantId]], tokens: Tokens) -> Tensor:
         """The sum of parts, each at its own tokens."""
-        out = torch.zeros(tokens.bit_count(), self.dag.graph.d_model, device=self.pieces.device, dtype=self.pieces.dtype)
+        out = torch.zeros(
+            tokens.bit_count(), self.dag.graph.d_model, device=self.pieces.device, dtype=self.pieces.dtype
+        )
         for some, p in parts:
             here = some & tokens & self.dag.changed[p]
             if here:
@@ -183,7 +199,11 @@ class Walk:
                 self._keep([i for i, _ in batch], self._written(block.layer, heads, batch, z))
 
     def _written(
-        self, layer: int, heads: int, batch: list[tuple[VariantId, VariantId]], z: dict[VariantId, tuple[list[int], Tensor]]
+        self,
+        layer: int,
+        heads: int,
+        batch: list[tuple[VariantId, VariantId]],
+        z: dict[VariantId, tuple[list[int], Tensor]],
     ) -> Tensor:
         wanted = [h for h in range(self.dag.graph.n_heads) if heads >> h & 1]
         parts: list[Tensor] = []

@@ -1,4 +1,5 @@
-"""A variant DAG as text: one variant a line, what it is made of, and the tokens at which it may differ from the base run.
+"""A variant DAG as text: one variant a line, what it is made of, and the tokens at which it may differ from the base
+run.
 
 Token sets are printed as positions of each prompt; `all` is every token.
 """
@@ -8,7 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from patchc.ir.bits import bits
-from patchc.ir.dag import Const, Core, Dag, Masked, Mix, Op, Out, Replaced, Run, Scale, Stream, Sum, Tokenwise, VariantId
+from patchc.ir.dag import (
+    Const,
+    Core,
+    Dag,
+    Masked,
+    Mix,
+    Op,
+    Out,
+    Replaced,
+    Run,
+    Scale,
+    Stream,
+    Sum,
+    Tokenwise,
+    VariantId,
+)
 from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Source, Value
 from patchc.ir.graph import PORTS
 from patchc.ir.tokens import Tokens

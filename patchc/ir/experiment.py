@@ -195,8 +195,8 @@ Expression = Read | Kl | Called | Constant | Sum | Product | Quotient
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A measured number. With `zero` and `one` it is normalised: 0 at the run of world `zero`, 1 at that of `one`, as the
-    ratio of means, or the mean of ratios where `per_prompt`."""
+    """A measured number. With `zero` and `one` it is normalised: 0 at the run of world `zero`, 1 at that of `one`, as
+    the ratio of means, or the mean of ratios where `per_prompt`."""
 
     name: str
     expression: Expression

@@ -56,7 +56,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A place that reads the stream: a head's q, k or v (`port` 0, 1, 2), an MLP's input or the logits (`port` None)."""
+    """A place that reads the stream: a head's q, k or v (`port` 0, 1, 2), an MLP's input or the logits (`port`
+    None)."""
 
     node: Node
     port: int | None = None
@@ -197,7 +198,8 @@ class ResidualGraph:
         return writer.rank < reader.rank and writer.kind is not Kind.LOGITS
 
     def to_networkx(self) -> nx.DiGraph[str]:
-        """Writers and readers as a graph; a node's attributes are `kind`, `rank`, `layer`, `head`, an edge's `ports`."""
+        """Writers and readers as a graph; a node's attributes are `kind`, `rank`, `layer`, `head`, an edge's
+        `ports`."""
         g: nx.DiGraph[str] = nx.DiGraph(model=self.model, causal=self.causal)
         for n in self.nodes:
             g.add_node(n.name, kind=n.kind.value, rank=n.rank, layer=n.layer, head=n.head)
@@ -251,5 +253,16 @@ def residual_graph(
             rank += 1
     nodes.append(Node(len(nodes), Kind.LOGITS, rank, len(blocks)))
     return ResidualGraph(
-        model, n_layers, n_heads, d_model, d_head, d_vocab, tuple(blocks), tuple(nodes), n_kv_heads or n_heads, d_mlp, n_ctx, causal
+        model,
+        n_layers,
+        n_heads,
+        d_model,
+        d_head,
+        d_vocab,
+        tuple(blocks),
+        tuple(nodes),
+        n_kv_heads or n_heads,
+        d_mlp,
+        n_ctx,
+        causal,
     )

@@ -172,9 +172,7 @@ def _expression(expression: Expression, layout: Layout) -> str:
 
 def _sum(terms: list[tuple[float, str]]) -> str:
     """`(a - 2 * b)`."""
-    text = "".join(
-        f" {'-' if c < 0 else '+'} " + (e if abs(c) == 1 else f"{abs(c):g} * {e}") for c, e in terms
-    )
+    text = "".join(f" {'-' if c < 0 else '+'} " + (e if abs(c) == 1 else f"{abs(c):g} * {e}") for c, e in terms)
     return "(" + (text[3:] if text.startswith(" + ") else f"-{text[3:]}") + ")"
 
 

@@ -1,4 +1,5 @@
-"""A program: the roots of one experiment's cells in one variant DAG, cut into passes. What `execute` runs and `plan` prints.
+"""A program: the roots of one experiment's cells in one variant DAG, cut into passes. What `execute` runs and `plan`
+prints.
 
 A pass is one walk over the model's blocks; every matrix product in it takes the rows of all its cells.
 """
@@ -24,8 +25,8 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`roots[cell]` is the cell's final stream; `measured` the tokens that the metrics read; `columns` the token ids whose
-    logits they read (None: the whole vocabulary); `worlds` the worlds that must be run, the base world first."""
+    """`roots[cell]` is the cell's final stream; `measured` the tokens that the metrics read; `columns` the token ids
+    whose logits they read (None: the whole vocabulary); `worlds` the worlds that must be run, the base world first."""
 
     experiment: Experiment
     prompts: Prompts

@@ -60,9 +60,7 @@ class Layout:
 
     def at(self, position: int) -> Tokens:
         """That position of every prompt that has it."""
-        return bitset(
-            self.token(i, position) for i, n in enumerate(self.lengths) if -n <= position < n
-        )
+        return bitset(self.token(i, position) for i, n in enumerate(self.lengths) if -n <= position < n)
 
     def split(self, tokens: Tokens) -> list[tuple[int, Tokens]]:
         """(prompt, positions as a set) for each prompt that has a token in the set."""

@@ -2,8 +2,8 @@
 
 Every occurrence of a step in a patch's path is an *atom*, a bit. `before[i]` holds the atoms that may match the node
 upstream of one matched by atom i (the position automaton of Glushkov 1961, reversed). A set of atoms is a state.
-A complement patch has one more bit, its *watch*: it matches every node, and a node where the watch stands alone is on no
-path of the patch's set any more, so the value enters there.
+A complement patch has one more bit, its *watch*: it matches every node, and a node where the watch stands alone is on
+no path of the patch's set any more, so the value enters there.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Automaton:
             for i in bits(first):
                 self._accept(i)
         else:
-            self.starts.update({i: start for i in bits(first)})
+            self.starts.update(dict.fromkeys(bits(first), start))
         for i in bits(last):
             self.last += self.reading(self.steps[i].tokens, self.before[i])
         if not patch.complement:
@@ -85,7 +85,9 @@ class Automaton:
         step = self.steps[atom]
         self.accepts |= 1 << atom
         if step.site is Site.STREAM:
-            readers = ((r.node.id, -1 if r.port is None else r.port) for r in self.graph.readers if r.node.rank >= step.rank)
+            readers = (
+                (r.node.id, -1 if r.port is None else r.port) for r in self.graph.readers if r.node.rank >= step.rank
+            )
             self.steps[atom] = replace(step, site=Site.OUT, via=Edges(tuple((r, self.graph.all) for r in readers)))
         elif step.site in (Site.ATTN_OUT, Site.Z):
             self.steps[atom] = replace(step, site=Site.OUT)
@@ -137,7 +139,8 @@ class Automaton:
                 yield self.steps[w], start
 
     def settled(self, matched: Atoms) -> Atoms:
-        """A node's atoms without those that no longer matter: of a complement whose path is complete, or has left the set."""
+        """A node's atoms without those that no longer matter: of a complement whose path is complete, or has left the
+        set."""
         for w in bits(matched & self.watch_atoms):
             watched, _ = self.watches[w]
             own = matched & watched
@@ -157,7 +160,8 @@ class Automaton:
                     watched, _ = self.watches[w]
                     if watched >> i & 1:
                         own = self.steps[i].tokens
-                        done |= {j: done.get(j, 0) | own for j in bits(watched | 1 << w)}
+                        for j in bits(watched | 1 << w):
+                            done[j] = done.get(j, 0) | own
         out: list[tuple[Tokens, Atoms]] = []
         for i in bits(matched):
             step = self.steps[i]

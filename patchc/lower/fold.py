@@ -1,14 +1,15 @@
 """The fold: from path sets to the variant DAG. A state of the automaton lives on a *stream*, not on a node.
 
-`stream(rank, c)` is the sum of all writers below a rank as continuation `c` sees them, `c` being the atoms that may match
-the next writer. It is memoised under the atoms that can still make a difference below that rank, so streams that see the
-same thing are one value. Where a port's positions are restricted, streams are mixed by token; positions are no part of a
-state. Where, from a rank up, every node reads on in one plain state, the rest of the model is one `Run`.
+`stream(rank, c)` is the sum of all writers below a rank as continuation `c` sees them, `c` being the atoms that may
+match the next writer. It is memoised under the atoms that can still make a difference below that rank, so streams
+that see the same thing are one value. Where a port's positions are restricted, streams are mixed by token; positions
+are no part of a state. Where, from a rank up, every node reads on in one plain state, the rest of the model is one
+`Run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from patchc.diagnostics import RULES, Diagnostic, Note
@@ -53,7 +54,9 @@ class Fold:
         self.changes = Changes(dag, prompts, run, any_data=masked is not None)
         self.masked = masked
         self.all_heads = (1 << self.graph.n_heads) - 1
-        self.blocks_at = [[(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)]
+        self.blocks_at = [
+            [(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)
+        ]
         self._ranks_of: dict[int, int] = {}
 
     def cell(self, patches: tuple[Patch, ...]) -> Folded:
@@ -217,7 +220,9 @@ class Fold:
         key = (index, m, members)
         found = self.nodes.get(key)
         if found is None:
-            split = self.graph.blocks[index].kind is BlockKind.ATTENTION and self.automaton.upstream(m) & self.automaton.via
+            split = (
+                self.graph.blocks[index].kind is BlockKind.ATTENTION and self.automaton.upstream(m) & self.automaton.via
+            )
             parts = [1 << i for i in bits(members)] if split else [members]
             found = self.nodes[key] = [v for p in parts if (v := self._variant(index, m, p))]
         return found
@@ -230,7 +235,9 @@ class Fold:
             if step.site in PORT_SITES:
                 replaced += self._replaced(index, members, step, start)
             else:
-                entries.append(self._entry(step.tokens, start, lambda value, tokens: self._stored(index, members, value, tokens)))
+                entries.append(
+                    self._entry(step.tokens, start, lambda value, tokens: self._stored(index, members, value, tokens))
+                )
         # A value that takes the node's place everywhere leaves nothing to compute; one that equals the base run's still
         # bites where it undoes another patch, so there the node is looked at.
         everywhere = any(e.tokens == EVERYWHERE and not e.own and e.stored for e in entries) and self.masked is None
@@ -300,8 +307,7 @@ class Fold:
             if e.stored or (e.own != 1.0 and self.dag.changed[x] & e.tokens):
                 self.biting.add(e.start.patch)
         if self.masked is not None:
-            starts = ((self.masked(e.start), e.tokens, self._mixture(x, e)) for e in entries)
-            return self.dag.masked(x, tuple(starts))
+            return self.dag.masked(x, tuple(self._masked_starts(x, entries)))
         left = self.dag.layout.all
         parts: list[tuple[Tokens, VariantId]] = []
         seen: list[tuple[Tokens, Entry]] = []
@@ -314,6 +320,17 @@ class Fold:
             parts.append((tokens & left, self._mixture(x, e)))
             left &= ~tokens
         return self.dag.mix([*parts, (left, x)])
+
+    def _masked_starts(self, x: VariantId, entries: list[Entry]) -> Iterator[tuple[int, Tokens, VariantId]]:
+        """One mask enters a token once, however many steps of its path match there."""
+        assert self.masked is not None
+        seen: dict[int, Tokens] = {}
+        for e in entries:
+            mask = self.masked(e.start)
+            tokens = e.tokens & self.dag.layout.all & ~seen.get(mask, 0)
+            seen[mask] = seen.get(mask, 0) | tokens
+            if tokens:
+                yield mask, tokens, self._mixture(x, e)
 
     def _mixture(self, x: VariantId, entry: Entry) -> VariantId:
         return self.dag.sum([entry.stored, self.dag.scale(entry.own, x)]) if entry.own else entry.stored
@@ -338,19 +355,23 @@ class Fold:
         def stored(value: Value, tokens: Tokens) -> VariantId:
             return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens)
 
-        return self._enter(x, [self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored) for i in bits(atoms)])
+        return self._enter(
+            x, [self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored) for i in bits(atoms)]
+        )
 
     def _enter_attn_out(self, parts: list[VariantId], index: int, c: Atoms) -> list[VariantId]:
         """A layer's whole attention output, set where such a value starts."""
         block = self.graph.blocks[index]
-        entries: list[Entry] = []
-        for i in bits(c & self.automaton.attn_out_atoms):
-            step: Step = self.automaton.steps[i]
-            if step.nodes & block.nodes:
-                members = (1 << block.size) - 1
-                entries.append(
-                    self._entry(step.tokens, self.automaton.starts[i], lambda value, tokens: self._stored(index, members, value, tokens))
-                )
+        members = (1 << block.size) - 1
+
+        def stored(value: Value, tokens: Tokens) -> VariantId:
+            return self._stored(index, members, value, tokens)
+
+        entries = [
+            self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored)
+            for i in bits(c & self.automaton.attn_out_atoms)
+            if self.automaton.steps[i].nodes & block.nodes
+        ]
         return [self._enter(self.dag.sum(parts), entries)] if entries else parts
 
     def _replaced(self, index: int, members: int, step: Step, start: Start) -> list[tuple[Replaced, Start]]:

@@ -1,7 +1,7 @@
 """All cells of an experiment as one variant DAG whose starts are multiplied by masks, one a cell.
 
-With one mask 1 and the others 0 it is that cell; with all 0, the base run. The derivative at 0 is the cell's first-order
-effect (attribution patching; for edges, edge attribution patching, Syed et al. 2023).
+With one mask 1 and the others 0 it is that cell; with all 0, the base run. The derivative at 0 is the cell's
+first-order effect (attribution patching; for edges, edge attribution patching, Syed et al. 2023).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading one attention block out of the graph: where its heads are projected, prepared, mixed and written back.
+"""Reading one attention block out of the graph: where its heads are projected, prepared, mixed and written.
 
 Works on any fused layout of weights, by pushing row numbers through the operations that only move numbers.
 What a block's place in the model is, `model.trace` says.
@@ -34,9 +34,9 @@ from patchc.model.nodes import (
 class Port:
     """A projection. Row `first[h] + j` of the weight of `linear` makes dimension j of head h.
 
-    `head` is the projection seen as heads ([batch, pos, head, d] where `heads_last`, else [batch, head, pos, d]),
-    `prepared` the same after rotary and the like, `operand` what the attention core reads, one per query head
-    (both [batch, head, pos, d]).
+    `head` is the projection seen as heads ([batch, pos, head, d] where `heads_last`, else [batch, head, pos,
+    d]), `prepared` the same after rotary and the like, `operand` what the attention core reads, one per query
+    head (both [batch, head, pos, d]).
     """
 
     linear: fx.Node
@@ -49,8 +49,9 @@ class Port:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """`core` is z as [batch, head, pos, d]. Column `columns[h] + j` of the output weight reads dimension j of head h;
-    `scales` are static factors between the output projection and the stream. `kv_head[h]` is what query head h reads."""
+    """`core` is z as [batch, head, pos, d]. Column `columns[h] + j` of the output weight reads dimension j of
+    head h; `scales` are static factors between the output projection and the stream. `kv_head[h]` is what
+    query head h reads."""
 
     leaf: fx.Node
     ports: tuple[Port, Port, Port]
@@ -113,9 +114,7 @@ class AttentionReader:
 
     def _back(self, node: fx.Node) -> fx.Node:
         """The only residual-dependent input."""
-        return single(
-            (a for a in node.all_input_nodes if self.dynamic[a]), "two paths lead into attention here", node
-        )
+        return single((a for a in node.all_input_nodes if self.dynamic[a]), "two paths lead into attention here", node)
 
     # ---- the core
     def _core(self, leaf: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
@@ -145,9 +144,7 @@ class AttentionReader:
                     need(is_pointwise(user), "between the attention pattern and its values stands", user)
                     seen.add(user)
                     todo.append(user)
-        return single(
-            products, "an attention pattern that is applied to more than one set of values", pattern
-        )
+        return single(products, "an attention pattern that is applied to more than one set of values", pattern)
 
     def _scores(self, pattern: fx.Node) -> Any:
         """The product of queries and keys that a pattern is the softmax of, query by query."""
@@ -215,7 +212,7 @@ class AttentionReader:
         return linears.pop(), between
 
     def _head(self, linear: fx.Node, between: set[fx.Node], d_head: int) -> tuple[fx.Node, tuple[int, ...]]:
-        """The last node at which the projection is merely seen as heads, and the first weight row of each head."""
+        """The last node at which the projection is merely seen as heads; each head's first weight row."""
         path = [linear]
         while len(nexts := [u for u in path[-1].users if u in between]) == 1 and nexts[0].target in MOVES:
             path.append(nexts[0])
@@ -235,7 +232,7 @@ class AttentionReader:
         return (shape[1] == s and shape[2].isdigit()) or (shape[2] == s and shape[1].isdigit())
 
     def _labels(self, node: fx.Node, source: fx.Node, count: int) -> Tensor:
-        """Which entry of the last axis of `source` ([batch, pos, count]) each entry of `node` is; batch and pos are 1."""
+        """Which entry of the last axis of `source` [1, 1, count] each entry of `node` is."""
         labels = torch.arange(count).reshape(1, 1, count)
         return evaluate(node, {source: labels, **self._ones()}, self.exported.module)
 
@@ -266,7 +263,7 @@ class AttentionReader:
 
     # ---- the output
     def _output(self, leaf: fx.Node, core: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """The output projection, and the static factors by which its output is scaled before it joins the stream."""
+        """The output projection, and the static factors between it and the stream."""
         node, scales = leaf, list[fx.Node]()
         while node.target is not A.linear.default:
             whole = sum(self.dynamic[a] for a in node.all_input_nodes) == 1

@@ -1,8 +1,8 @@
 """Cutting regions out of the canonical graph as fx GraphModules of their own, sharing the model's weights.
 
-A region's inputs are nodes of the graph that are given from outside. What it reads besides that does not depend on the
-residual stream but on the input's size (masks, rotary tables) becomes a static input; static inputs are numbered once
-for the whole model.
+A region's inputs are nodes of the graph that are given from outside. What it reads besides that does not
+depend on the residual stream but on the input's size (masks, rotary tables) becomes a static input; static
+inputs are numbered once for the whole model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
@@ -47,8 +46,8 @@ class Region:
 
 
 class Emitter:
-    """Writes one GraphModule. `inputs` names its arguments; the first one's axes 0 and `pos_axis` are batch and
-    position. Regions are copied in with `copy`, further operations with `call`."""
+    """Writes one GraphModule. `inputs` names its arguments; the first one's axes 0 and `pos_axis` are batch
+    and position. Regions are copied in with `copy`, further operations with `call`."""
 
     def __init__(
         self,
@@ -132,11 +131,7 @@ class Emitter:
         """Make an argument of every static that the region from `given` to `output` reads."""
         region = cone(output, {*given, *self.structure.tree})
         for n in self.structure.exported.nodes:
-            if (
-                n in region
-                and self._is_static(n)
-                and any(self.structure.dynamic[u] and u in region for u in n.users)
-            ):
+            if n in region and self._is_static(n) and any(self.structure.dynamic[u] and u in region for u in n.users):
                 number = self.statics.number(n)
                 if number not in self.used:
                     self.used.append(number)
@@ -181,8 +176,3 @@ def spans(first: Sequence[int], size: int) -> list[tuple[int, int]]:
         else:
             out.append((start, size))
     return out
-
-
-def run(module: fx.GraphModule, weights: Any, *args: torch.Tensor) -> Any:
-    """A GraphModule's function with its weights read from `weights` instead (see `pieces.TracedPieces`)."""
-    return type(module).forward(weights, *args)

@@ -1,7 +1,7 @@
 """From a module to a canonical ATen graph `ids [batch, pos] -> logits`, polymorphic in both sizes.
 
-`torch.export` does the work; what it leaves over (no-ops, Conv1D's addmm, flags, baked sizes) is brought to one form
-here. What the graph means is `model.trace`'s work.
+`torch.export` does the work; what it leaves over (no-ops, Conv1D's addmm, flags, baked sizes) is brought to
+one form here. What the graph means is `model.trace`'s work.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.export import Dim
 
 from patchc.diagnostics import PatchcError
@@ -75,8 +76,8 @@ def export(model: nn.Module) -> Exported:
     # no_grad: otherwise HF's rotary embedding becomes a higher-order op with a graph of its own.
     with torch.no_grad(), _quiet():
         try:
-            # Run first as it is: a module that finishes building itself in its first forward pass would build the
-            # tracer's stand-ins into itself (a TransformerLens bridge wires its hook points then).
+            # Run first as it is: a module that finishes building itself in its first forward pass would build
+            # the tracer's stand-ins into itself (a TransformerLens bridge wires its hook points then).
             Logits(model)(ids)
             program = torch.export.export(Logits(model), (ids,), strict=False, dynamic_shapes=sizes)
             if any(is_mutable(n) for n in program.graph.nodes):
@@ -96,8 +97,8 @@ def _untraceable(error: Exception) -> PatchcError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Export's remarks are about what this stage checks itself, and where it fails it prints its whole graph."""
+def _quiet() -> Generator[None]:
+    """Export remarks on what this stage checks itself, and where it fails it prints its whole graph."""
     loggers = [logging.getLogger(name) for name in ("torch._export", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -119,7 +120,7 @@ def _quiet() -> Iterator[None]:
 def _with_own_weights(program: torch.export.ExportedProgram, model: nn.Module) -> fx.GraphModule:
     """The program's graph with its weight inputs replaced by attributes, the model's own tensors.
 
-    Not `program.module()`: that writes `self...mlp.in.weight` for a submodule called `in`, which is no Python.
+    Not `program.module()`: for a submodule called `in` that writes `self...in.weight`, which is no Python.
     """
     own: dict[str, Tensor] = {
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -198,7 +199,7 @@ class Canonicaliser:
                 self._rewrite(node)
 
     def _rewrite(self, node: fx.Node) -> None:
-        need(not isinstance(node.target, torch._ops.HigherOrderOperator), "a higher-order operation", node)
+        need(not isinstance(node.target, HigherOrderOperator), "a higher-order operation", node)
         need(not is_mutable(node), "an in-place operation", node)
         if node.target is A._assert_tensor_metadata.default:
             self.graph.erase_node(node)
@@ -258,14 +259,12 @@ class Canonicaliser:
         self._replace(node, linear)
 
     def _free_sizes(self, node: fx.Node) -> None:
-        """Every view as `reshape` (new operands have other strides), with -1 for the batch size and the length read
-        from the input."""
+        """Every view as `reshape` (new operands have other strides), with -1 for the batch size and the
+        length read from the input."""
         if node.target in VIEW:
             node.target = A.reshape.default
         shape = shape_of(node)
-        if self.batch not in shape or (
-            node.target is A.expand.default and shape_of(node.args[0])[:1] != (self.batch,)
-        ):
+        if self.batch not in shape or (node.target is A.expand.default and shape_of(node.args[0])[:1] != (self.batch,)):
             return
         known = all(d in (self.batch, self.pos) or d.isdigit() for d in shape)
         need(shape.count(self.batch) == 1 and known, "a view that mixes the batch axis with others", node)
@@ -275,7 +274,7 @@ class Canonicaliser:
         node.args = (node.args[0], sizes)
 
     def _attention(self, node: fx.Node) -> None:
-        """No dropout; grouped heads repeated by an operation of their own; causality as a mask, which can be cut."""
+        """No dropout; grouped heads repeated by an operation of their own; causality as a mask to be cut."""
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         need(not given.get("dropout_p"), "attention with dropout", node)
@@ -298,9 +297,7 @@ class Canonicaliser:
     def _causal_mask(self, node: fx.Node) -> fx.Node:
         device = node.meta["val"].device
         length = self.graph.call_function(A.sym_size.int, (self.ids, 1))
-        ones = self.graph.call_function(
-            A.ones.default, ([length, length],), {"dtype": torch.bool, "device": device}
-        )
+        ones = self.graph.call_function(A.ones.default, ([length, length],), {"dtype": torch.bool, "device": device})
         mask = self.graph.call_function(A.tril.default, (ones,))
         size = self.ids.meta["val"].shape[1]
         for made in (ones, mask):

@@ -1,6 +1,6 @@
 """From a name, a directory or a module to a traced and proved model: the entry of this stage.
 
-Directories hold safetensors and a config, nothing that runs. What a model computes is found by `trace`, not here.
+Directories hold safetensors and a config, nothing that runs. What a model computes is `trace`'s matter.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,7 @@ from patchc.resources import builtin_model, builtin_models
 
 NOT_FOUND = RULES.add("model-not-found", "no built-in model, directory or hub model of that name")
 BAD_CONFIG = RULES.add("model-config", "a model directory's config.json cannot be used")
-BAD_WEIGHTS = RULES.add(
-    "model-weights", "a model directory's weights are missing, incomplete or damaged", exit=3
-)
+BAD_WEIGHTS = RULES.add("model-weights", "a model directory's weights are missing, incomplete or damaged", exit=3)
 BAD_OPTION = RULES.add("model-option", "an option of the model has a value that does not exist")
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -49,8 +47,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass
 class LoadedModel:
-    """A traced model. `eager` is the module itself, as it was given; `bos`: whether texts get a beginning-of-sequence
-    token, None where the tokenizer decides."""
+    """A traced model. `eager` is the module itself, as it was given; `bos`: whether texts get a
+    beginning-of-sequence token, None where the tokenizer decides."""
 
     name: str
     eager: nn.Module
@@ -63,7 +61,7 @@ class LoadedModel:
     versions: tuple[tuple[int, int], ...] = ()
 
     def check_unchanged(self) -> None:
-        """Raise `model-changed` or `model-has-hooks` where the module is no longer the one that was traced."""
+        """Raise `model-changed` or `model-has-hooks` where it is no longer the module that was traced."""
         refuse_hooks(self.eager)
         same = (
             versions(self.eager) == self.versions
@@ -99,8 +97,8 @@ def load(
 ) -> LoadedModel:
     """Load, trace and prove a model.
 
-    `model`: the name of a built-in model, a model directory (relative to `base`), a hub id, or a module, which is left
-    exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
+    `model`: the name of a built-in model, a model directory (relative to `base`), a hub id, or a module,
+    which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
     Errors: `model-not-found`, `model-config`, `model-weights`, `nan-in-weights`, `model-has-hooks`,
     `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
     with _silent_transformers():
@@ -150,9 +148,7 @@ def _number(config: Any, names: tuple[str, ...]) -> int | None:
 
 def _given(module: nn.Module, dtype: object, device: object) -> _Source:
     if dtype is not None or device is not None:
-        raise BAD_OPTION.error(
-            "dtype and device are options of models loaded by name; move the module itself instead"
-        )
+        raise BAD_OPTION.error("dtype and device are options of models loaded by name; move the module itself instead")
     original = _unbridged(module)
     config = getattr(original, "config", None) or getattr(original, "cfg", None)
     name = getattr(config, "name_or_path", None) or type(original).__name__
@@ -161,7 +157,7 @@ def _given(module: nn.Module, dtype: object, device: object) -> _Source:
 
 
 def _unbridged(module: nn.Module) -> nn.Module:
-    """The module that a TransformerLens bridge runs: the one that it was put around, with the bridge's own parts in it.
+    """The module that a TransformerLens bridge runs: the one it was put around, with the bridge's parts in it.
 
     With processed weights it is that module that computes with them."""
     if type(module).__name__ != "TransformerBridge":
@@ -260,14 +256,12 @@ def _hub(name: str, options: _Options) -> _Source:
     for local in (True, False):
         with contextlib.suppress(Exception):
             folder = Path(
-                snapshot_download(
-                    name, revision=options.revision, allow_patterns=wanted, local_files_only=local
-                )
+                snapshot_download(name, revision=options.revision, allow_patterns=wanted, local_files_only=local)
             )
             break
     if folder is None:
         raise NOT_FOUND.error(
-            f'"{name}" is no built-in model and no directory, and cannot be fetched from the Hugging Face hub',
+            f'"{name}" is no built-in model, no directory, and cannot be fetched from the Hugging Face hub',
             fix=_suggestion(name),
         )
     return replace(_directory(name, folder, options), name=name)
@@ -289,9 +283,7 @@ def _hf(name: str, folder: Path, options: _Options, local: bool) -> nn.Module:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise BAD_WEIGHTS.error(f"the weights in {folder} cannot be loaded: {_first_line(error)}") from None
     except (ValueError, KeyError, TypeError, ImportError) as error:
-        raise BAD_CONFIG.error(
-            f"transformers cannot build the model of {folder}: {_first_line(error)}"
-        ) from None
+        raise BAD_CONFIG.error(f"transformers cannot build the model of {folder}: {_first_line(error)}") from None
     _complete(folder, info)
     return module
 
@@ -307,8 +299,7 @@ def _complete(folder: Path, info: dict[str, Any]) -> None:
 def _tokenizer(folder: Path) -> Any | None:
     """The tokenizer beside a model, None where there is none."""
     if not any(
-        (folder / n).exists()
-        for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+        (folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
     ):
         return None
     from transformers import AutoTokenizer
@@ -345,7 +336,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _silent_transformers() -> Iterator[None]:
+def _silent_transformers() -> Generator[None]:
     """No progress bars or remarks of transformers while a model is loaded."""
     from transformers.utils import logging
 

@@ -51,9 +51,7 @@ MOVES = (
 )
 """Operations that only move numbers, each to one place at most."""
 REPEATS = (
-    VIEW
-    | SAME_MEMORY_ORDER
-    | {A.unsqueeze.default, A.expand.default, A.repeat.default, A.repeat_interleave.self_int}
+    VIEW | SAME_MEMORY_ORDER | {A.unsqueeze.default, A.expand.default, A.repeat.default, A.repeat_interleave.self_int}
 )
 """Operations by which grouped keys and values become one per query head."""
 
@@ -73,9 +71,7 @@ def place(node: fx.Node) -> str:
 def op_name(node: fx.Node) -> str:
     """`layer_norm` for `aten.layer_norm.default`."""
     name = getattr(node.target, "_schema", None)
-    return (
-        name.name.split("::")[-1] if name is not None else getattr(node.target, "__name__", str(node.target))
-    )
+    return name.name.split("::")[-1] if name is not None else getattr(node.target, "__name__", str(node.target))
 
 
 def path_of(node: fx.Node) -> str:
@@ -110,7 +106,7 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def cone(node: fx.Node, stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """`node` and everything it is computed from; members of `stop` other than `node` are included, not crossed."""
+    """`node` and all that it is computed from; members of `stop` (but `node`) are included, not crossed."""
     seen: set[fx.Node] = set()
     todo = [node]
     while todo:

@@ -1,7 +1,7 @@
 """The pieces of a model as GraphModules over whole sequences, to be put together into one readable graph.
 
-Only ATen operations, `getitem` and the model's own parameters stand in them. The same pieces on packed rows, which
-sweeps run on, are `model.pieces`.
+Only ATen operations, `getitem` and the model's own parameters stand in them. The same pieces on packed rows,
+which sweeps run on, are `model.pieces`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from patchc.model.trace import Layer, Structure
 class PieceModules:
     """Modules by name. b prompts of s tokens each; D = d_model, d = d_head; `l` a layer.
 
-    statics(ids [b, s]) -> tuple                     embed(ids) -> [b, s, D];  pos_embed(ids) -> [b or 1, s, D]
+    statics(ids [b, s]) -> tuple
+    embed(ids) -> [b, s, D];  pos_embed(ids) -> [b or 1, s, D]
     layer{l}_q, _k, _v(x [b, s, D]) -> [b, s, heads or key/value heads, d], before rotary and the like
     layer{l}_attend(q, k, v) -> z [b, s, heads, d]   from those, k and v repeated to one per query head
     layer{l}_write(z) -> [b, s, heads, D]            layer{l}_attn_bias() -> [D], where there is one
@@ -41,9 +42,7 @@ def piece_modules(structure: Structure, statics: Statics) -> PieceModules:
     if structure.pos_embed is not None:
         regions["pos_embed"] = _embedding(structure, statics, structure.pos_embed, "PosEmbed")
     for i, layer in enumerate(structure.layers):
-        regions |= {
-            f"layer{i}_{name}": made for name, made in _layer(structure, statics, layer, f"Layer{i}").items()
-        }
+        regions |= {f"layer{i}_{name}": made for name, made in _layer(structure, statics, layer, f"Layer{i}").items()}
     unembed = region(structure, statics, structure.exported.logits, [("x", structure.final)], "Unembed")
     need(len(statics.nodes) == known, "a table that only some pieces read", structure.exported.logits)
     regions |= {"unembed": unembed, "statics": statics_region(structure, statics)}
@@ -76,15 +75,12 @@ def _layer(structure: Structure, statics: Statics, layer: Layer, name: str) -> d
 
 def _projection(structure: Structure, statics: Statics, layer: Layer, port: Port, name: str) -> Region:
     source, weight, *bias = port.linear.args
-    assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
     emitter = Emitter(structure, statics, ["x"], [(source, [layer.entry])])
     emitter.bind(layer.entry, emitter.inputs[0])
     x, d_head = emitter.copy(source), layer.attention.d_head
-    rows = [
-        _cut(emitter, emitter.copy(w), port.first, d_head, 0)
-        for w in (weight, *bias)
-        if isinstance(w, fx.Node)
-    ]
+    rows = [_cut(emitter, emitter.copy(w), port.first, d_head, 0) for w in (weight, *bias) if isinstance(w, fx.Node)]
     projected = emitter.call(A.linear.default, x, *rows)
     return emitter.finish(emitter.call(A.unflatten.int, projected, -1, [len(port.first), d_head]), name)
 
@@ -110,9 +106,7 @@ def _write(structure: Structure, statics: Statics, block: AttentionBlock, name: 
     weight = block.out.args[1]
     assert isinstance(weight, fx.Node)
     columns = _cut(emitter, emitter.copy(weight), block.columns, block.d_head, 1)
-    by_head = emitter.call(
-        A.unflatten.int, emitter.call(A.t.default, columns), 0, [block.n_heads, block.d_head]
-    )
+    by_head = emitter.call(A.unflatten.int, emitter.call(A.t.default, columns), 0, [block.n_heads, block.d_head])
     heads = emitter.call(A.einsum.default, "bshd,hdm->bshm", [emitter.inputs[0], by_head])
     return emitter.finish(_scaled(emitter, block, heads), name)
 

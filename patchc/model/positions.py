@@ -1,7 +1,7 @@
-"""Which operations leave every position to itself: all but attention must, for positions to be computed one by one.
+"""Which operations leave every position to itself, as all but attention must.
 
-Decided from each operation's axes; what is not known to keep positions apart is taken to mix them. The values say the
-same once more, in `prove`.
+Decided from each operation's axes; what is not known to keep positions apart is taken to mix them. The values
+say the same once more, in `prove`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def check_positions(exported: Exported, nodes: set[fx.Node], dynamic: dict[fx.No
     """Refuse the first of these nodes that is not known to leave every position to itself."""
     for node in exported.nodes:
         if node in nodes and dynamic[node] and node.op == "call_function":
-            need(
-                _Axes(exported, dynamic).keep(node), "positions are mixed outside attention, or may be", node
-            )
+            need(_Axes(exported, dynamic).keep(node), "positions are mixed outside attention, or may be", node)
 
 
 class _Axes:
@@ -88,13 +86,7 @@ def _axes(node: fx.Node) -> list[int]:
     found = _argument(node, "dim")
     if found is None:
         found = _argument(node, "start_dim")
-        return (
-            list(range(found, 0))
-            if isinstance(found, int) and found < 0
-            else [0]
-            if found is not None
-            else []
-        )
+        return list(range(found, 0)) if isinstance(found, int) and found < 0 else [0] if found is not None else []
     return [found] if isinstance(found, int) else list(found)
 
 
@@ -103,7 +95,5 @@ def _argument(node: fx.Node, name: str) -> Any:
     schema = getattr(node.target, "_schema", None)
     for i, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.name == name or argument.name == f"{name}s":
-            return (
-                node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-            )
+            return node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
     return None

@@ -1,7 +1,8 @@
 """The proof that goes with every trace: the pieces are the model, and its structure is what the graph says.
 
-Equal logits alone prove nothing about structure, so each block is compared with the traced graph by itself, on the
-traced graph's own values, and positions, heads and causality are tried out. The first difference is named.
+Equal logits alone prove nothing about structure, so each block is compared with the traced graph by itself,
+on the traced graph's own values, and positions, heads and causality are tried out. The first difference is
+named.
 """
 
 from __future__ import annotations
@@ -56,15 +57,14 @@ def _cores(pieces: TracedPieces) -> list[fx.Node]:
 
 
 def is_causal(pieces: TracedPieces) -> bool:
-    """Whether no attention reads a later position: by the weights at equal scores, and by trying random ones."""
+    """Whether no attention reads a later position: by its masks, and by trying random values."""
     return all(_layer_is_causal(pieces, layer) for layer in range(len(pieces.structure.layers)))
 
 
 @torch.no_grad()
 def _layer_is_causal(pieces: TracedPieces, layer: int) -> bool:
     return all(
-        _looks_back(pieces, layer, n) and _ignores_later(pieces, layer, n)
-        for n in _lengths(pieces.graph, (2, 9, 33))
+        _looks_back(pieces, layer, n) and _ignores_later(pieces, layer, n) for n in _lengths(pieces.graph, (2, 9, 33))
     )
 
 
@@ -73,11 +73,9 @@ def _lengths(graph: ResidualGraph, wanted: Sequence[int]) -> list[int]:
 
 
 def _looks_back(pieces: TracedPieces, layer: int, n: int) -> bool:
-    """Equal scores everywhere: the weight of each key is then the mask's alone, and none may lie above the diagonal."""
+    """With equal scores the weights are the mask's alone, and none may lie above the diagonal."""
     q, values = _zeros(pieces, n, n), _zeros(pieces, n, n)
-    values[torch.arange(n), torch.arange(n)] = (
-        1  # computation c shows the weight that every query gives to key c
-    )
+    values[torch.arange(n), torch.arange(n)] = 1  # computation c shows the weight that every query gives to key c
     weights = _attend(pieces, layer, q, q, values, n)[..., 0].permute(2, 1, 0)  # [head, query, key]
     return bool((weights.triu(1) == 0).all())
 
@@ -95,9 +93,7 @@ def _ignores_later(pieces: TracedPieces, layer: int, n: int) -> bool:
 
 
 def _zeros(pieces: TracedPieces, c: int, n: int) -> Tensor:
-    return torch.zeros(
-        (c, n, pieces.graph.n_heads, pieces.graph.d_head), device=pieces.device, dtype=pieces.dtype
-    )
+    return torch.zeros((c, n, pieces.graph.n_heads, pieces.graph.d_head), device=pieces.device, dtype=pieces.dtype)
 
 
 def _attend(pieces: TracedPieces, layer: int, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
@@ -252,6 +248,4 @@ class Prover:
         p, head = self.pieces, all_heads.shape[1] - 1
         tables = p.tables(Layout((x.shape[0],)))
         alone = p.prepare(layer, port, p.project(layer, port, x, [head]), tokens, tables)
-        self._compare(
-            alone[:, 0], all_heads[:, head], f"{'qkv'[port]} of one head alone of attention {layer}"
-        )
+        self._compare(alone[:, 0], all_heads[:, head], f"{'qkv'[port]} of one head alone of attention {layer}")

@@ -1,4 +1,4 @@
-"""A model that belongs to somebody else: look at it in eval mode, leave it exactly as it was, notice what changed it.
+"""A model that belongs to somebody else: looked at in eval mode, left as it was, and watched for edits.
 
 Hooks and edited weights are refused here, by name; nothing here knows what the model computes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ NOT_FINITE = RULES.add("nan-in-weights", "a model's weights hold NaN or infinity
 CHANGED = RULES.add("model-changed", "a model was edited after it was traced", exit=3)
 
 HARMLESS = ("transformers.utils.output_capturing", "transformer_lens.model_bridge.generalized_components")
-"""Libraries' own hooks: transformers leaves some behind that record hidden states when they are asked for, a bridge has
-some that hand values on to its hook points. They change nothing unless a hook of the user's does."""
+"""Libraries' own hooks: transformers leaves some behind that record hidden states when they are asked for, a
+bridge has some that hand values on to its hook points. They change nothing unless a hook of the user's
+does."""
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards every module has the flags, attributes, buffers and hooks that it had before."""
+def untouched(model: nn.Module) -> Generator[None]:
+    """The model in eval mode; afterwards every module has the flags, attributes and hooks it had before."""
     before = [(m.__dict__, dict(m.__dict__), _contents(m)) for m in model.modules()]
     try:
         for m in model.modules():
@@ -100,7 +101,7 @@ def content_fingerprint(model: nn.Module) -> str:
 
 
 def files_fingerprint(folder: Path) -> str:
-    """A hash of a model directory without reading its weights: config, and size, time and header of weight files."""
+    """A hash of a model directory: its config, and the size, time and header of each weight file."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors*")]):
         stat = path.stat()
@@ -117,5 +118,5 @@ def _header(path: Path) -> bytes:
 
 
 def versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where each tensor lies and how often it was written: changes with most edits, and costs nothing to read."""
+    """Where each tensor lies and how often it was written: most edits change it, and reading is free."""
     return tuple((t.data_ptr(), t._version) for _, t in tensors(model) if not t.is_inference())

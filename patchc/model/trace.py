@@ -1,7 +1,8 @@
 """The residual structure of a canonical graph: what writes into the stream, in which order, reading what.
 
-Found from the tree of additions above the logits, with no knowledge of any architecture. Refuses, with the place,
-whatever is not a chain of writers that read the whole sum before them. Turning it into functions is `pieces`' work.
+Found from the tree of additions above the logits, with no knowledge of any architecture. Refuses, with the
+place, whatever is not a chain of writers that read the whole sum before them. Turning it into functions is
+`pieces`' work.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ADD = A.add.Tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention block and, where there is one, an MLP: `mlp` is what it adds, `mlp_entry` the stream it reads."""
+    """An attention block and maybe an MLP: `mlp` is what it adds, `mlp_entry` the stream it reads."""
 
     attention: AttentionBlock
     entry: fx.Node
@@ -38,8 +39,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Structure:
-    """A model as its residual stream sees it. `pos_embed` does not depend on the tokens' values; `final` is the stream
-    that the logits read, `dynamic` says which nodes depend on the stream, `tree` which nodes are sums of it."""
+    """A model as its residual stream sees it. `pos_embed` does not depend on the tokens' values; `final` is
+    the stream that the logits read, `dynamic` says which nodes depend on the stream, `tree` which nodes are
+    sums of it."""
 
     exported: Exported
     embed: fx.Node
@@ -180,15 +182,14 @@ class Tracer:
         final = self._entry(self.exported.logits)
         self._reads_all(final, written, self.exported.logits)
         self._positions_apart(layers, {n for n in (embed, pos_embed) if n is not None})
-        return Structure(
-            self.exported, embed, pos_embed, tuple(layers), final, self.dynamic, frozenset(self.tree)
-        )
+        return Structure(self.exported, embed, pos_embed, tuple(layers), final, self.dynamic, frozenset(self.tree))
 
     def _reads_tokens(self, leaf: fx.Node) -> bool:
         """Whether an embedding depends on the tokens' values. Refuses one that holds anything but a look-up."""
         inside = cone(leaf)
         if layer := self._layer_inside(leaf):
-            # Otherwise a scaled, subtracted or normalised stream would vanish, layers and all, into an "embedding".
+            # Otherwise a scaled, subtracted or normalised stream would vanish, layers and all, into an
+            # "embedding".
             need(
                 False,
                 f"the stream is not a plain sum of writers: {place(self._changes_all())} changes all of it, "
@@ -219,12 +220,8 @@ class Tracer:
         have, want = set(self.leaves_of[entry]), set(written)
         if have != want:
             missing = min(want ^ have, key=self.order.__getitem__)
-            need(
-                False,
-                f"the stream as `{path_of(reader) or op_name(reader)}` reads it is not the sum of every writer before it; it "
-                f"differs by",
-                missing,
-            )
+            where = path_of(reader) or op_name(reader)
+            need(False, f"what `{where}` reads is not the sum of every writer before it; it differs by", missing)
 
     def _attention(self, leaf: fx.Node, written: Sequence[fx.Node]) -> Layer:
         block = self.reader.read(leaf)

@@ -11,9 +11,15 @@ from patchc.optimise.cut import DEFAULT_BUDGET, cut
 
 
 def optimise(
-    experiment: Experiment, prompts: Prompts, lowered: Lowered, measured: Tokens, budget: int = DEFAULT_BUDGET, element: int = 4
+    experiment: Experiment,
+    prompts: Prompts,
+    lowered: Lowered,
+    measured: Tokens,
+    budget: int = DEFAULT_BUDGET,
+    element: int = 4,
 ) -> Program:
-    """The program of an experiment: cells that need a pass, cut by `budget` bytes; `element` is the bytes of a number."""
+    """The program of an experiment: cells that need a pass, cut by `budget` bytes; `element` is the bytes of a
+    number."""
     dead = set(lowered.no_effect)
     live = [c for c in range(len(lowered.roots)) if c not in dead]
     return Program(

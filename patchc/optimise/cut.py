@@ -19,7 +19,9 @@ DEFAULT_BUDGET = 2 << 30
 """Bytes that a pass may hold beyond the model."""
 
 
-def cut(dag: Dag, roots: Sequence[VariantId], cells: Sequence[int], measured: Tokens, budget: int, element: int) -> tuple[Pass, ...]:
+def cut(
+    dag: Dag, roots: Sequence[VariantId], cells: Sequence[int], measured: Tokens, budget: int, element: int
+) -> tuple[Pass, ...]:
     """`cells` are the numbers of the cells that need a pass; `element` is the bytes of one number."""
     needs = demand(dag, ((roots[c], measured) for c in cells))
     passes: list[Pass] = []

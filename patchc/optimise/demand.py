@@ -15,9 +15,9 @@ from patchc.ir.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """`tokens[i]`: where variant i is computed (it differs from the base run there, and someone reads it). `uses[i]`: how
-    many readers it has. `heads[core]`: bits of the heads read. `projections[block]`: for (input, port) the heads and tokens
-    to project."""
+    """`tokens[i]`: where variant i is computed (it differs from the base run there, and someone reads it). `uses[i]`:
+    how many readers it has. `heads[core]`: bits of the heads read. `projections[block]`: for (input, port) the heads
+    and tokens to project."""
 
     tokens: list[Tokens]
     uses: list[int]
@@ -28,7 +28,8 @@ class Demand:
 
 
 def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]]) -> Demand:
-    """What `roots`, each read at its tokens, need. A `Run` is asked for its input only: expand it first to see inside."""
+    """What `roots`, each read at its tokens, need. A `Run` is asked for its input only: expand it first to see
+    inside."""
     out = Demand([0] * len(dag), [0] * len(dag))
     top = 0
     for root, tokens in roots:

@@ -1,4 +1,5 @@
-"""What the metrics of an experiment read: tokens, answer columns, worlds. Everything else is not computed at the end."""
+"""What the metrics of an experiment read: tokens, answer columns, worlds. Everything else is not computed at the
+end."""
 
 from __future__ import annotations
 

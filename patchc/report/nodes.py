@@ -22,7 +22,7 @@ def nodes_text(graph: ResidualGraph) -> str:
         "",
         f"{len(graph.writers)} writers (input, heads, MLPs), {len(graph.readers)} readers, {graph.n_edges:,} edges",
         "counted as AutoCircuit does: token and position embeddings are one writer, `input`, and constants (attn_bias)",
-        "are none; ACDC counts the embeddings apart, and every head's output as a node of its own, so it has more edges",
+        "are none; ACDC also draws an edge from each head's q, k and v into the head, three more a head",
     ]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -69,7 +69,12 @@ def nodes_json(graph: ResidualGraph) -> dict[str, Any]:
         },
         "counts": {"writers": len(graph.writers), "readers": len(graph.readers), "edges": graph.n_edges},
         "nodes": [
-            {"name": n.name, "kind": n.kind.value, "rank": n.rank, "ports": list(PORTS) if n.kind is Kind.HEAD else []}
+            {
+                "name": n.name,
+                "kind": n.kind.value,
+                "rank": n.rank,
+                "ports": list(PORTS) if n.kind is Kind.HEAD else [],
+            }
             for n in graph.nodes
         ],
     }

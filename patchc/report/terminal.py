@@ -18,7 +18,7 @@ from patchc.report.results import Array, Result, Results
 
 STRONGEST = 8
 MOST_ROWS = 32
-NUMBER_WIDTH = 7
+NUMBER_WIDTH = 8
 BLOCK_WIDTH = 2
 
 
@@ -144,9 +144,15 @@ def _fitting(text: str, width: int) -> str:
 
 def _cell(value: float, limit: float, width: int, colored: bool) -> Text:
     missing = not np.isfinite(value)
-    text = "" if width < NUMBER_WIDTH else "·" if missing else number(value, 2)
+    text = "" if width < NUMBER_WIDTH else "·" if missing else _short(value)
     style = _ground(value / limit) if colored and not missing else Style(dim=missing)
     return Text(f"{text} ".rjust(width), style=style)
+
+
+def _short(value: float) -> str:
+    """The value in as many digits, up to three, as leave a space between columns."""
+    texts = (number(value, digits) for digits in (3, 2, 1))
+    return next((text for text in texts if len(text) < NUMBER_WIDTH), "…")
 
 
 def _ground(share: float) -> Style:

@@ -61,13 +61,9 @@ class AnswerReader:
                 self._data.check_vocabulary((item,), where)
                 found.append(item)
             else:
-                raise WRONG_KIND.error(
-                    f"{name!r} is used as an answer, and prompt {prompt} has {cell!r}", span=where
-                )
+                raise WRONG_KIND.error(f"{name!r} is used as an answer, and prompt {prompt} has {cell!r}", span=where)
         if not found:
-            raise WRONG_KIND.error(
-                f"{name!r} is used as an answer, and prompt {prompt} has an empty set", span=where
-            )
+            raise WRONG_KIND.error(f"{name!r} is used as an answer, and prompt {prompt} has an empty set", span=where)
         return tuple(dict.fromkeys(found))
 
     def _token(self, text: str, prompt: int | None, span: Span | None, first: bool) -> int:
@@ -93,9 +89,7 @@ class AnswerReader:
         if ids is None:
             message = f'the tokenizer does not know "{text}"; with its leading space it is one token'
             raise MULTI_TOKEN_ANSWER.error(message, fix=fix, span=span)
-        message = (
-            f'the answer "{text}" is {len(ids)} tokens ({self._encoder.listed(ids)}), and a metric reads one'
-        )
+        message = f'the answer "{text}" is {len(ids)} tokens ({self._encoder.listed(ids)}), and a metric reads one'
         raise MULTI_TOKEN_ANSWER.error(message, fix=fix or "first(...) reads the first of them", span=span)
 
     def _check_written(self, text: str, ids: Ids, span: Span | None) -> None:

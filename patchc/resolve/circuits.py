@@ -69,9 +69,7 @@ def _join(graph: ResidualGraph, rows: Rows, writer: NodeSet, reader: NodeSet) ->
     found = False
     for member in (*writer.members, *reader.members):
         if member.tokens != EVERYWHERE:
-            raise NOT_SUPPORTED_YET.error(
-                "a circuit of edges at positions is not supported yet", span=reader.span
-            )
+            raise NOT_SUPPORTED_YET.error("a circuit of edges at positions is not supported yet", span=reader.span)
     for member in reader.members:
         for node in bits(member.nodes):
             below = _writers(writer) & graph.below(graph.nodes[node].rank)
@@ -79,9 +77,7 @@ def _join(graph: ResidualGraph, rows: Rows, writer: NodeSet, reader: NodeSet) ->
                 rows[node, port] = rows.get((node, port), 0) | below
                 found = True
     if not found:
-        message = (
-            f"{writer.label} writes after {reader.label} reads: there is no edge from the one to the other"
-        )
+        message = f"{writer.label} writes after {reader.label} reads: there is no edge from the one to the other"
         raise BACKWARD_EDGE.error(message, span=reader.span)
 
 

@@ -116,9 +116,7 @@ class Dataset:
         elif isinstance(cell, list | tuple) and all(_is_id(i) for i in cell):  # pyright: ignore[reportUnknownVariableType]
             ids = tuple(int(i) for i in cell)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         else:
-            raise WRONG_KIND.error(
-                f"{column!r} is used as a world, and prompt {prompt} has {cell!r} there", span=where
-            )
+            raise WRONG_KIND.error(f"{column!r} is used as a world, and prompt {prompt} has {cell!r} there", span=where)
         self._check_ids(ids, column, prompt, where)
         return ids
 

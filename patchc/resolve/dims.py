@@ -25,9 +25,7 @@ class Axes:
     places: tuple[Place_, ...]
 
 
-def axes_of(
-    graph: ResidualGraph, variable: str, universe: Sequence[Binding], tokens: Sequence[str] | None
-) -> Axes:
+def axes_of(graph: ResidualGraph, variable: str, universe: Sequence[Binding], tokens: Sequence[str] | None) -> Axes:
     """The dims of a variable; `tokens` are those of the first prompt where all prompts have its length."""
     heads = _heads(graph, universe)
     if heads is not None:
@@ -87,9 +85,7 @@ def _of_heads(variable: str, heads: Sequence[_Head]) -> Axes:
     sites = [s for s in dict.fromkeys(h.site for h in heads) if s is not None]
     dims = [Dim("layer", tuple(layers)), Dim("head", tuple(numbers))]
     if len(sites) < 2:
-        return Axes(
-            variable, tuple(dims), tuple((layers.index(h.layer), numbers.index(h.head)) for h in heads)
-        )
+        return Axes(variable, tuple(dims), tuple((layers.index(h.layer), numbers.index(h.head)) for h in heads))
     places = tuple((layers.index(h.layer), numbers.index(h.head), sites.index(h.site or "")) for h in heads)
     return Axes(variable, (*dims, Dim("site", tuple(sites))), places)
 
@@ -99,9 +95,7 @@ def _of_heads(variable: str, heads: Sequence[_Head]) -> Axes:
 
 def _name(variable: str, universe: Sequence[Binding]) -> str:
     """`layer`, `head` or `position` where that is what the values are; the variable's own name otherwise."""
-    units = {
-        b.unit if isinstance(b, Number) else "position" if isinstance(b, Place) else None for b in universe
-    }
+    units = {b.unit if isinstance(b, Number) else "position" if isinstance(b, Place) else None for b in universe}
     unit = units.pop() if len(units) == 1 else None
     return unit or variable
 

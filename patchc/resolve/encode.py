@@ -60,9 +60,7 @@ class Encoder:
     def show(self, token: int) -> str:
         """A token as text."""
         if token not in self._shown:
-            self._shown[token] = (
-                str(token) if self._tokenizer is None else str(self._tokenizer.decode([token]))
-            )
+            self._shown[token] = str(token) if self._tokenizer is None else str(self._tokenizer.decode([token]))
         return self._shown[token]
 
     def written(self, ids: Ids) -> str:
@@ -81,15 +79,11 @@ class Encoder:
 
     def _encode(self, text: str, special: bool, span: Span | None) -> Ids:
         if self._tokenizer is None:
-            raise NO_TOKENIZER.error(
-                f"the model has no tokenizer to read {text!r}; give token ids", span=span
-            )
+            raise NO_TOKENIZER.error(f"the model has no tokenizer to read {text!r}; give token ids", span=span)
         ids = self._call(text, special)
         if ids is not None and not self._has_unknown(text):
             return ids
-        words = [
-            w for w in re.findall(r"\s*\S+", text) if self._call(w, False) is None or self._has_unknown(w)
-        ]
+        words = [w for w in re.findall(r"\s*\S+", text) if self._call(w, False) is None or self._has_unknown(w)]
         what = f"{words[0]!r} in {text!r}" if words and words[0] != text else repr(text)
         raise UNKNOWN_TOKEN.error(f"the model's tokenizer does not know {what}", span=span)
 

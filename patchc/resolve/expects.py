@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from patchc.diagnostics import RULES, Span
+from patchc.diagnostics import RULES
 from patchc.ir.experiment import Expect
 from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS, Binding, Number, Place, Spots
-from patchc.resolve.loops import Label, Sweep, label_of
+from patchc.resolve.loops import Label, label_of
 from patchc.resolve.positions import Positions
-from patchc.resolve.scope import Scope, bound
+from patchc.resolve.scope import Scope, bound, written
 from patchc.resolve.sets import Sets
+from patchc.resolve.sweeps import Sweep
 from patchc.resolve.terms import NodeSet
 
 NO_SUCH_CELL = RULES.add("no-such-cell", "an expect names a cell that the experiment does not have")
@@ -59,12 +60,10 @@ class Expects:
     def _no_match(self, node: tree.Set | tree.Bound, swept: Sweep, variables: Sequence[int]):
         if not variables:
             count = len(swept.universes)
-            return NO_SUCH_CELL.error(
-                f"there are more coordinates than loop variables ({count})", span=node.span
-            )
+            return NO_SUCH_CELL.error(f"there are more coordinates than loop variables ({count})", span=node.span)
         labels = {v: [str(label_of(b)) for b in swept.universes[v]] for v in variables}
         told = "; ".join(f"{swept.bindings[v].name.text} is one of {_shown(labels[v])}" for v in variables)
-        return NO_SUCH_CELL.error(f"no cell has {_text(node.span)}: {told}", span=node.span)
+        return NO_SUCH_CELL.error(f"no cell has {written(node)}: {told}", span=node.span)
 
     # ---- one coordinate in one universe
 
@@ -115,7 +114,3 @@ def _numbered(value: int | float, universe: Sequence[Binding], at: dict[Label, i
 
 def _shown(labels: Sequence[str]) -> str:
     return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
-
-
-def _text(span: Span | None) -> str:
-    return " ".join(span.source.text[span.start : span.end].split()) if span else "this coordinate"

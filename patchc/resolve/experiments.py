@@ -15,11 +15,12 @@ from patchc.resolve.bindings import Env
 from patchc.resolve.data import Dataset
 from patchc.resolve.dims import axes_of, distinct
 from patchc.resolve.expects import Cells, Expects
-from patchc.resolve.loops import Loops, Sweep, label_of, sweep
+from patchc.resolve.loops import Loops, label_of
 from patchc.resolve.metrics import Metrics
 from patchc.resolve.patches import WORLDS_EQUAL, OneExperiment, Patches
 from patchc.resolve.scope import NAME_CLASH, NOT_SUPPORTED_YET, WRONG_KIND, Scope, collecting
 from patchc.resolve.sets import names_in
+from patchc.resolve.sweeps import Sweep, sweep
 
 MISSING_CLAUSE = RULES.add("missing-clause", "an experiment without `run`, `patch` or `measure`")
 TWO_RUNS = RULES.add("two-runs", "an experiment with more than one `run`")
@@ -64,13 +65,9 @@ class Experiments:
             return None
         dims, cells, places = found
         measured = sum(len(clause.items) for clause in _clauses(node, tree.Measure))
-        expects = (
-            self._expects(node, [m.name for m in metrics], swept, places) if len(metrics) == measured else ()
-        )
+        expects = self._expects(node, [m.name for m in metrics], swept, places) if len(metrics) == measured else ()
         title = node.title.text if node.title else None
-        return Experiment(
-            node.name.text, title, run, dims, cells, tuple(metrics), expects, saves, shows, node.span
-        )
+        return Experiment(node.name.text, title, run, dims, cells, tuple(metrics), expects, saves, shows, node.span)
 
     # ---- clauses
 
@@ -86,9 +83,7 @@ class Experiments:
                     "patch": "patch node head[0, 0] with corrupt",
                     "measure": "measure kl(clean)",
                 }[word]
-                self.report.add(
-                    MISSING_CLAUSE.at(node.name.span, f"experiment {name!r} has no `{word}`", fix=fix)
-                )
+                self.report.add(MISSING_CLAUSE.at(node.name.span, f"experiment {name!r} has no `{word}`", fix=fix))
         runs = _clauses(node, tree.Run)
         for other in runs[1:]:
             notes = [Note("the first is here", runs[0].span)]
@@ -189,9 +184,7 @@ class Experiments:
             return None
         return tuple(self.dataset.encoder.show(i) for i in self.dataset.text_ids[0])
 
-    def _check_cells(
-        self, node: tree.Experiment, one: OneExperiment, cells: Sequence[Cell], run: str
-    ) -> None:
+    def _check_cells(self, node: tree.Experiment, one: OneExperiment, cells: Sequence[Cell], run: str) -> None:
         if not cells and one.nothing:
             target, env = one.nothing
             why = self.patches.why_none(target, env)
@@ -205,9 +198,7 @@ class Experiments:
     def _equal(self, node: tree.Experiment, one: OneExperiment, run: str) -> PatchcError:
         others = sorted({v.world for v in one.values if v.world and v.world != run})
         told = f": {run!r} and {others[0]!r} have the same text in every prompt" if others else f", {run!r}"
-        message = (
-            f"the patches of {node.name.text!r} change nothing: each value is what the run itself has{told}"
-        )
+        message = f"the patches of {node.name.text!r} change nothing: each value is what the run itself has{told}"
         span = next(c.value.span for c in _clauses(node, tree.Patch))
         return WORLDS_EQUAL.error(message, span=span)
 
@@ -221,9 +212,7 @@ class Experiments:
 
     # ---- results
 
-    def _expects(
-        self, node: tree.Experiment, metrics: list[str], swept: Sweep, cells: Cells
-    ) -> tuple[Expect, ...]:
+    def _expects(self, node: tree.Experiment, metrics: list[str], swept: Sweep, cells: Cells) -> tuple[Expect, ...]:
         out: list[Expect] = []
         for clause in _clauses(node, tree.Expect):
             with collecting(self.report):

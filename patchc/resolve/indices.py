@@ -41,9 +41,7 @@ class Indexer:
             case tree.Range():
                 return self._range(node, axis, env, written)
             case tree.Braces():
-                return list(
-                    dict.fromkeys(i for item in node.items for i in self._element(item, axis, env, written))
-                )
+                return list(dict.fromkeys(i for item in node.items for i in self._element(item, axis, env, written)))
             case _:
                 return [self._one(node, axis, env, written)]
 
@@ -67,9 +65,7 @@ class Indexer:
         first = 0 if node.first is None else self._one(node.first, axis, env, written)
         last = axis.size - 1 if node.last is None else self._one(node.last, axis, env, written)
         if first > last:
-            raise UNKNOWN_NODE.error(
-                f"this range of {axis.unit}s is empty: {first} comes after {last}", span=node.span
-            )
+            raise UNKNOWN_NODE.error(f"this range of {axis.unit}s is empty: {first} comes after {last}", span=node.span)
         return range(first, last + 1)
 
     def _end(self, node: tree.Item, axis: Axis, env: Env) -> int:
@@ -98,9 +94,7 @@ class Indexer:
                 f"{node.text!r} counts {local.unit}s, and a {axis.unit} is needed here", span=node.span
             )
         if local is not None:
-            raise WRONG_KIND.error(
-                f"{node.text!r} is not a number, and a {axis.unit} is needed here", span=node.span
-            )
+            raise WRONG_KIND.error(f"{node.text!r} is not a number, and a {axis.unit} is needed here", span=node.span)
         raise self.scope.not_a(f"a {axis.unit}", node, [n for n, b in env.items() if isinstance(b, Number)])
 
 

@@ -1,10 +1,9 @@
-"""Loops: what a variable ranges over, the result dims that follow from it, and the cells of all variables
-together."""
+"""Loops: what a variable ranges over, alone or given the variables before it. All variables together are
+`sweeps`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from patchc.diagnostics import RULES, Span
@@ -13,14 +12,12 @@ from patchc.parse import tree
 from patchc.resolve.bindings import Binding, Env, Number, Place, WorldName
 from patchc.resolve.data import Dataset
 from patchc.resolve.positions import UNEQUAL_POSITIONS, Positions
-from patchc.resolve.scope import NOT_SUPPORTED_YET, NUMBER_DOMAINS, WRONG_KIND, Scope
+from patchc.resolve.scope import NOT_SUPPORTED_YET, NUMBER_DOMAINS, WRONG_KIND, Scope, written
 from patchc.resolve.sets import Sets
 from patchc.resolve.terms import NodeSet
 
-TOO_MANY_CELLS = RULES.add("too-many-cells", "a sweep of more cells than are run")
 EMPTY_DOMAIN = RULES.add("empty-domain", "a loop variable with nothing to range over")
 
-MAX_CELLS = 10**8
 Label = str | int | float
 
 
@@ -33,9 +30,7 @@ def label_of(binding: Binding) -> Label:
 class Loops:
     """The domains of a spec's loops."""
 
-    def __init__(
-        self, scope: Scope, graph: ResidualGraph, dataset: Dataset, positions: Positions, sets: Sets
-    ):
+    def __init__(self, scope: Scope, graph: ResidualGraph, dataset: Dataset, positions: Positions, sets: Sets):
         self._scope = scope
         self._graph = graph
         self._data = dataset
@@ -50,15 +45,13 @@ class Loops:
         if key not in self._memo:
             found = _distinct(self._of(node.domain, env), node)
             if not found and not local:
-                raise EMPTY_DOMAIN.error(
-                    f"{node.name.text!r} has nothing to range over", span=node.domain.span
-                )
+                raise EMPTY_DOMAIN.error(f"{node.name.text!r} has nothing to range over", span=node.domain.span)
             self._memo[key] = (found, local)
         return self._memo[key][0]
 
-    def depends(self, node: tree.Binding, env: Env) -> bool:
-        """Whether a variable's domain has an earlier variable in it."""
-        return bool(self._sets.locals_of(node.domain, env))
+    def uses(self, node: tree.Binding, env: Env) -> tuple[str, ...]:
+        """The earlier variables that a variable's domain has in it."""
+        return self._sets.locals_of(node.domain, env)
 
     # ---- kinds of domain
 
@@ -90,9 +83,7 @@ class Loops:
         lengths = self._data.layout.lengths
         if len(set(lengths)) > 1:
             shortest, longest = min(lengths), max(lengths)
-            message = (
-                f"the prompts have {shortest} to {longest} tokens, and no position has one number in all"
-            )
+            message = f"the prompts have {shortest} to {longest} tokens, and no position has one number in all"
             fix = f"named positions (`at ...` in the data), or counted from the end: {-min(shortest, 5)}..-1"
             raise UNEQUAL_POSITIONS.error(message, fix=fix, span=span)
         return lengths[0]
@@ -122,9 +113,7 @@ class Loops:
             return self._place(name.text, self._positions.place(name, {}))
         if name.text in self._data.columns:
             return WorldName(self._data.world(name))
-        raise self._scope.not_a(
-            "a position or a world", name, [*self._positions.names(), *self._data.columns]
-        )
+        raise self._scope.not_a("a position or a world", name, [*self._positions.names(), *self._data.columns])
 
     def _place(self, label: str, spots: Any) -> Place:
         return Place(label, spots, self._positions.tokens(spots))
@@ -148,9 +137,7 @@ class Loops:
         if first is None or last is None:
             return self._positions_between(node, env)
         if first.value > last.value and not self._sets.locals_of(node, env):
-            raise EMPTY_DOMAIN.error(
-                f"this range is empty: {first.value} comes after {last.value}", span=node.span
-            )
+            raise EMPTY_DOMAIN.error(f"this range is empty: {first.value} comes after {last.value}", span=node.span)
         unit = first.unit or last.unit
         return [Number(i, unit) for i in range(int(first.value), int(last.value) + 1)]
 
@@ -161,9 +148,7 @@ class Loops:
         if not isinstance(found, Number):
             return None
         if not isinstance(found.value, int):
-            raise WRONG_KIND.error(
-                f"a range has whole numbers as its ends, not {found.value}", span=node.span
-            )
+            raise WRONG_KIND.error(f"a range has whole numbers as its ends, not {found.value}", span=node.span)
         return Number(found.value + by, found.unit)
 
     def _positions_between(self, node: tree.Range, env: Env) -> list[Binding]:
@@ -176,7 +161,7 @@ class Loops:
         steps = [tuple((here[i],) for here in spots) for i in range(counts[0])]
         if all(len(set(step)) == 1 for step in steps):
             return [Number(step[0][0], "position") for step in steps]
-        return [self._place(f"{_written(node)} [{i}]", step) for i, step in enumerate(steps)]
+        return [self._place(f"{written(node)} [{i}]", step) for i, step in enumerate(steps)]
 
 
 def _distinct(found: Sequence[Binding], node: tree.Binding) -> tuple[Binding, ...]:
@@ -186,76 +171,6 @@ def _distinct(found: Sequence[Binding], node: tree.Binding) -> tuple[Binding, ..
     for b in found:
         other = out.setdefault(label_of(b), b)
         if isinstance(b, NodeSet) and isinstance(other, NodeSet) and b.members != other.members:
-            message = (
-                f"{node.name.text!r} has two values that are both called {b.label}, at different positions"
-            )
-            raise WRONG_KIND.error(
-                message, fix="a second loop variable for the positions", span=node.domain.span
-            )
+            message = f"{node.name.text!r} has two values that are both called {b.label}, at different positions"
+            raise WRONG_KIND.error(message, fix="a second loop variable for the positions", span=node.domain.span)
     return tuple(out.values())
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The variables of one experiment with their universes, and every choice of values for them."""
-
-    loops: Loops
-    bindings: tuple[tree.Binding, ...]
-    universes: tuple[tuple[Binding, ...], ...]
-    count: int
-
-    def choices(self) -> Iterator[tuple[tuple[int, ...], dict[str, Binding]]]:
-        """(place of each variable's value in its universe, the values by name), the last variable changing
-        fastest."""
-        ids = tuple({label_of(b): i for i, b in enumerate(universe)} for universe in self.universes)
-        env: dict[str, Binding] = {}
-
-        def walk(at: int, place: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], dict[str, Binding]]]:
-            if at == len(self.bindings):
-                yield place, env
-                return
-            node, universe, index = self.bindings[at], self.universes[at], ids[at]
-            name = node.name.text
-            env.pop(name, None)
-            for value in self.loops.domain(node, env):
-                i = index[label_of(value)]
-                env[name] = universe[i]  # the universe's own object, by which everything is memoised
-                yield from walk(at + 1, (*place, i))
-            env.pop(name, None)
-
-        yield from walk(0, ())
-
-
-def sweep(loops: Loops, bindings: Sequence[tree.Binding], span: Span | None) -> Sweep:
-    """The sweep of some variables, counted before any cell is built."""
-    universes: list[tuple[Binding, ...]] = []
-    count = 1
-    for i, node in enumerate(bindings):
-        before = Sweep(loops, tuple(bindings[:i]), tuple(universes), count)
-        env = {b.name.text: u[0] for b, u in zip(bindings[:i], universes, strict=True)}
-        if loops.depends(node, env):
-            _check_count(count, span)
-            found = [loops.domain(node, env) for _, env in before.choices()]
-            universe = {label_of(b): b for domain in found for b in domain}
-            count = sum(map(len, found))
-            if not universe:
-                raise EMPTY_DOMAIN.error(
-                    f"{node.name.text!r} has nothing to range over", span=node.domain.span
-                )
-            universes.append(tuple(universe.values()))
-        else:
-            universes.append(loops.domain(node, env))
-            count *= len(universes[-1])
-    _check_count(count, span)
-    return Sweep(loops, tuple(bindings), tuple(universes), count)
-
-
-def _check_count(count: int, span: Span | None) -> None:
-    if count > MAX_CELLS:
-        raise TOO_MANY_CELLS.error(
-            f"this sweep has {count:,} cells; at most {MAX_CELLS:,} are run", span=span
-        )
-
-
-def _written(node: tree.Range) -> str:
-    return " ".join(node.span.source.text[node.span.start : node.span.end].split()) if node.span else "range"

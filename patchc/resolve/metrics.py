@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from patchc.diagnostics import RULES, Span, nearest
+from patchc.diagnostics import RULES, nearest
 from patchc.ir.experiment import (
     Called,
     Constant,
@@ -22,12 +22,10 @@ from patchc.resolve.answers import AnswerReader, Answers
 from patchc.resolve.bindings import NO_LOCALS
 from patchc.resolve.data import Dataset
 from patchc.resolve.positions import Positions
-from patchc.resolve.scope import BUILT_IN, NODE_NAMES, NOT_SUPPORTED_YET, WRONG_KIND, Scope
+from patchc.resolve.scope import BUILT_IN, NODE_NAMES, NOT_SUPPORTED_YET, WRONG_KIND, Scope, written
 
 RECURSIVE_METRIC = RULES.add("recursive-metric", "a metric that is defined by itself")
-NESTED_NORMALISED = RULES.add(
-    "nested-normalised", "a normalised metric inside arithmetic or another normalised one"
-)
+NESTED_NORMALISED = RULES.add("nested-normalised", "a normalised metric inside arithmetic or another normalised one")
 SAME_WORLD = RULES.add("same-world", "a metric normalised between two worlds that are one")
 ONE_POSITION = RULES.add("one-position", "a metric at several positions of a prompt")
 DIVISION_BY_ZERO = RULES.add("division-by-zero", "a metric divides by zero")
@@ -50,7 +48,7 @@ class Metrics:
 
     def measured(self, node: tree.Measured) -> Metric:
         """One thing of a `measure` clause, under its alias, its own name or the text as written."""
-        name = node.alias.text if node.alias else _written(node.value)
+        name = node.alias.text if node.alias else written(node.value)
         return replace(self.metric(node.value, name), span=node.span)
 
     def check(self, metric: tree.Metric) -> None:
@@ -101,9 +99,7 @@ class Metrics:
             case tree.At():
                 return self._expression(node.inner, self._place(node.place))
             case tree.Normalised():
-                raise NESTED_NORMALISED.error(
-                    "a normalised metric cannot be a part of another", span=node.span
-                )
+                raise NESTED_NORMALISED.error("a normalised metric cannot be a part of another", span=node.span)
 
     def _product(self, node: tree.Product, at: Tokens | None) -> Expression:
         out = self._expression(node.factors[0][1], at)
@@ -129,12 +125,8 @@ class Metrics:
         if name in self._scope.called:
             return Called(name)
         if name in READS:
-            return Read(
-                Measure(name), self._answers.column(tree.Name("answer", span=node.span)), self._tokens(at)
-            )
-        raise self._scope.not_a(
-            "a metric", node.name, [*self._scope.metrics, *self._scope.called, *FUNCTIONS]
-        )
+            return Read(Measure(name), self._answers.column(tree.Name("answer", span=node.span)), self._tokens(at))
+        raise self._scope.not_a("a metric", node.name, [*self._scope.metrics, *self._scope.called, *FUNCTIONS])
 
     def _inner(self, node: tree.Ref, value: tree.Value, at: Tokens | None) -> Expression:
         if isinstance(value, tree.Normalised):
@@ -149,9 +141,7 @@ class Metrics:
         if name not in FUNCTIONS:
             raise self._no_function(node.name)
         if len(node.arguments) != 1:
-            raise WRONG_KIND.error(
-                f"{name} takes one {'world' if name == 'kl' else 'answer'}", span=node.span
-            )
+            raise WRONG_KIND.error(f"{name} takes one {'world' if name == 'kl' else 'answer'}", span=node.span)
         argument = node.arguments[0]
         if name == "kl":
             if not isinstance(argument, tree.Ref) or argument.indices or argument.sites:
@@ -176,9 +166,7 @@ class Metrics:
             case tree.Parameter():
                 return self._answers.literal(self._scope.text(node), node.span, first)
             case _:
-                message = (
-                    f'{name} takes a column or a text: {name}(answer), {name}(" Mary"), {name}(first(answer))'
-                )
+                message = f'{name} takes a column or a text: {name}(answer), {name}(" Mary"), {name}(first(answer))'
                 raise WRONG_KIND.error(message, span=node.span)
 
     # ---- positions
@@ -248,12 +236,3 @@ def _product(a: Expression, b: Expression) -> Expression:
         return _scaled(a, b.number)
     parts = [p for e in (a, b) for p in (e.factors if isinstance(e, Product) else (e,))]
     return Product(tuple(parts))
-
-
-def _written(node: tree.Value) -> str:
-    """A metric as it stands in the spec, white space made single."""
-    return _source_text(node.span) or "metric"
-
-
-def _source_text(span: Span | None) -> str:
-    return " ".join(span.source.text[span.start : span.end].split()) if span else ""

@@ -76,8 +76,4 @@ def _literal(option: tree.Option, scope: Scope) -> str:
         case tree.Name() | tree.Text():
             return option.value.text
         case _:
-            return str(
-                scope.literal(option.value)
-                if isinstance(option.value, tree.Parameter)
-                else option.value.value
-            )
+            return str(scope.literal(option.value) if isinstance(option.value, tree.Parameter) else option.value.value)

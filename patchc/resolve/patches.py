@@ -25,9 +25,7 @@ from patchc.resolve.tensors import TENSOR_SHAPE, Tensors
 from patchc.resolve.terms import NodeSet, Term
 from patchc.resolve.values import Values
 
-WORLDS_EQUAL = RULES.add(
-    "worlds-equal", "an experiment whose patches give every node what the run itself has there"
-)
+WORLDS_EQUAL = RULES.add("worlds-equal", "an experiment whose patches give every node what the run itself has there")
 
 T = TypeVar("T")
 Found = Path | None
@@ -81,9 +79,7 @@ class Patches:
             case "all":
                 if isinstance(term, NodeSet):
                     message = "`patch all except` takes paths, and these are nodes"
-                    raise WRONG_KIND.error(
-                        message, fix="circuit(...) of the nodes, or a -> b -> logits", span=span
-                    )
+                    raise WRONG_KIND.error(message, fix="circuit(...) of the nodes, or a -> b -> logits", span=span)
                 return self._paths.path(term, span)
 
     def _check(self, node: tree.Target, term: Term, path: Path) -> None:
@@ -96,7 +92,8 @@ class Patches:
         reach = Reach(self._graph, self._data.layout)
         if not reach.end(path):
             message = (
-                "no position takes every step of this path: only a head's k and v move a value, to later ones"
+                "no position takes every step of this path: a value stays at its position, except that "
+                "a head's k and v move it to later ones"
             )
             raise NO_POSITION.error(message, span=node.what.span if node.what else node.span)
 
@@ -104,9 +101,7 @@ class Patches:
         """Why a target has no path in the model, in the words of the spec."""
         fault = self._legality.fault(term)
         if fault is None and self._legality.lowest(self._path(node, term)) is None:
-            fault = BACKWARD_EDGE.at(
-                None, "the model has no such path: every edge leads from a node to a later one"
-            )
+            fault = BACKWARD_EDGE.at(None, "the model has no such path: every edge leads from a node to a later one")
         return fault.at(node.what.span if node.what else node.span) if fault else None
 
     def why_none(self, node: tree.Target, env: Env) -> Diagnostic | None:
@@ -146,9 +141,7 @@ class Patches:
             case FromWorld(world):
                 return all(self._data.same(world, run))
             case Mean(world, over_positions):
-                return (
-                    not over_positions and len(self._data.records) == 1 and all(self._data.same(world, run))
-                )
+                return not over_positions and len(self._data.records) == 1 and all(self._data.same(world, run))
             case _:
                 return False
 

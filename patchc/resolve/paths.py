@@ -117,9 +117,7 @@ class Paths:
             case NodeSet(members) if members and all(m.nodes == self._graph.logits_set for m in members):
                 pass
             case _:
-                raise NO_LOGITS.error(
-                    "a path ends at the logits", fix="... -> logits", span=term.span or span
-                )
+                raise NO_LOGITS.error("a path ends at the logits", fix="... -> logits", span=term.span or span)
 
     # ---- terms
 
@@ -135,9 +133,7 @@ class Paths:
                 return self._star(term, part)
             case Ready(path):
                 if not first:
-                    raise WRONG_KIND.error(
-                        "a circuit is full paths, and nothing can stand before it", span=term.span
-                    )
+                    raise WRONG_KIND.error("a circuit is full paths, and nothing can stand before it", span=term.span)
                 return path
 
     def _star(self, term: Repeat, part: Term) -> Path:
@@ -146,9 +142,7 @@ class Paths:
             inner = self._build(part, False)
             self._built[key] = (term, EMPTY if _is_nothing(inner) else Star(inner))
             if _is_nothing(inner):
-                self._report.add(
-                    EMPTY_STAR.at(term.span, "there is no node in this star: it is taken no times")
-                )
+                self._report.add(EMPTY_STAR.at(term.span, "there is no node in this star: it is taken no times"))
         return self._built[key][1]
 
     def _start(self, nodes: NodeSet) -> Path:
@@ -174,19 +168,14 @@ class Paths:
             own = m.nodes if m.site in (Site.ATTN_OUT, Site.STREAM) else 0
             groups.setdefault((m.site, m.tokens, m.rank, own), []).append(m)
         return _alt(
-            [
-                self._step(_nodes(g), tokens=g[0].tokens, site=g[0].site, rank=g[0].rank)
-                for g in groups.values()
-            ]
+            [self._step(_nodes(g), tokens=g[0].tokens, site=g[0].site, rank=g[0].rank) for g in groups.values()]
         )
 
     def _check_can_start(self, member: Member, span: Span | None) -> None:
         if member.nodes & self._graph.logits_set:
             raise BAD_START.error("nothing starts at the logits: every path ends there", span=span)
         if member.site is Site.OUT and member.ports != QKV:
-            message = (
-                f"{member.name} is what a difference left of a head's ports, and no value can enter there"
-            )
+            message = f"{member.name} is what a difference left of a head's ports, and no value can enter there"
             raise BAD_START.error(message, fix="name the sites: h.{q, k}", span=span)
 
     def _later_steps(self, nodes: NodeSet) -> Path:
@@ -206,9 +195,7 @@ class Paths:
             message = f"{member.name} is a place to start at; a path goes on through nodes"
             raise MID_PATH_STREAM.error(message, span=span)
         if not member.ports:
-            message = (
-                f"no edge enters {member.name}: a head's ports are .q .k .v, and the head itself is all three"
-            )
+            message = f"no edge enters {member.name}: a head's ports are .q .k .v, and the head itself is all three"
             raise NOT_A_PORT.error(message, fix=member.name.removesuffix(".z"), span=span)
 
     def _cut(self, step: Path, nodes: Nodes) -> Step:

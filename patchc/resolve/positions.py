@@ -97,9 +97,7 @@ class Positions:
             case Number(value, None | "position"):
                 return self._index(value, node.span)
             case Number(_, unit):
-                raise WRONG_KIND.error(
-                    f"{node.text!r} counts {unit}s, and a position is needed here", span=node.span
-                )
+                raise WRONG_KIND.error(f"{node.text!r} counts {unit}s, and a position is needed here", span=node.span)
             case _:
                 raise WRONG_KIND.error(f"{node.text!r} does not range over positions", span=node.span)
 
@@ -178,18 +176,14 @@ class Positions:
             return self._declared_item(where, prompt)
         text = where.text.text if isinstance(where.text, tree.Text) else self._column_text(where.text, prompt)
         named = None if isinstance(where.text, tree.Text) else where.text.text
-        return self._shifted(
-            prompt, self._find(text, prompt, where.which, where.span, named), where.offset, where.span
-        )
+        return self._shifted(prompt, self._find(text, prompt, where.which, where.span, named), where.offset, where.span)
 
     def _declared_item(self, where: tree.Item | tree.Range, prompt: int) -> OnePrompt:
         match where:
             case tree.Range():
                 lengths = self._data.layout.lengths
                 first = 0 if where.first is None else self._declared_item(where.first, prompt)[0]
-                last = (
-                    lengths[prompt] - 1 if where.last is None else self._declared_item(where.last, prompt)[-1]
-                )
+                last = lengths[prompt] - 1 if where.last is None else self._declared_item(where.last, prompt)[-1]
                 return _span_of(first, last, prompt, where.span)
             case tree.Offset():
                 return self._shifted(prompt, self._declared_item(where.base, prompt), where.by, where.span)
@@ -231,18 +225,14 @@ class Positions:
 
     # ---- where a text stands
 
-    def _find(
-        self, text: str, prompt: int, which: str | None, span: Span | None, named: str | None
-    ) -> OnePrompt:
+    def _find(self, text: str, prompt: int, which: str | None, span: Span | None, named: str | None) -> OnePrompt:
         """The tokens of the first, the last or the only occurrence of a text in a prompt."""
         found = self._occurrences(text, prompt, named is not None)
         if not found:
             raise self._not_found(text, prompt, span)
         if which is None and len(found) > 1:
             message = f'"{text}" stands {len(found)} times in prompt {prompt}: say `first` or `last`'
-            raise AMBIGUOUS_POSITION.error(
-                message, fix=f"{named or repr(text)} last".replace("'", '"'), span=span
-            )
+            raise AMBIGUOUS_POSITION.error(message, fix=f"{named or repr(text)} last".replace("'", '"'), span=span)
         return found[-1] if which == "last" else found[0]
 
     def _occurrences(self, text: str, prompt: int, of_column: bool) -> list[OnePrompt]:

@@ -46,9 +46,7 @@ class Record:
         return self.spans.get(name) or self.where
 
 
-def read_records(
-    statements: Sequence[tree.Data], scope: Scope, base: Path, given: Given | None
-) -> list[Record]:
+def read_records(statements: Sequence[tree.Data], scope: Scope, base: Path, given: Given | None) -> list[Record]:
     """Every record of a spec, in order. Rows given in Python take the place of the spec's own columns and
     files; the positions that the spec declares hold for them too."""
     if given is not None:
@@ -178,13 +176,9 @@ def _indices(item: tree.Element, n: int, scope: Scope) -> list[int]:
 def _index(item: tree.Element, n: int, scope: Scope) -> int:
     index = scope.number(item) if isinstance(item, tree.Number | tree.Parameter) else None
     if not isinstance(index, int):
-        raise WRONG_KIND.error(
-            "a slice of a file takes whole numbers, such as [..99] or [{0, 5}]", span=item.span
-        )
+        raise WRONG_KIND.error("a slice of a file takes whole numbers, such as [..99] or [{0, 5}]", span=item.span)
     if not -n <= index < n:
-        raise DATA_SLICE.error(
-            f"there is no prompt {index}: the file has {n}, numbered 0..{n - 1}", span=item.span
-        )
+        raise DATA_SLICE.error(f"there is no prompt {index}: the file has {n}, numbered 0..{n - 1}", span=item.span)
     return index % n
 
 
@@ -193,17 +187,11 @@ def _index(item: tree.Element, n: int, scope: Scope) -> int:
 
 def _rows(given: Given) -> list[dict[str, Any]]:
     """Records from any of the forms of `Given`."""
-    if hasattr(given, "to_dict") and hasattr(
-        given, "columns"
-    ):  # a pandas DataFrame, without importing pandas
+    if hasattr(given, "to_dict") and hasattr(given, "columns"):  # a pandas DataFrame, without importing pandas
         given = given.to_dict("records")
     if isinstance(given, Mapping):
         return _from_columns({str(k): plain(v) for k, v in given.items()})
-    if (
-        isinstance(given, Sequence)
-        and not isinstance(given, str)
-        and all(isinstance(r, Mapping) for r in given)
-    ):
+    if isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(r, Mapping) for r in given):
         return [{str(k): plain(v) for k, v in record.items()} for record in given]
     message = f"data is a list of dicts, a DataFrame or a dict of columns, not {type(given).__name__}"
     raise BAD_DATA.error(message)
@@ -212,9 +200,7 @@ def _rows(given: Given) -> list[dict[str, Any]]:
 def _from_columns(columns: dict[str, Any]) -> list[dict[str, Any]]:
     for name, column in columns.items():
         if not isinstance(column, list):
-            raise BAD_DATA.error(
-                f"column {name!r} needs an entry for each prompt; it is {type(column).__name__}"
-            )
+            raise BAD_DATA.error(f"column {name!r} needs an entry for each prompt; it is {type(column).__name__}")
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {n}" for name, n in lengths.items())

@@ -116,9 +116,7 @@ class Scope:
         if node.name in self.parameters:
             return self.parameters[node.name]
         given = ", ".join(self.parameters) or "none"
-        raise UNKNOWN_PARAMETER.error(
-            f"no value is given for ${{{node.name}}} (given: {given})", span=node.span
-        )
+        raise UNKNOWN_PARAMETER.error(f"no value is given for ${{{node.name}}} (given: {given})", span=node.span)
 
     def text(self, node: tree.Text | tree.Parameter) -> str:
         """The text that stands there, or that the parameter stands for."""
@@ -152,3 +150,9 @@ def bound(scope: Scope, node: tree.Bound) -> int | float:
     if isinstance(node, tree.Negated):
         return -scope.number(node.inner) if isinstance(node.inner, tree.Number | tree.Parameter) else 0
     return scope.number(node)
+
+
+def written(node: tree.Construct) -> str:
+    """A part of the spec as it stands there, white space made single."""
+    span = node.span
+    return " ".join(span.source.text[span.start : span.end].split()) if span else "this"

@@ -16,7 +16,7 @@ from patchc.ir.paths import Site
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
 from patchc.resolve.indices import UNKNOWN_NODE, Axis, Indexer
-from patchc.resolve.scope import NOT_SUPPORTED_YET, WRONG_KIND
+from patchc.resolve.scope import NOT_SUPPORTED_YET, WRONG_KIND, written
 from patchc.resolve.terms import Member, NodeSet, is_head, of_input, of_nodes, of_reader
 
 UNKNOWN_SITE = RULES.add("unknown-site", "a site that the node does not have")
@@ -44,21 +44,15 @@ class Selectors:
         axes = self._axes(name)
         if len(node.indices) > len(axes):
             units = f"{len(axes)} ({' and '.join(a.unit for a in axes)})" if axes else "none"
-            raise WRONG_KIND.error(
-                f"{name} has {len(node.indices)} indices, and takes {units}", span=node.span
-            )
+            raise WRONG_KIND.error(f"{name} has {len(node.indices)} indices, and takes {units}", span=node.span)
         if not node.indices:
             return NodeSet(self._every(name, node.span), node.span)
-        written = _written(node)
-        picks = [
-            list(self._indexer.all_of(i, a, env, written)) for i, a in zip(node.indices, axes, strict=False)
-        ]
+        text = written(node)
+        picks = [list(self._indexer.all_of(i, a, env, text)) for i, a in zip(node.indices, axes, strict=False)]
         picks += [list(range(a.size)) for a in axes[len(picks) :]]
         # A layer without an MLP is an error where it is asked for, and nothing where `*` or a range
         # passes over it.
-        asked = all(
-            isinstance(i, tree.Number | tree.Name | tree.Offset | tree.Parameter) for i in node.indices
-        )
+        asked = all(isinstance(i, tree.Number | tree.Name | tree.Offset | tree.Parameter) for i in node.indices)
         places = [p for p in product(*picks) if asked or self._has(name, p)]
         return NodeSet(tuple(self._member(name, place, node.span) for place in places), node.span)
 
@@ -93,9 +87,7 @@ class Selectors:
                 return of_nodes(graph, graph.of(Kind(name)))
             case _:
                 layers = range(graph.n_layers)
-                return tuple(
-                    self._member(name, (layer,), span) for layer in layers if self._has(name, (layer,))
-                )
+                return tuple(self._member(name, (layer,), span) for layer in layers if self._has(name, (layer,)))
 
     # ---- one member
 
@@ -160,9 +152,7 @@ class Selectors:
 
     def _site(self, name: tree.Name, site: tree.Site) -> str:
         if name.text in LATER_SITES:
-            raise NOT_SUPPORTED_YET.error(
-                f".{name.text} is not supported yet; a head has .q .k .v .z", span=site.span
-            )
+            raise NOT_SUPPORTED_YET.error(f".{name.text} is not supported yet; a head has .q .k .v .z", span=site.span)
         if name.text not in HEAD_SITES:
             meant = nearest(name.text, (*HEAD_SITES, *LATER_SITES))
             message = f"no site .{name.text}: a head has .q .k .v .z"
@@ -177,10 +167,3 @@ class Selectors:
         node = self._graph.nodes[next(bits(member.nodes))]
         ports = 1 << PORTS.index(site) if site in PORTS else 0
         return Member(f"{node.name}.{site}", member.nodes, Site(site), ports, member.tokens)
-
-
-def _written(node: tree.Ref) -> str:
-    """The selector as it is written, for a message."""
-    if node.span is None:
-        return node.name.text
-    return " ".join(node.span.source.text[node.span.start : node.span.end].split())

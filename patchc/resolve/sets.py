@@ -224,9 +224,7 @@ class Sets:
     def _circuit(self, node: tree.Call, env: Env) -> Term:
         for argument in node.arguments:
             if isinstance(argument, tree.Text | tree.Parameter):
-                raise NOT_SUPPORTED_YET.error(
-                    "circuit files are not supported yet; list the edges", span=node.span
-                )
+                raise NOT_SUPPORTED_YET.error("circuit files are not supported yet; list the edges", span=node.span)
         return circuit(self._graph, [self._argument(a, env) for a in node.arguments], node.span)
 
 

@@ -214,9 +214,7 @@ class _Study:
             if other is not node:
                 notes = [Note("the first is here", other.name.span)]
                 self.report.add(
-                    NAME_CLASH.at(
-                        node.name.span, f"two experiments are called {node.name.text!r}", notes=notes
-                    )
+                    NAME_CLASH.at(node.name.span, f"two experiments are called {node.name.text!r}", notes=notes)
                 )
 
 

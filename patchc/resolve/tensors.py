@@ -51,9 +51,7 @@ class Tensors:
 
     def _take(self, key: str, shape: Shape, source: str, span: Span | None) -> str:
         if len(shape) != 1:
-            raise TENSOR_SHAPE.error(
-                f"tensor {key!r} has shape {list(shape)}; a value has one axis, [d]", span=span
-            )
+            raise TENSOR_SHAPE.error(f"tensor {key!r} has shape {list(shape)}; a value has one axis, [d]", span=span)
         self.sources[key], self.shapes[key] = source, shape
         return key
 

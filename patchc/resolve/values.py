@@ -13,9 +13,7 @@ from patchc.resolve.data import Dataset
 from patchc.resolve.scope import NOT_SUPPORTED_YET, WRONG_KIND, Scope
 from patchc.resolve.tensors import Tensors
 
-NOT_LINEAR = RULES.add(
-    "not-linear", "a value that is no linear combination of worlds, means, tensors and self"
-)
+NOT_LINEAR = RULES.add("not-linear", "a value that is no linear combination of worlds, means, tensors and self")
 
 NAMES = ("zero", "mean", "self")
 
@@ -47,9 +45,7 @@ class Values:
             raise WRONG_KIND.error("`from ... to` belongs to metrics, not to values", span=node.span)
         found = self._linear(node, env, run)
         if found.number is not None:
-            message = (
-                f"this is the number {found.number:g}; a value is a world, a mean, a tensor, self or zero"
-            )
+            message = f"this is the number {found.number:g}; a value is a world, a mean, a tensor, self or zero"
             raise NOT_LINEAR.error(message, fix="zero" if found.number == 0 else None, span=node.span)
         return Value(_merged(found.terms))
 
@@ -72,9 +68,7 @@ class Values:
             case tree.Product():
                 return self._product(node, env, run)
             case tree.At():
-                raise NOT_SUPPORTED_YET.error(
-                    "a value from another position is not supported yet", span=node.span
-                )
+                raise NOT_SUPPORTED_YET.error("a value from another position is not supported yet", span=node.span)
 
     def _sum(self, node: tree.Sum, env: Env, run: str) -> Linear:
         parts = [self._linear(t, env, run).scaled(1 if sign == "+" else -1) for sign, t in node.terms]
@@ -110,9 +104,7 @@ class Values:
 
     def _name(self, node: tree.Ref, env: Env, run: str) -> Linear:
         if node.indices or node.sites:
-            raise WRONG_KIND.error(
-                "a node is no value; a value is what the node has in some world", span=node.span
-            )
+            raise WRONG_KIND.error("a node is no value; a value is what the node has in some world", span=node.span)
         name = node.name.text
         match env.get(name):
             case Number(value):
@@ -122,9 +114,7 @@ class Values:
             case None:
                 return self._global(node.name, run)
             case _:
-                raise WRONG_KIND.error(
-                    f"{name!r} is no value: it ranges over nodes or positions", span=node.span
-                )
+                raise WRONG_KIND.error(f"{name!r} is no value: it ranges over nodes or positions", span=node.span)
 
     def _global(self, name: tree.Name, run: str) -> Linear:
         match name.text:
@@ -161,9 +151,7 @@ class Values:
                 case tree.Named(tree.Name("by")):
                     raise NOT_SUPPORTED_YET.error("mean(by=...) is not supported yet", span=argument.span)
                 case tree.Text():
-                    raise NOT_SUPPORTED_YET.error(
-                        "the mean of another file is not supported yet", span=argument.span
-                    )
+                    raise NOT_SUPPORTED_YET.error("the mean of another file is not supported yet", span=argument.span)
                 case tree.Ref(name, (), ()):
                     local = env.get(name.text)
                     world = local.label if isinstance(local, WorldName) else self._data.world(name)
@@ -183,16 +171,12 @@ class Values:
 
 def _arithmetic(node: tree.Value) -> tree.Arithmetic:
     if isinstance(node, tree.Normalised):
-        raise WRONG_KIND.error(
-            "`from ... to` stands at the end of a metric, not inside parentheses", span=node.span
-        )
+        raise WRONG_KIND.error("`from ... to` stands at the end of a metric, not inside parentheses", span=node.span)
     return node
 
 
 def _unsupported(name: str, span: Span | None) -> Any:
-    return NOT_SUPPORTED_YET.error(
-        f"{name} is not supported yet; zero, mean and another world are", span=span
-    )
+    return NOT_SUPPORTED_YET.error(f"{name} is not supported yet; zero, mean and another world are", span=span)
 
 
 def _merged(terms: tuple[tuple[float, Source], ...]) -> tuple[tuple[float, Source], ...]:

@@ -1,7 +1,7 @@
 """Patches to variant DAGs: tests/golden/lower/*.test.
 
-The model has 2 layers of 2 heads, embeddings (rank 0), attention 0 (1), mlp 0 (2), attention 1 (3), mlp 1 (4), logits (5).
-One prompt of four tokens, `the cat sat on`; clean and corrupt differ at position 1. The run is clean.
+The model has 2 layers of 2 heads, embeddings (rank 0), attention 0 (1), mlp 0 (2), attention 1 (3), mlp 1 (4), logits
+(5). One prompt of four tokens, `the cat sat on`; clean and corrupt differ at position 1. The run is clean.
 """
 
 from __future__ import annotations

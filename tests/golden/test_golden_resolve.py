@@ -1,7 +1,7 @@
 """Specs to resolved studies, and mistakes to diagnostics: tests/golden/resolve/*.test.
 
-A case without a model, data or a metric of its own gets those of `tests.unit.resolving` after its text. The model has
-4 layers of 4 heads.
+A case without a model, data or a metric of its own gets those of `tests.unit.resolving` after its text. The
+model has 4 layers of 4 heads.
 """
 
 from __future__ import annotations

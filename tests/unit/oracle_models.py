@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from patchc.ir.experiment import Prompts, World
+from patchc.execute.hooks import Oracle
+from patchc.ir.experiment import Cell, Experiment, FromWorld, Metric, Patch, Prompts, Value, World
 from patchc.ir.graph import Kind, Node, ResidualGraph, residual_graph
+from patchc.ir.paths import Seq, Star, Step
 from patchc.ir.tokens import Layout
 from tests import models
 from tests.models import D_VOCAB
@@ -62,7 +64,8 @@ def prompts(*lengths: int, seed: int = 0) -> Prompts:
 
 @dataclass
 class NodeFunctions:
-    """A model's nodes as functions of flat streams `[token, d_model]`; prompts are kept apart by the attention mask."""
+    """A model's nodes as functions of flat streams `[token, d_model]`; prompts are kept apart by the
+    attention mask."""
 
     model: Any
     graph: ResidualGraph
@@ -152,3 +155,67 @@ class NodeFunctions:
                 return self.model.lm_head(self.model.model.norm(x))
             case _:
                 return self.model.head(self.model.ln_out(x))
+
+
+# ---- experiments on them
+
+CORRUPT = Value(((1.0, FromWorld("corrupt")),))
+DRIVERS = [
+    ("gpt2", "transformer_lens"),
+    ("gpt2", "forward_hooks"),
+    ("llama", "transformer_lens"),
+    ("llama", "forward_hooks"),
+    ("native", "transformer_lens"),
+]
+
+
+def experiment(*metrics: Metric) -> Experiment:
+    return Experiment("e", None, "clean", (), (), metrics)
+
+
+def cell(*patches: Patch) -> Cell:
+    return Cell((), patches)
+
+
+def head(graph: ResidualGraph, layer: int, number: int) -> int:
+    node = graph.node(Kind.HEAD, layer, number)
+    assert node is not None
+    return 1 << node.id
+
+
+def to_logits(graph: ResidualGraph, *steps: Step) -> Seq:
+    """`steps -> any* -> logits`."""
+    return Seq((*steps, Star(Step(graph.all)), Step(graph.logits_set)))
+
+
+def largest_difference(got: list[Tensor], want: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(got, want, strict=True))
+
+
+class Fixture:
+    """A model, an oracle on it, and its plain runs."""
+
+    def __init__(
+        self,
+        kind: str,
+        driver: str = "auto",
+        *,
+        n_heads: int = 4,
+        data: Prompts | None = None,
+        double: bool = False,
+        **given: Any,
+    ):
+        self.model, self.graph = MODELS[kind](n_heads)
+        if double:
+            self.model = self.model.double()
+        self.data = data or prompts(5, 7, 5)
+        self.oracle = Oracle(self.model, self.graph, self.data, driver=driver, **given)
+        self.functions = NodeFunctions(self.model, self.graph, self.data.layout)
+
+    def logits(self, *patches: Patch) -> list[Tensor]:
+        return self.oracle.logits(experiment(), cell(*patches))
+
+    @torch.no_grad()
+    def plain(self, world: str) -> list[Tensor]:
+        outs = (self.model(torch.tensor([ids])) for ids in self.data.world(world).ids)
+        return [(out if isinstance(out, Tensor) else out.logits)[0] for out in outs]

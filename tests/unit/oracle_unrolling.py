@@ -1,4 +1,5 @@
-"""Cells by brute force: every path of the unrolled model is walked by itself, and a word at a time is matched.
+"""Cells by brute force: every path of the unrolled model is walked by itself, and a word at a time is
+matched.
 
 Nothing is shared between paths, no derivative is taken and no state is kept: only for models of a few nodes.
 """
@@ -27,8 +28,8 @@ class Below:
 
 
 Item = tuple[Any, int | None, Tokens]
-"""A node on a path (or, at its beginning, the stream below a rank), the port (None: its only one) and the tokens by which
-the path enters it from the node before."""
+"""A node on a path (or, at its beginning, the stream below a rank), the port (None: its only one) and the
+tokens by which the path enters it from the node before."""
 
 Word = tuple[Item, ...]
 """A path from a node to the logits. Of the first item only the node counts."""
@@ -100,7 +101,7 @@ def ports(node: Node) -> list[int | None]:
     return [0, 1, 2] if node.kind is Kind.HEAD else [None] if node.kind in (Kind.MLP, Kind.LOGITS) else []
 
 
-class Disagree(Exception):
+class DisagreeError(Exception):
     """Two patches start at one place with different values."""
 
 
@@ -218,7 +219,7 @@ class Unrolled:
         """`x` with values put in; `take` finds the site in a plain run."""
         for n, (_, tokens, value) in enumerate(entering):
             if any(value != other and tokens & also for _, also, other in entering[:n]):
-                raise Disagree
+                raise DisagreeError
         result = x
         for _, tokens, value in entering:
             new = sum((c * self.source(s, x, take) for c, s in value.terms), torch.zeros_like(x))

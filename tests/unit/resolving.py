@@ -1,4 +1,5 @@
-"""What the tests of `resolve` share: a word tokenizer without a model, two graphs, and a spec's study or errors."""
+"""What the tests of `resolve` share: a word tokenizer without a model, two graphs, and a spec's study or
+errors."""
 
 from __future__ import annotations
 
@@ -14,14 +15,12 @@ from patchc.parse import parse
 from patchc.resolve import Resolved, resolve
 
 WORDS = (
-    "When After The Mary and John Tom Ann went to the shop , gave a bag keys key old cabinet in is are left sat . "
-    "Space Needle"
+    "When After The Mary and John Tom Ann went to the shop , gave a bag keys key old cabinet in is are left "
+    "sat . Space Needle"
 ).split()
 HERE = Path(__file__).parent
 
-SMALL = residual_graph(
-    "small", n_layers=4, n_heads=4, d_model=32, d_head=8, d_vocab=60, has_pos_embed=True, n_ctx=16
-)
+SMALL = residual_graph("small", n_layers=4, n_heads=4, d_model=32, d_head=8, d_vocab=60, has_pos_embed=True, n_ctx=16)
 GPT2 = residual_graph(
     "gpt2", n_layers=12, n_heads=12, d_model=768, d_head=64, d_vocab=50257, has_pos_embed=True, n_ctx=1024
 )
@@ -34,8 +33,8 @@ PARALLEL = residual_graph(
 
 
 class Words:
-    """A token a word, its space included. A word that is not in the vocabulary is an error, as in the shipped models;
-    `unknown` makes it that token instead."""
+    """A token a word, its space included. A word that is not in the vocabulary is an error, as in the shipped
+    models; `unknown` makes it that token instead."""
 
     def __init__(self, bos: bool = False, unknown: bool = False):
         pieces = ["<bos>", "<unk>", " ", *(p for w in WORDS for p in (w, " " + w))]
@@ -72,21 +71,23 @@ data {
 METRIC = "metric diff = logit(answer) - logit(wrong)\n"
 
 
-def completed(text: str) -> str:
-    """The text with a model, data and a metric after it where it has none of its own, so that its places stay."""
+def completed(text: str, has_data: bool = False) -> str:
+    """The text with a model, data and `diff` after it where it has none of its own, so that its places stay."""
+    """The text with a model, data and a metric after it where it has none of its own, so that its places
+    stay."""
     out = text
     if not re.search(r"^model ", text, re.M):
         out += '\nmodel "small"'
-    if not re.search(r"^data", text, re.M):
+    if not has_data and not re.search(r"^data", text, re.M):
         out += DATA
-    if not re.search(r"^metric ", text, re.M):
+    if re.search(r"\bdiff\b", text) and not re.search(r"^metric ", text, re.M):
         out += METRIC
     return out
 
 
 def resolved(text: str, graph: Any = SMALL, tokenizer: Any = None, **options: Any) -> Resolved:
     """A spec, completed and resolved."""
-    source = Source("a.patch", completed(text))
+    source = Source("a.patch", completed(text, "data" in options))
     options.setdefault("base", HERE)
     return resolve(parse(source), source, graph, tokenizer or Words(), **options)
 

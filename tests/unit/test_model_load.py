@@ -1,4 +1,5 @@
-"""Loading: names, directories and modules; what is wrong with them; and that a user's module stays as it was."""
+"""Loading: names, directories and modules; what is wrong with them; and that a user's module stays as it
+was."""
 
 from __future__ import annotations
 
@@ -50,14 +51,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         name: (
             module.training,
             sorted(k for k in module.__dict__),
-            [
-                list(d)
-                for d in (module._forward_hooks, module._forward_pre_hooks, module._buffers, module._modules)
-            ],
-            [
-                (n, id(p), p.requires_grad, p._version, p.grad)
-                for n, p in module.named_parameters(recurse=False)
-            ],
+            [list(d) for d in (module._forward_hooks, module._forward_pre_hooks, module._buffers, module._modules)],
+            [(n, id(p), p.requires_grad, p._version, p.grad) for n, p in module.named_parameters(recurse=False)],
         )
         for name, module in model.named_modules()
     }
@@ -117,9 +112,7 @@ def test_edits_after_tracing_are_noticed() -> None:
     module: Any = llama()
     loaded = load(module)
     loaded.check_unchanged()
-    module.model.layers[0].self_attn.q_proj.weight.data[0, 0] += (
-        1  # `.data`: not even torch's own counter sees it
-    )
+    module.model.layers[0].self_attn.q_proj.weight.data[0, 0] += 1  # `.data`: not even torch's own counter sees it
     with pytest.raises(PatchcError) as caught:
         loaded.check_unchanged()
     assert code_of(caught) == "model-changed"
@@ -163,9 +156,7 @@ def test_a_bridge_is_traced_as_it_computes(build: Any, architecture: str, proces
     loaded = load(bridge)
     assert (loaded.graph.n_layers, loaded.graph.n_heads, loaded.graph.causal) == (2, 4, True)
     ids = torch.tensor([[4, 8, 15, 16]])
-    assert torch.equal(
-        bridge(ids), logits_of(loaded.eager, ids)
-    )  # the bridge still works, and is what was proved
+    assert torch.equal(bridge(ids), logits_of(loaded.eager, ids))  # the bridge still works, and is what was proved
     with (
         bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: x)]),
         pytest.raises(PatchcError) as caught,

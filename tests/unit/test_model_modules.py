@@ -1,4 +1,5 @@
-"""The pieces as GraphModules: the same numbers, the user's own parameters, and nothing but ATen operations inside."""
+"""The pieces as GraphModules: the same numbers, the user's own parameters, and nothing but ATen operations
+inside."""
 
 from __future__ import annotations
 

@@ -102,9 +102,7 @@ def test_heads_can_be_computed_one_by_one(loaded: LoadedModel) -> None:
         assert torch.allclose(some, every[:, chosen], atol=CLOSE)
     q, k, v = (a[None] for a in packed_qkv(pieces, 0, x, tables))
     z = pieces.attend(0, q, k, v, torch.arange(7)[None], 7, tables)
-    some = pieces.attend(
-        0, q[:, :, heads], k[:, :, heads], v[:, :, heads], torch.arange(7)[None], 7, tables, heads
-    )
+    some = pieces.attend(0, q[:, :, heads], k[:, :, heads], v[:, :, heads], torch.arange(7)[None], 7, tables, heads)
     assert torch.allclose(some, z[:, :, heads], atol=CLOSE)
     written = torch.stack([pieces.write(0, z[0, :, [h]], [h]) for h in range(4)])
     assert torch.allclose(pieces.write(0, z[0]), written.sum(0), atol=CLOSE)
@@ -129,9 +127,7 @@ def test_some_queries_over_a_prefix_of_the_keys(loaded: LoadedModel) -> None:
     )
     assert torch.allclose(some, full[0, positions], atol=CLOSE)
     same = torch.tensor([[2, 6]]).expand(3, 2)
-    some = pieces.attend(
-        1, q[0, same], k[:, :7].expand(3, -1, -1, -1), v[:, :7].expand(3, -1, -1, -1), same, n, tables
-    )
+    some = pieces.attend(1, q[0, same], k[:, :7].expand(3, -1, -1, -1), v[:, :7].expand(3, -1, -1, -1), same, n, tables)
     assert torch.allclose(some, full[0, same], atol=CLOSE)
 
 
@@ -187,7 +183,7 @@ def test_tables_made_in_inference_mode_serve_autograd(loaded: LoadedModel) -> No
 def test_weights_are_views_of_the_models_own(loaded: LoadedModel) -> None:
     tensors = [*loaded.eager.parameters(), *loaded.eager.buffers()]
     own = {t.untyped_storage().data_ptr() for t in tensors}
-    held = [t for t in vars(loaded.pieces.weights).values() if t.numel() > 1]
+    held = [t for t in loaded.pieces.weights.values() if t.numel() > 1]
     assert held
     assert {t.untyped_storage().data_ptr() for t in held} <= own
 

@@ -1,4 +1,5 @@
-"""The proof notices pieces that are not the model's: each fault is put in by hand, and named where it lies."""
+"""The proof notices pieces that are not the model's: each fault is put in by hand, and named where it
+lies."""
 
 from __future__ import annotations
 

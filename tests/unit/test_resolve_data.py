@@ -42,7 +42,8 @@ def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("written", "lengths"), [("[0]", (4,)), ("[-1]", (3,)), ("[..1]", (4, 3)), ("[{1, 0}]", (3, 4)), ("[1..]", (3,))]
+    ("written", "lengths"),
+    [("[0]", (4,)), ("[-1]", (3,)), ("[..1]", (4, 3)), ("[{1, 0}]", (3, 4)), ("[1..]", (3,))],
 )
 def test_a_slice_of_a_file(tmp_path: Path, written: str, lengths: tuple[int, ...]) -> None:
     write(tmp_path / "p.jsonl", *RECORDS)
@@ -109,15 +110,13 @@ def test_keys_that_nothing_uses_may_be_anything(tmp_path: Path) -> None:
 
 
 def test_records_from_python() -> None:
-    found = study("metric diff = logit(answer)\n" + AT_NAME, data=RECORDS)
+    found = study(AT_NAME, data=RECORDS)
     assert found.prompts.layout.lengths == (4, 3)
 
 
 def test_a_data_frame_is_its_records() -> None:
     frame = pd.DataFrame(RECORDS)
-    assert study("metric diff = logit(answer)\n" + AT_NAME, data=frame) == study(
-        "metric diff = logit(answer)\n" + AT_NAME, data=RECORDS
-    )
+    assert study(AT_NAME, data=frame) == study(AT_NAME, data=RECORDS)
 
 
 class Ids:
@@ -132,7 +131,7 @@ class Ids:
 
 def test_token_ids_need_no_tokenizer() -> None:
     data = {"clean": Ids([[3, 4, 5], [6, 7, 8]]), "corrupt": [[3, 9, 5], [6, 10, 8]], "answer": Ids([11, 12])}
-    found = resolved("metric diff = logit(answer)\n" + PATCH, data=data, tokenizer=NoTokenizer()).study
+    found = resolved(PATCH, data=data, tokenizer=NoTokenizer()).study
     assert found.prompts.world("corrupt").ids == ((3, 9, 5), (6, 10, 8))
     assert found.experiments[0].metrics[0].expression.answers == ((11,), (12,))  # type: ignore[union-attr]
 
@@ -147,7 +146,7 @@ class NoTokenizer:
 
 
 def test_positions_of_the_spec_hold_for_data_from_python() -> None:
-    text = "data { at end -1 }\nexperiment e { run clean patch node mlp[0] @ end with corrupt measure logit(answer) }"
+    text = "data { at end -1 }\nexperiment e { run clean patch node mlp[0] @ end with corrupt measure correct }"
     assert study(text, data=RECORDS).prompts.layout.n_prompts == 2
 
 
@@ -162,20 +161,20 @@ def test_positions_of_the_spec_hold_for_data_from_python() -> None:
     ],
 )
 def test_data_that_is_no_data(data: Any, told: str) -> None:
-    (found,) = errors("metric diff = logit(answer)\n" + PATCH, data=data)
+    (found,) = errors(PATCH, data=data)
     assert told in found.message
 
 
 @pytest.mark.parametrize("ids", [[3, 60], [-1, 3]])
 def test_an_id_outside_the_vocabulary(ids: list[int]) -> None:
-    (found,) = errors("metric d = logit(answer)\n" + PATCH, data={"clean": [ids], "corrupt": [[3, 3]], "answer": [5]})
+    (found,) = errors(PATCH, data={"clean": [ids], "corrupt": [[3, 3]], "answer": [5]})
     assert found.code == "bad-token-id"
     assert "vocabulary of 60" in found.message
 
 
 # ---- tokenizers
 
-ONE = 'data { clean "When Mary" corrupt "When Ann" answer " went" at it " Mary" at end -1 }\nmetric d = logit(answer)\n'
+ONE = 'data { clean "When Mary" corrupt "When Ann" answer " went" at it " Mary" at end -1 }\n'
 
 
 def test_special_tokens_are_counted() -> None:
@@ -191,7 +190,9 @@ def test_bos_can_be_asked_for_and_left_off(option: str, length: int) -> None:
 
 
 def test_bos_from_python_is_stronger() -> None:
-    assert study('model "small" bos=true\n' + ONE + PATCH, tokenizer=Words(bos=True), bos=False).prompts.layout.lengths == (2,)
+    assert study(
+        'model "small" bos=true\n' + ONE + PATCH, tokenizer=Words(bos=True), bos=False
+    ).prompts.layout.lengths == (2,)
 
 
 def test_no_bos_to_add() -> None:
@@ -200,14 +201,14 @@ def test_no_bos_to_add() -> None:
 
 
 def test_the_opening_word_is_found_after_a_bos_token() -> None:
-    text = 'data { clean "Mary and John" corrupt "Ann and John" answer " Mary" at it answer first }\nmetric d = logit(answer)\n'
-    body = "experiment e { run clean patch node mlp[0] @ it with corrupt measure d }"
+    text = 'data { clean "Mary and John" corrupt "Ann and John" answer " Mary" at it answer first }\n'
+    body = "experiment e { run clean patch node mlp[0] @ it with corrupt measure logit(answer) }"
     path: Any = study(text + body, tokenizer=Words(bos=True)).experiments[0].cells[0].patches[0].path
     assert path.parts[0].tokens == 1 << 1
 
 
 def test_an_unknown_token_is_an_error_where_the_tokenizer_gives_one() -> None:
-    text = 'data { clean "When Bob" corrupt "When Ann" answer " went" }\nmetric d = logit(answer)\n'
+    text = 'data { clean "When Bob" corrupt "When Ann" answer " went" }\n'
     (found,) = errors(text + PATCH, tokenizer=Words(unknown=True))
     assert found.code == "unknown-token"
     assert "' Bob'" in found.message
@@ -221,7 +222,7 @@ class Lowering(Words):
 
 
 def test_an_answer_that_becomes_another_text() -> None:
-    text = 'data { clean "When Mary" corrupt "When Ann" answer " Mary" }\nmetric d = logit(answer)\n'
+    text = 'data { clean "When Mary" corrupt "When Ann" answer " Mary" }\n'
     (found,) = errors(text + PATCH, tokenizer=Lowering())
     assert (found.code, found.fix) == ("answer-not-as-written", '" mary"')
 
@@ -230,7 +231,7 @@ def test_a_word_that_is_only_known_with_its_space() -> None:
     tokenizer = Words()
     del tokenizer.ids["Mary"]
     (found,) = errors(
-        'data { clean "When Ann" corrupt "When Tom" answer "Mary" }\nmetric d = logit(answer)\n' + PATCH,
+        'data { clean "When Ann" corrupt "When Tom" answer "Mary" }\n' + PATCH,
         tokenizer=tokenizer,
     )
     assert (found.code, found.fix) == ("multi-token-answer", '" Mary"')
@@ -249,7 +250,7 @@ def test_a_text_without_a_tokenizer() -> None:
 
 
 def test_only_worlds_that_are_used_are_kept() -> None:
-    text = 'data { clean "When Mary" corrupt "When Ann" other "When" answer " went" }\nmetric d = logit(answer)\n'
+    text = 'data { clean "When Mary" corrupt "When Ann" other "When" answer " went" }\n'
     found = resolved(text + PATCH)
     assert [w.name for w in found.study.prompts.worlds] == ["clean", "corrupt"]
     assert [about(w) for w in found.warnings] == ['"When"']
@@ -257,7 +258,7 @@ def test_only_worlds_that_are_used_are_kept() -> None:
 
 def test_positions_are_found_in_the_first_text_column() -> None:
     text = 'data { template "AB" clean "When Mary" corrupt "When Ann" answer " Ann" at it " Mary" first }\n'
-    body = "metric d = logit(answer)\nexperiment e { run corrupt patch node mlp[0] @ it with clean measure d }"
+    body = "experiment e { run corrupt patch node mlp[0] @ it with clean measure logit(answer) }"
     tokenizer = Words()
     found = study(text + body, tokenizer=tokenizer)
     path: Any = found.experiments[0].cells[0].patches[0].path
@@ -268,19 +269,19 @@ def test_positions_are_found_in_the_first_text_column() -> None:
 
 def test_every_error_of_the_data_is_reported_once(tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", {"clean": "When Bob", "corrupt": "When Ann", "answer": " went"})
-    body = "run clean patch node mlp[0] with corrupt patch node mlp[1] with clean measure logit(answer), kl(clean)"
+    body = "run clean patch node mlp[0] with corrupt patch node mlp[1] with clean measure correct, kl(clean)"
     found = errors(f'data "p.jsonl"\nexperiment e {{ {body} }}\nexperiment f {{ {body} }}', base=tmp_path)
     assert [d.code for d in found] == ["unknown-token"]
 
 
 def test_labels_only_where_all_prompts_have_one_length() -> None:
-    body = "for p in -2..-1, l in layers run clean patch node resid_pre[l] @ p with corrupt measure logit(answer)"
-    experiment = study(f"metric d = logit(answer)\nexperiment e {{ {body} }}", data=RECORDS).experiments[0]
+    body = "for p in -2..-1, l in layers run clean patch node resid_pre[l] @ p with corrupt measure correct"
+    experiment = study(f"experiment e {{ {body} }}", data=RECORDS).experiments[0]
     assert experiment.dims[0].labels is None
 
 
 def test_the_models_context_is_the_limit() -> None:
     assert SMALL.n_ctx == 16
     long = " ".join(["When"] + ["and"] * 15)
-    text = f'data {{ clean "{long}" corrupt "{long} and" answer " went" }}\nmetric d = logit(answer)\n'
+    text = f'data {{ clean "{long}" corrupt "{long} and" answer " went" }}\n'
     assert [d.code for d in errors(text + PATCH)] == ["text-too-long"]

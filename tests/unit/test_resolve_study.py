@@ -81,8 +81,8 @@ def test_more_cells_than_are_run_are_refused_before_they_are_built() -> None:
 
 
 def test_a_sweep_over_later_variables_is_counted_too() -> None:
-    body = "for a in head, b in head, c in head, d in head - a, f in readers run clean patch edge a -> f with corrupt"
-    found = error(body, GPT2)
+    variables = "for a in head, b in head, c in head, d in head - a, f in readers"
+    found = error(f"{variables} run clean patch edge a -> f with corrupt", GPT2)
     assert f"{144 * 144 * 144 * 143 * 445:,}" in found.message
 
 
