@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from patchc.api import Compiled, load, load_graph
+    from patchc.api import Compiled, Model, load, load_graph
     from patchc.diagnostics import PatchcError
 
-__all__ = ["Compiled", "PatchcError", "__version__", "load", "load_graph"]
+__all__ = ["Compiled", "Model", "PatchcError", "__version__", "load", "load_graph"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: importing any part of patchc (the hooks backend, the parser) must not load the others, nor torch.
-    if name in ("Compiled", "load", "load_graph"):
+    if name in ("Compiled", "Model", "load", "load_graph"):
         from patchc import api
 
         return getattr(api, name)

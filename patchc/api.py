@@ -166,7 +166,7 @@ class Compiled:
 
         `check`: hold a sample of cells (True), a number of them or all (`"all"`) against the hooks backend. `progress`:
         a callback, or whether to show a bar. `write`: whether `save` and `show` write their files, once everything has
-        run and been checked. Raises `PatchcError`: `check-failed`, `non-finite-metric`, `no-effect`...
+        run and been checked. Raises `PatchcError`: `check-failed`, `non-finite`, `no-effect`...
         """
         self.model.loaded.check_unchanged()
         tell = _bars() if progress is True else (progress or (lambda *_: None))

@@ -266,25 +266,19 @@ class AttentionReader:
         """The output projection, and the static factors between it and the stream."""
         node, scales = leaf, list[fx.Node]()
         while node.target is not A.linear.default:
-            whole = sum(self.dynamic[a] for a in node.all_input_nodes) == 1
-            need(
-                whole and node.target in {A.mul.Tensor, A.mul.Scalar, A.div.Tensor, A.div.Scalar},
-                "between attention's output projection and the stream stands",
-                node,
-            )
-            need(
-                all(not isinstance(a, fx.Node) or self._is_scale(a) or self.dynamic[a] for a in node.args),
-                "a factor that differs by position",
-                node,
-            )
-            need(
-                node.target is not A.div.Tensor or self.dynamic[node.args[0]],
-                "a division by the stream",
-                node,
-            )  # type: ignore[index]
+            need(self._is_scaling(node), "between attention's output projection and the stream stands", node)
             scales.append(node)
             node = self._back(node)
         return node, tuple(reversed(scales))
+
+    def _is_scaling(self, node: fx.Node) -> bool:
+        """Whether a node multiplies its one residual-dependent operand by a factor that all positions share."""
+        dynamic = [a for a in node.all_input_nodes if self.dynamic[a]]
+        others = [a for a in node.all_input_nodes if not self.dynamic[a]]
+        if len(dynamic) != 1 or not all(self._is_scale(a) for a in others):
+            return False
+        division = node.target in {A.div.Tensor, A.div.Scalar} and node.args[0] is dynamic[0]
+        return division or node.target in {A.mul.Tensor, A.mul.Scalar}
 
     def _is_scale(self, node: fx.Node) -> bool:
         return not self.dynamic[node] and is_tensor(node) and all(d.isdigit() for d in shape_of(node))

@@ -22,6 +22,7 @@ from torch._ops import HigherOrderOperator
 from torch.export import Dim
 
 from patchc.diagnostics import PatchcError
+from patchc.model.fuse import fuse_gelu
 from patchc.model.nodes import (
     CASTS,
     NOT_UNDERSTOOD,
@@ -34,6 +35,14 @@ from patchc.model.nodes import (
     shape_of,
 )
 
+COPIES = {
+    A.expand.default,
+    A.alias.default,
+    A.detach.default,
+    A.detach_.default,
+    A.lift_fresh_copy.default,
+    A.clone.default,
+}
 EXAMPLE = (2, 7)
 """Shape of the ids that are traced: unequal sizes above 1, so that neither becomes a constant."""
 
@@ -170,6 +179,7 @@ def _canonical(module: fx.GraphModule) -> Exported:
         f"the model works for one shape of input only ({batch}, {pos})",
     )
     Canonicaliser(graph, ids, batch, pos).run()
+    fuse_gelu(graph)
     graph.eliminate_dead_code()
     graph.lint()
     logits = next(n for n in reversed(graph.nodes) if n.op == "output").args[0][0]
@@ -217,27 +227,18 @@ class Canonicaliser:
         self.graph.erase_node(node)
 
     def _is_no_op(self, node: fx.Node) -> bool:
+        """Whether the result is the first operand, if shape and type are; a slice of the whole, eval-mode dropout."""
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or not is_tensor(node) or not is_tensor(source):
             return False
         if shape_of(source) != shape_of(node) or source.meta["val"].dtype != node.meta["val"].dtype:
             return False
         target, args = node.target, node.args
-        return (
-            target
-            in CASTS
-            | VIEW
-            | {
-                A.expand.default,
-                A.alias.default,
-                A.detach.default,
-                A.detach_.default,
-                A.lift_fresh_copy.default,
-                A.clone.default,
-            }
-            or (target is A.dropout.default and not args[2])
-            or (target is A.slice.Tensor and (len(args) < 5 or args[4] == 1))
-        )
+        if target is A.dropout.default:
+            return not args[2]
+        if target is A.slice.Tensor:
+            return len(args) < 5 or bool(args[4] == 1)
+        return target in CASTS | VIEW | COPIES
 
     def _is_conv1d(self, node: fx.Node) -> bool:
         source = node.args[0]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from patchc.diagnostics import RULES, PatchcError, nearest
+from patchc.diagnostics import RULES, nearest
 from patchc.ir.graph import ResidualGraph
 from patchc.model.export import export
 from patchc.model.pieces import TracedPieces
@@ -271,7 +271,7 @@ def _hf(name: str, folder: Path, options: _Options, local: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=options.dtype or "auto",
             attn_implementation=options.attention,
@@ -284,6 +284,7 @@ def _hf(name: str, folder: Path, options: _Options, local: bool) -> nn.Module:
         raise BAD_WEIGHTS.error(f"the weights in {folder} cannot be loaded: {_first_line(error)}") from None
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise BAD_CONFIG.error(f"transformers cannot build the model of {folder}: {_first_line(error)}") from None
+    module, info = loaded
     _complete(folder, info)
     return module
 
@@ -349,6 +350,3 @@ def _silent_transformers() -> Generator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-__all__ = ["LoadedModel", "PatchcError", "load"]

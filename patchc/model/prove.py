@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from patchc.diagnostics import RULES
 from patchc.ir.graph import BlockKind, ResidualGraph
 from patchc.ir.tokens import Layout
+from patchc.model.attention import AttentionReader
 from patchc.model.export import Logits
 from patchc.model.nodes import NOT_UNDERSTOOD, path_of
 from patchc.model.pieces import TracedPieces
@@ -50,8 +51,6 @@ def count_layers(pieces: TracedPieces, config_layers: int | None) -> None:
 
 
 def _cores(pieces: TracedPieces) -> list[fx.Node]:
-    from patchc.model.attention import AttentionReader
-
     s = pieces.structure
     return AttentionReader(s.exported, s.dynamic, set(s.tree)).cores(set(s.exported.nodes))
 

@@ -59,12 +59,14 @@ def _refill(container: Any, content: Any) -> None:
 
 def refuse_hooks(model: nn.Module) -> None:
     """Refuse a model with forward hooks, naming the module that has one."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
         raise HOOKED.error("a global forward hook is registered with torch", fix="remove it before tracing")
     for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        where = f"module `{name}`" if name else "the model itself"
+        if "forward" in vars(module):
+            raise HOOKED.error(f"`forward` of {where} was replaced on the object itself; such a model is not traced")
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]  # pyright: ignore[reportPrivateUsage]
         if not all(str(getattr(h, "__module__", "")).startswith(HARMLESS) for h in hooks):
-            where = f"module `{name}`" if name else "the model itself"
             raise HOOKED.error(
                 f"a forward hook is registered on {where}; what it does would become part of the traced model",
                 fix="remove the handle that `register_forward_hook` (or `add_hook`) gave",

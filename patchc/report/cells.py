@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from patchc.report.results import Result
 
 
+ROUNDING = 1e-6
+"""Share of a metric's size that float32 rounding may make: no effect to show."""
+
+
 def cell_name(experiment: Experiment, index: Sequence[int]) -> str:
     """`layer=3, head=1`; "" where there are no dims."""
     return ", ".join(f"{d.name}={label(d, i)}" for d, i in zip(experiment.dims, index, strict=True))
@@ -33,11 +37,12 @@ def label(dim: Dim, i: int) -> str:
 
 
 def strongest(result: Result, metric: str, count: int) -> list[tuple[int, ...]]:
-    """The cells whose value is farthest from the unpatched run's, farthest first."""
+    """The cells whose value is farthest from the unpatched run's, farthest first; what rounding makes is no effect."""
     size = np.abs(result.effects(metric))
+    least = ROUNDING * max(abs(result.baseline(metric)), float(np.nanmax(size, initial=0.0)))
     order = np.argsort(-size, axis=None, kind="stable")
     places = [tuple(int(x) for x in np.unravel_index(int(i), size.shape)) for i in order]
-    return [index for index in places if np.isfinite(size[index]) and size[index] > 0][:count]
+    return [index for index in places if np.isfinite(size[index]) and size[index] > least][:count]
 
 
 def number(value: float, digits: int = 4) -> str:

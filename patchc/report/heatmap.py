@@ -1,4 +1,4 @@
-"""Heatmaps of results: diverging colours about 0, no cell grey; bars where there is one dim or none.
+"""Heatmaps of results: colours diverge from the unpatched run, no cell is grey; bars where there is one dim or none.
 
 Uses matplotlib's objects directly: no pyplot, so no state that anyone else's figures share.
 """
@@ -40,12 +40,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: `[rows, columns]`, or `[bars]`; `error` has the same shape."""
+    """One picture: `[rows, columns]`, or `[bars]`; `error` has the same shape. Colours go from `center - limit` to
+    `center + limit`."""
 
     title: str
     values: Array
     error: Array
     axes: tuple[Axis, ...]
+    center: float
     limit: float
 
 
@@ -142,9 +144,9 @@ def _panel(
 ) -> Panel:
     values, error = (_arranged(a, others, at, shown) for a in (result.values[metric], result.stderr[metric]))
     where = ", ".join(f"{axis.name}={axis.labels[i]}" for axis, i in zip(others, at, strict=True))
-    finite = np.abs(result.values[metric][np.isfinite(result.values[metric])])
-    limit = float(finite.max(initial=0.0)) or 1.0
-    return Panel(f"{metric}{where and f' at {where}'}", values, error, tuple(shown), limit)
+    limit = float(np.nanmax(np.abs(result.effects(metric)), initial=0.0)) or 1.0
+    title = f"{metric}{where and f' at {where}'}"
+    return Panel(title, values, error, tuple(shown), result.baseline(metric), limit)
 
 
 def _arranged(array: Array, others: Sequence[Axis], at: tuple[int, ...], shown: Sequence[Axis]) -> Array:
@@ -171,8 +173,8 @@ def _draw_panel(panel: Panel, ax: Axes, figure: Figure) -> None:
         image = ax.imshow(
             np.ma.masked_invalid(panel.values),
             cmap=COLORS,
-            vmin=-panel.limit,
-            vmax=panel.limit,
+            vmin=panel.center - panel.limit,
+            vmax=panel.center + panel.limit,
             aspect="auto",
             interpolation="nearest",
         )
@@ -185,9 +187,10 @@ def _draw_panel(panel: Panel, ax: Axes, figure: Figure) -> None:
 
 def _bars(panel: Panel, ax: Axes) -> None:
     values, error = np.atleast_1d(panel.values), np.nan_to_num(np.atleast_1d(panel.error))
-    colors = COLORS(0.5 + 0.4 * np.sign(np.nan_to_num(values)))
+    colors = COLORS(0.5 + 0.4 * np.sign(np.nan_to_num(values - panel.center)))
     ax.bar(np.arange(len(values)), values, color=colors, yerr=error if error.any() else None, capsize=2)
     ax.axhline(0, color="black", linewidth=0.8)
+    ax.axhline(panel.center, color="black", linewidth=0.8, linestyle="--")  # the unpatched run
     if panel.axes:
         _ticks(ax, "x", panel.axes[0])
     else:

@@ -117,13 +117,14 @@ def _heatmap(result: Result, metric: str, console: Console) -> Table | None:
     if values.shape[0] > MOST_ROWS:
         return None
     if values.shape[1] * NUMBER_WIDTH <= space:
-        return _grid(result, values, rows, NUMBER_WIDTH, colored)
+        return _grid(result, metric, rows, NUMBER_WIDTH, colored)
     if colored and values.shape[1] * BLOCK_WIDTH <= space:
-        return _grid(result, values, rows, BLOCK_WIDTH, colored)
+        return _grid(result, metric, rows, BLOCK_WIDTH, colored)
     return None
 
 
-def _grid(result: Result, values: Array, rows: list[str], width: int, colored: bool) -> Table:
+def _grid(result: Result, metric: str, rows: list[str], width: int, colored: bool) -> Table:
+    values = np.atleast_2d(result.values[metric])
     grid = Table.grid(padding=0)
     grid.add_column(justify="right")
     for _ in range(values.shape[1]):
@@ -131,9 +132,10 @@ def _grid(result: Result, values: Array, rows: list[str], width: int, colored: b
     last = result.dims[-1]
     heads = [_fitting(str(c), width) for c in last.coords]
     grid.add_row("", *(Text(head, style="dim") for head in heads))
-    limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
-    for name, row in zip(rows, values, strict=True):
-        grid.add_row(Text(f"{name} ", style="dim"), *(_cell(float(v), limit, width, colored) for v in row))
+    shares = _shares(values - result.baseline(metric)) if colored else np.full_like(values, np.nan)
+    for name, row, ground in zip(rows, values, shares, strict=True):
+        cells = (_cell(float(v), float(s), width) for v, s in zip(row, ground, strict=True))
+        grid.add_row(Text(f"{name} ", style="dim"), *cells)
     return grid
 
 
@@ -142,10 +144,16 @@ def _fitting(text: str, width: int) -> str:
     return text if len(text) < width else text[: width - 1]
 
 
-def _cell(value: float, limit: float, width: int, colored: bool) -> Text:
+def _shares(effects: Array) -> Array:
+    """Effects as shares of the largest, -1 to 1."""
+    return effects / (float(np.nanmax(np.abs(effects), initial=0.0)) or 1.0)
+
+
+def _cell(value: float, share: float, width: int) -> Text:
+    """A value on the ground of its share; NaN for either means none."""
     missing = not np.isfinite(value)
     text = "" if width < NUMBER_WIDTH else "·" if missing else _short(value)
-    style = _ground(value / limit) if colored and not missing else Style(dim=missing)
+    style = _ground(share) if np.isfinite(share) else Style(dim=missing)
     return Text(f"{text} ".rjust(width), style=style)
 
 

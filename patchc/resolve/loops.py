@@ -1,5 +1,7 @@
-"""Loops: what a variable ranges over, alone or given the variables before it. All variables together are
-`sweeps`."""
+"""Loops: what a variable ranges over, alone or given the variables before it.
+
+All variables of an experiment together are for `sweeps`.
+"""
 
 from __future__ import annotations
 

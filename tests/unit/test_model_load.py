@@ -62,7 +62,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 def test_a_users_module_stays_as_it_was(build: Any) -> None:
     module = build()
     module.train()
-    list(module.children())[0].eval()  # a flag of its own
+    next(iter(module.children())).eval()  # a flag of its own
     before, config = state_of(module), copy.deepcopy(vars(getattr(module, "config", None) or module.cfg))
     weights = {k: v.clone() for k, v in module.state_dict().items()}
     loaded = load(module)
@@ -89,6 +89,14 @@ def test_hooks_are_refused_by_name() -> None:
     assert code_of(caught) == "model-has-hooks"
     handle.remove()
     load(module).check_unchanged()
+
+
+def test_a_replaced_forward_is_refused() -> None:
+    module: Any = gpt2()
+    mlp = module.transformer.h[0].mlp
+    mlp.forward = lambda x: x
+    with pytest.raises(PatchcError, match=r"`forward` of module `transformer\.h\.0\.mlp`"):
+        load(module)
 
 
 def test_hooks_that_transformers_leaves_behind_do_no_harm() -> None:

@@ -225,13 +225,13 @@ def test_a_picture_of_any_number_of_dims(tmp_path: Path, dims: tuple[Dim, ...], 
     assert path.read_bytes()[:4] == (b"\x89PNG" if suffix == ".png" else b"<?xm")
 
 
-def test_a_heatmap_is_centred_at_zero_and_labelled() -> None:
+def test_a_heatmap_is_centred_at_the_unpatched_run_and_labelled() -> None:
     position = Dim("position", (0, 1, 2), ("When", " $x$", " 日本"))
-    values = np.array([[-4.0, 1.0, 0.0], [2.0, 0.0, np.nan]])
+    values = np.array([[-4.0, 1.0, 0.0], [5.0, 0.0, np.nan]])
     figure = result(experiment((LAYER, position), missing=((1, 2),)), values).plot()
     ax = figure.axes[0]
     (image,) = ax.images
-    assert image.get_clim() == (-4.0, 4.0)
+    assert image.get_clim() == (-4.0, 8.0)
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("layer", "position")
     shown = [t.get_text().replace("\\", "") for t in ax.get_xticklabels()]
     assert shown == ['0 "When"', '1 " $x$"', '2 " 日本"']
