@@ -35,12 +35,14 @@ class Compared:
 
 
 def sample(outcome: Outcome, n_cells: int, count: int | None) -> list[int]:
-    """The cells to recompute: all where `count` is None, else evenly spread ones and the strongest."""
+    """The cells to recompute: all where `count` is None, else the strongest and others, evenly spread."""
     if count is None or count >= n_cells:
         return list(range(n_cells))
-    spread = {round(i * (n_cells - 1) / max(1, count - 2)) for i in range(count - 1)}
     first = next(iter(outcome.mean.values()))
-    return sorted({*spread, int((first - first.median()).abs().argmax())})
+    strongest = int((first - first.median()).abs().argmax())
+    others = [i for i in range(n_cells) if i != strongest]
+    spread = [others[i * (len(others) - 1) // max(1, count - 2)] for i in range(count - 1)]
+    return sorted([strongest, *spread])
 
 
 def check(

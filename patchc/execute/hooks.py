@@ -293,9 +293,8 @@ class CellRun:
         changes: list[Change] = []
         total: Tensor | None = None
         done: Tokens = 0
-        for site in dict.fromkeys(
-            s.site for s in outputs
-        ):  # z and out are one place: no token is changed twice.
+        for site in dict.fromkeys(s.site for s in outputs):
+            # z and out are one place: what `done` holds is not changed twice.
             for tokens, value in agreed((s for s in outputs if s.site is site), node.name):
                 change, direct = self.worlds.node_change(value, tokens & ~done, node, site)
                 changes.append(change)
@@ -328,12 +327,9 @@ class CellRun:
                 continue
             x = self.worlds.projection(self.base, node, port) if projected is None else projected
             for tokens, value in entering:
-                x = self.worlds.change(
-                    value, tokens, lambda record, p=port: self.worlds.projection(record, node, p)
-                )(x)
+                x = self.worlds.change(value, tokens, lambda record, p=port: self.worlds.projection(record, node, p))(x)
             point = Point(PROJECTIONS[port], node.layer or 0)
-            # With grouped queries this sets k and v for the whole group, but of this pass one head alone is
-            # kept.
+            # With grouped queries this sets k and v of a whole group, but one head alone is kept of the pass.
             edits[point] = _on_column(self.worlds.column(node, port), _always(x))
         if not edits:
             return self.worlds.own(self.base, node)

@@ -18,8 +18,10 @@ from patchc.resolve.scope import NOT_SUPPORTED_YET, NUMBER_DOMAINS, WRONG_KIND, 
 from patchc.resolve.sets import Sets
 from patchc.resolve.terms import NodeSet
 
+TOO_MANY_CELLS = RULES.add("too-many-cells", "a sweep of more cells than are run")
 EMPTY_DOMAIN = RULES.add("empty-domain", "a loop variable with nothing to range over")
 
+MAX_CELLS = 10**8
 Label = str | int | float
 
 
@@ -27,6 +29,13 @@ def label_of(binding: Binding) -> Label:
     """The coordinate that a binding has on its own."""
     assert isinstance(binding, Number | Place | WorldName | NodeSet), "a loop ranges over no paths"
     return binding.label
+
+
+def check_count(cells: int, span: Span | None) -> None:
+    """Refuse more cells than are run, before they are built."""
+    if cells > MAX_CELLS:
+        message = f"this sweep has {cells:,} cells; at most {MAX_CELLS:,} are run"
+        raise TOO_MANY_CELLS.error(message, span=span)
 
 
 class Loops:
@@ -140,6 +149,7 @@ class Loops:
             return self._positions_between(node, env)
         if first.value > last.value and not self._sets.locals_of(node, env):
             raise EMPTY_DOMAIN.error(f"this range is empty: {first.value} comes after {last.value}", span=node.span)
+        check_count(int(last.value) - int(first.value) + 1, node.span)
         unit = first.unit or last.unit
         return [Number(i, unit) for i in range(int(first.value), int(last.value) + 1)]
 

@@ -9,14 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from patchc.diagnostics import RULES, Span
+from patchc.diagnostics import Span
 from patchc.parse import tree
 from patchc.resolve.bindings import Binding
-from patchc.resolve.loops import EMPTY_DOMAIN, Loops, label_of
-
-TOO_MANY_CELLS = RULES.add("too-many-cells", "a sweep of more cells than are run")
-
-MAX_CELLS = 10**8
+from patchc.resolve.loops import EMPTY_DOMAIN, Loops, check_count, label_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +97,4 @@ def _check_count(
     count = prod(len(u) for i, u in universes.items() if i not in tied)
     if tied:
         count *= sum(1 for _ in _part(loops, bindings, universes, tied).choices())
-    if count > MAX_CELLS:
-        message = f"this sweep has {count:,} cells; at most {MAX_CELLS:,} are run"
-        raise TOO_MANY_CELLS.error(message, span=span)
+    check_count(count, span)

@@ -25,9 +25,7 @@ D_HEAD = 8
 
 def graph_of(model: str, n_heads: int, **options: Any) -> ResidualGraph:
     options = {"has_pos_embed": True, "n_layers": 2, **options}
-    return residual_graph(
-        model, n_heads=n_heads, d_model=n_heads * D_HEAD, d_head=D_HEAD, d_vocab=D_VOCAB, **options
-    )
+    return residual_graph(model, n_heads=n_heads, d_model=n_heads * D_HEAD, d_head=D_HEAD, d_vocab=D_VOCAB, **options)
 
 
 def gpt2(n_heads: int = 4) -> tuple[nn.Module, ResidualGraph]:
@@ -117,9 +115,7 @@ class NodeFunctions:
             case "llama":
                 attn = block.self_attn
                 projection = (attn.q_proj, attn.k_proj, attn.v_proj)[port]
-                return projection(block.input_layernorm(x)).unflatten(-1, (-1, d))[
-                    :, h if port == 0 else h // 2
-                ]
+                return projection(block.input_layernorm(x)).unflatten(-1, (-1, d))[:, h if port == 0 else h // 2]
             case _:
                 projection = (block.attn.q, block.attn.k, block.attn.v)[port]
                 return projection(block.ln1(x)).unflatten(-1, (-1, d))[:, h]

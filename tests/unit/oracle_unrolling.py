@@ -156,9 +156,7 @@ class Unrolled:
     def entering(self, word: Word, active: tuple[int, ...], site: Site) -> list[tuple[Site, Tokens, Value]]:
         """The values of ordinary patches that enter at a whole stream, or at a layer's attention output."""
         ordinary = (self.patches[i] for i in active if not self.patches[i].complement)
-        found = (
-            (step, patch) for patch in ordinary for step in starts(patch.path, word) if step.site is site
-        )
+        found = ((step, patch) for patch in ordinary for step in starts(patch.path, word) if step.site is site)
         return [(site, step.tokens & self.all, patch.value) for step, patch in found]
 
     def is_member_at(self, patch: int, word: Word, port: int | None, tokens: Tokens) -> bool:

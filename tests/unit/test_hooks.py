@@ -39,15 +39,6 @@ from tests.unit.oracle_models import (
 from tests.unit.oracle_unrolling import Plain
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=DRIVERS, ids="-".join)
 def fixture(request: pytest.FixtureRequest) -> Fixture:
     return Fixture(*request.param)
@@ -180,19 +171,19 @@ def test_zeroed_attention_output_loses_its_bias() -> None:
 
 
 @torch.no_grad()
-def test_an_edge_patch_is_a_head_with_another_q(fixture: Fixture) -> None:
+@pytest.mark.parametrize("port", [0, 1, 2])
+def test_an_edge_patch_is_a_head_with_another_q_k_or_v(fixture: Fixture, port: int) -> None:
     f, graph = fixture.functions, fixture.graph
     a, b = graph.node(Kind.HEAD, 0, 1), graph.node(Kind.HEAD, 1, 2)
     assert a is not None
     assert b is not None
     clean, corrupt = (Plain(f, fixture.data.world(w).ids) for w in ("clean", "corrupt"))
-    below = sum(x for node, x in clean.out.items() if node.rank < b.rank)
-    q = f.project(b, 0, below + corrupt.out[a] - clean.out[a])
-    out = f.write(b, f.z(b, q, *clean.qkv[b][1:]))
-    stream = sum(x for node, x in clean.out.items() if node.rank <= b.rank) + out - clean.out[b]
+    qkv = list(clean.qkv[b])
+    qkv[port] = f.project(b, port, clean.stream(b.rank) + corrupt.out[a] - clean.out[a])
+    stream = clean.stream(b.rank + 1) + f.write(b, f.z(b, *qkv)) - clean.out[b]
     mlp = graph.node(Kind.MLP, 1)
     want = f.unembed(stream + f.mlp(mlp, stream) if mlp else stream)
-    got = fixture.logits(Patch(to_logits(graph, Step(1 << a.id), Step(1 << b.id, ports=1)), CORRUPT))
+    got = fixture.logits(Patch(to_logits(graph, Step(1 << a.id), Step(1 << b.id, ports=1 << port)), CORRUPT))
     assert largest_difference(got, list(want.split(fixture.data.layout.lengths))) < 5e-6
     assert largest_difference(got, fixture.logits()) > 1e-4
 
@@ -232,12 +223,7 @@ def test_one_start_with_two_values_is_an_error() -> None:
     with pytest.raises(PatchcError, match="hooks-two-values") as error:
         f.logits(Patch(step, CORRUPT), Patch(step, Value(())))
     assert "head[0, 0]" in error.value.diagnostics[0].message
-    assert (
-        largest_difference(
-            f.logits(Patch(step, CORRUPT), Patch(step, CORRUPT)), f.logits(Patch(step, CORRUPT))
-        )
-        == 0
-    )
+    assert largest_difference(f.logits(Patch(step, CORRUPT), Patch(step, CORRUPT)), f.logits(Patch(step, CORRUPT))) == 0
 
 
 def test_a_start_may_have_two_values_at_different_tokens() -> None:
@@ -248,9 +234,7 @@ def test_a_start_may_have_two_values_at_different_tokens() -> None:
     assert largest_difference([both[0][:2]], [f.logits(Patch(early, CORRUPT))[0][:2]]) < 2e-6
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"), [({}, "no tensor 'v'"), ({"v": torch.zeros(3)}, r"must be \[32\]")]
-)
+@pytest.mark.parametrize(("tensors", "message"), [({}, "no tensor 'v'"), ({"v": torch.zeros(3)}, r"must be \[32\]")])
 def test_a_tensor_that_does_not_fit_is_an_error(tensors: dict[str, Tensor], message: str) -> None:
     f = Fixture("native", tensors=tensors)
     given = Value(((1.0, Given("v")),))

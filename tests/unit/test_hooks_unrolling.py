@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,16 +27,6 @@ from tests.unit.oracle_models import (
     prompts,
 )
 from tests.unit.oracle_unrolling import DisagreeError, Unrolled
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 SMALL = prompts(3, 2, seed=3)
 EARLY = 0b01001  # the first token of either prompt
@@ -148,7 +137,7 @@ def unrolled_and_hooked(fixture: Fixture, some: tuple[Patch, ...]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "examples", "tolerance"), [("native", 80, 1e-9), ("gpt2", 16, 1e-9), ("llama", 16, 2e-5)]
+    ("kind", "examples", "tolerance"), [("native", 60, 1e-9), ("gpt2", 12, 1e-9), ("llama", 16, 2e-5)]
 )
 def test_random_languages_unroll(kind: str, examples: int, tolerance: float) -> None:
     # In double precision (but for Llama's norms and rotations): where patches zero all that a norm reads, it

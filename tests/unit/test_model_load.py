@@ -16,6 +16,7 @@ from torch import nn
 from patchc.diagnostics import PatchcError
 from patchc.model import load as loading
 from patchc.model.load import load
+from patchc.model.state import content_fingerprint, files_fingerprint
 from tests.models import D_VOCAB, gpt2, llama, logits_of, native
 
 NATIVE_CONFIG = {
@@ -136,10 +137,18 @@ def test_hooks_after_tracing_are_noticed() -> None:
 
 
 def test_fingerprints_follow_content() -> None:
-    first, again, other = load(gpt2()), load(gpt2()), gpt2()
+    first, again, other = gpt2(), gpt2(), gpt2()
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1e-3
-    assert first.fingerprint == again.fingerprint != load(other).fingerprint
+    assert content_fingerprint(first) == content_fingerprint(again) != content_fingerprint(other)
+
+
+def test_a_directorys_fingerprint_follows_its_files(tmp_path: Path) -> None:
+    folder = save_hf(gpt2(), tmp_path)
+    before = files_fingerprint(folder)
+    assert files_fingerprint(folder) == before
+    edit_weights(folder, lambda w: w.update({"transformer.ln_f.bias": torch.ones(32)}))
+    assert files_fingerprint(folder) != before
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -185,15 +194,16 @@ def test_a_native_bridge() -> None:
 # ---- directories
 
 
-def test_an_hf_directory(tmp_path: Path) -> None:
+def test_an_hf_directory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     module = gpt2()
-    loaded = load(save_hf(module, tmp_path / "model"))
-    assert loaded.name == str(tmp_path / "model")
-    assert loaded.tokenizer is None
+    folder = save_hf(module, tmp_path / "model")
+    capfd.readouterr()
+    loaded = load("model", base=tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert (loaded.name, loaded.tokenizer, loaded.fingerprint) == ("model", None, files_fingerprint(folder))
     assert (loaded.graph.n_ctx, loaded.graph.d_mlp) == (32, 128)
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(logits_of(loaded.eager, ids), logits_of(module, ids))
-    assert load("model", base=tmp_path).fingerprint == loaded.fingerprint
     loaded.check_unchanged()
 
 
@@ -223,13 +233,6 @@ def test_a_native_directory(tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(logits_of(loaded.eager, ids), logits_of(module, ids))
     assert loaded.graph.n_ctx == 32
-
-
-def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load(save_hf(gpt2(), tmp_path))
-    capfd.readouterr()
-    load(tmp_path)
-    assert capfd.readouterr() == ("", "")
 
 
 def edit_weights(folder: Path, edit: Any) -> None:

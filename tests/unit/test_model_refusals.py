@@ -181,7 +181,7 @@ def test_a_layer_count_that_the_config_denies() -> None:
         load(module)
 
 
-@pytest.mark.parametrize("build", ["gemma-2", "olmo-2", "bert", "mixtral"])
+@pytest.mark.parametrize("build", ["gemma-2", "olmo-2", "bert"])
 def test_families_that_are_not_supported_say_where(build: str) -> None:
     import transformers as hf
 
@@ -194,7 +194,6 @@ def test_families_that_are_not_supported_say_where(build: str) -> None:
         "gemma-2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**size, num_key_value_heads=2, head_dim=8)),
         "olmo-2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**size)),
         "bert": lambda: hf.BertLMHeadModel(hf.BertConfig(**{**size, "pad_token_id": 0}, is_decoder=True)),
-        "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**size, num_key_value_heads=2, num_local_experts=4)),
     }[build]()
     with pytest.raises(PatchcError, match="in module `") as caught:
         load(jittered(module))

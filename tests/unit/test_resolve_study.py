@@ -86,6 +86,11 @@ def test_a_sweep_over_later_variables_is_counted_too() -> None:
     assert f"{144 * 144 * 144 * 143 * 445:,}" in found.message
 
 
+def test_a_range_of_too_many_numbers_is_refused_before_it_is_built() -> None:
+    found = error("for l in 0..99999999999999 run clean patch node mlp[0] with l * corrupt")
+    assert (found.code, "100,000,000,000,000 cells" in found.message) == ("too-many-cells", True)
+
+
 def test_spellings_of_one_experiment_are_equal() -> None:
     node = experiment("for h in head run clean patch node h with corrupt")
     path = experiment("for h in head[*, *] run clean patch path h -> any* -> logits with 1 * corrupt + 0 * self")

@@ -1,0 +1,472 @@
+"""The command from the outside: what stands on stdout and stderr, the exit status, and which files are left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from patchc import api, cli
+from patchc.api import Model
+from patchc.resources import builtin_model
+
+MODEL = 'model "induction-2l"'
+DATA = 'data { clean "a b c d a b c" corrupt "a b c d a e c" answer " d" wrong " e" }'
+TWO = 'data { clean "f g h f g" corrupt "f g h f k" answer " h" wrong " k" }'
+HEADS = """
+metric diff = logit(answer) - logit(wrong)
+experiment heads "each head" {
+  for h in head
+  run clean
+  patch node h with corrupt
+  measure diff, kl(clean)
+}
+"""
+ONE = 'experiment one { run clean patch node head[0, 0] with corrupt measure logit(answer) - logit(wrong) as diff }'
+FAILS = "experiment fails { run clean patch node head[1, 0] with corrupt measure 1 / (logit(wrong) - logit(wrong)) as bad }"
+DIAGNOSTIC = {
+    "code", "severity", "message", "file", "line", "column", "end_line", "end_column", "notes", "fix",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ran:
+    exit: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def codes(self) -> list[str]:
+        """Of the errors, in the text on stderr."""
+        return [line[6:].split("]")[0] for line in self.err.splitlines() if line.startswith("error[")]
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, induction: Model
+) -> Run:
+    """`patchc ...` in an empty directory; the built-in model is not traced anew for each."""
+    load = api.load_model
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        api, "load_model", lambda name, **kw: induction.loaded if name == "induction-2l" else load(name, **kw)
+    )
+
+    def command(*arguments: str) -> Ran:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Ran(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return command
+
+
+def spec(*parts: str, name: str = "a.patch") -> str:
+    Path(name).write_text("\n".join(parts), encoding="utf-8")
+    return name
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env={"PYTHONPATH": str(root)}
+    )
+
+
+# ---- what works
+
+
+def test_text_has_results_on_stdout_and_nothing_on_stderr(run: Run) -> None:
+    ran = run("run", spec(MODEL, DATA, HEADS))
+    assert (ran.exit, ran.err) == (0, "")
+    assert "heads  each head" in ran.out
+    assert "1 pass for 4 cells" in ran.out
+
+
+def test_json_is_one_object_with_the_fixed_keys(run: Run) -> None:
+    ran = run("run", "--format", "json", "--check=2", spec(MODEL, DATA, HEADS, ONE))
+    assert ran.exit == 0
+    assert ran.out.count("\n") == 1
+    assert set(ran.json) == {"format_version", "experiments", "record"}
+    assert ran.json["format_version"] == 1
+    assert set(ran.json["record"]) == {"spec", "data", "weights", "versions", "seeds"}
+    assert list(ran.json["experiments"]) == ["heads", "one"]
+    heads, one = ran.json["experiments"].values()
+    keys = {"dims", "coords", "metrics", "stderr", "n", "baselines", "passes", "check"}
+    assert set(heads) == set(one) == keys
+    assert heads["dims"] == ["layer", "head"]
+    assert heads["coords"] == {"layer": [0, 1], "head": [0, 1]}
+    assert set(heads["metrics"]) == set(heads["stderr"]) == set(heads["baselines"]) == {"diff", "kl(clean)"}
+    assert heads["check"]["cells"] == 2
+    assert set(heads["check"]) == {"cells", "max_abs_diff"}
+    assert one["metrics"]["diff"] == pytest.approx(heads["metrics"]["diff"][0][0], abs=1e-5)  # a bare number
+    assert one["stderr"] == {"diff": None}
+    assert set(one["baselines"]["diff"]) == {"clean", "corrupt"}
+
+
+def test_pairs_that_are_no_edge_are_null(run: Run) -> None:
+    edges = """experiment edges {
+      for w in input | head[1, 0], r in head[1, 1].{q, k} | logits
+      run clean
+      patch edge w -> r with corrupt
+      measure logit(answer) as out
+    }"""
+    made = run("run", "--format", "json", spec(MODEL, DATA.replace('wrong " e" ', ""), edges)).json
+    (edges,) = made["experiments"].values()
+    assert edges["coords"] == {"w": ["input", "head[1, 0]"], "r": ["head[1, 1].q", "head[1, 1].k", "logits"]}
+    above, below = edges["metrics"]["out"]
+    assert all(isinstance(x, float) for x in above)
+    assert below[:2] == [None, None]
+    assert isinstance(below[2], float)
+
+
+def test_each_prompt_counts(run: Run) -> None:
+    (one,) = run("run", "--format", "json", spec(MODEL, DATA, TWO, ONE)).json["experiments"].values()
+    assert one["n"] == 2
+    assert one["stderr"]["diff"] > 0
+
+
+def test_warnings_and_progress_go_to_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    unused = DATA.replace("wrong", "other")
+    ran = run("run", "--format", "json", spec(MODEL, unused, ONE.replace(" - logit(wrong)", "")))
+    assert ran.exit == 0
+    assert set(ran.json) == {"format_version", "experiments", "record"}
+    assert "warning[unused-column]" in ran.err
+    assert "a.patch:2:" in ran.err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    name = spec(MODEL, DATA, ONE)
+    loud, quiet = run("run", "--format", "json", name), run("run", "--format", "json", "--quiet", name)
+    assert "one" in loud.err
+    assert quiet.err == ""
+    assert loud.out == quiet.out
+
+
+@pytest.mark.parametrize(("check", "cells"), [("--check", 4), ("--check=all", 4), ("--check=3", 3), ("--check=5", 4)])
+def test_a_check_says_how_many_cells_it_recomputed(run: Run, check: str, cells: int) -> None:
+    ran = run("run", check, "--format", "json", spec(MODEL, DATA, HEADS))
+    found = ran.json["experiments"]["heads"]["check"]
+    assert found["cells"] == cells
+    assert 0 <= found["max_abs_diff"] < 1e-4
+    if check == "--check":
+        assert "checked with hooks: 4 cells" in run("run", check, "a.patch").out
+
+
+def test_any_budget_of_memory_gives_the_same_numbers(run: Run) -> None:
+    name = spec(MODEL, DATA, HEADS)
+    roomy, tight = (run("run", "--format", "json", "--memory", m, name).json for m in ("1GiB", "1"))
+    assert roomy["experiments"]["heads"]["passes"] == 1
+    assert tight["experiments"]["heads"]["passes"] > 1
+    found = (torch.tensor(r["experiments"]["heads"]["metrics"]["diff"]) for r in (roomy, tight))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+def test_threads_are_set_only_where_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    name = spec(MODEL, DATA, ONE)
+    assert run("run", name).exit == 0
+    assert asked == []
+    assert run("run", "--threads", "3", name).exit == 0
+    assert asked == [3]
+
+
+def test_a_plan_runs_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchc.pipeline.execute", lambda *_: pytest.fail("something ran"))
+    name = spec(MODEL, DATA, HEADS, ONE)
+    ran = run("plan", name)
+    assert ran.exit == 0
+    assert "experiment heads: 4 cells in 1 pass" in ran.out
+    assert "experiment one: 1 cell in 1 pass" in ran.out
+    made = run("plan", "--format", "json", name).json
+    assert [(p["experiment"], p["n_cells"], p["n_passes"]) for p in made["plans"]] == [("heads", 4, 1), ("one", 1, 1)]
+    assert made["format_version"] == 1
+
+
+def test_nodes_counts_the_graph(run: Run) -> None:
+    ran = run("nodes", "induction-2l")
+    assert ran.exit == 0
+    assert "head[1, 0..1]" in ran.out
+    assert "5 writers (input, heads, MLPs), 13 readers, 29 edges" in ran.out
+    made = run("nodes", "--format", "json", "induction-2l").json
+    assert made["counts"] == {"writers": 5, "readers": 13, "edges": 29}
+    assert [n["name"] for n in made["nodes"]][:3] == ["embed", "pos_embed", "head[0, 0]"]
+
+
+def test_check_reports_every_error_of_every_spec(run: Run) -> None:
+    good = spec(MODEL, DATA, ONE, name="good.patch")
+    bad = spec(MODEL, DATA, ONE.replace("head[0, 0]", "head[7, 0]").replace("wrong", "wrng"), name="bad.patch")
+    ran = run("check", good, bad, "missing.patch")
+    assert (ran.exit, ran.out) == (1, "")
+    assert ran.codes == ["unknown-node", "unknown-name", "missing-spec"]
+    assert "3 checked, 3 errors" in ran.err
+    assert run("check", good).err == "1 checked, no errors\n"
+    made = run("check", "--format", "json", good, bad).json
+    assert set(made) == {"format_version", "diagnostics"}
+    assert [d["file"] for d in made["diagnostics"]] == ["bad.patch", "bad.patch"]
+
+
+# ---- files
+
+
+def test_files_are_written_where_the_spec_stands(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    saved = HEADS.replace(
+        "kl(clean)", """kl(clean)
+  save "out.json"
+  save "out.csv"
+  save "out.parquet"
+  show heatmap
+  show heatmap "picture.svg\""""
+    )
+    ran = run("run", spec(MODEL, DATA, saved, name="sub/study.patch"))
+    assert ran.exit == 0
+    files = {"out.json", "out.csv", "out.parquet", "study.heads.png", "picture.svg"}
+    assert {p.name for p in (tmp_path / "sub").iterdir()} == files | {"study.patch"}
+    assert all(f"written: {Path('sub') / name}" in ran.out for name in files)
+    assert (tmp_path / "sub" / "study.heads.png").read_bytes().startswith(b"\x89PNG")
+    table = pd.read_parquet("sub/out.parquet")
+    pd.testing.assert_frame_equal(pd.read_csv("sub/out.csv"), table, check_dtype=False)
+    values = json.loads(Path("sub/out.json").read_text())["experiments"]["heads"]["metrics"]["diff"]
+    assert table["diff"].tolist() == [x for row in values for x in row]
+
+
+SAVING = HEADS.replace("kl(clean)", 'kl(clean)\n  save "out.csv"\n  show heatmap')
+
+
+@pytest.mark.parametrize("output", [(), ("--format", "json")])
+def test_a_later_failure_leaves_no_file(run: Run, tmp_path: Path, output: tuple[str, ...]) -> None:
+    ran = run("run", *output, spec(MODEL, DATA, SAVING, FAILS))
+    assert ran.exit == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["a.patch"]
+    if output:
+        assert {d["code"] for d in ran.json["diagnostics"]} == {"non-finite"}
+    else:
+        assert (set(ran.codes), ran.out) == ({"non-finite"}, "")
+
+
+def test_a_failed_check_leaves_no_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchc.execute.check.TOLERANCE", 0.0)
+    expects = SAVING.replace("show heatmap", "expect diff > 1000")
+    ran = run("run", "--check=all", spec(MODEL, DATA, expects))
+    assert (ran.exit, ran.codes) == (3, ["check-failed"])  # 3 wins over 4
+    assert [p.name for p in tmp_path.iterdir()] == ["a.patch"]
+
+
+def test_a_failed_expectation_is_4_and_the_results_stand(run: Run, tmp_path: Path) -> None:
+    ran = run("run", "--format", "json", spec(MODEL, DATA, SAVING.replace("show heatmap", "expect diff > 1000")))
+    assert (ran.exit, ran.codes) == (4, ["expect-failed"])
+    assert set(ran.json) == {"format_version", "experiments", "record"}
+    assert (tmp_path / "out.csv").exists()
+    assert run("run", spec(MODEL, DATA, SAVING.replace("show heatmap", "expect diff > -1000"))).exit == 0
+
+
+def test_a_directory_that_is_missing(run: Run, tmp_path: Path) -> None:
+    ran = run("run", spec(MODEL, DATA, SAVING.replace("out.csv", "no/out.csv")))
+    assert (ran.exit, ran.codes) == (1, ["no-such-directory"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.patch"]
+
+
+# ---- what is wrong with the spec or its data: 1
+
+
+def prompt(clean: str = "a b c", corrupt: str = "a b d", answer: str = " d") -> str:
+    return f'data {{ clean "{clean}" corrupt "{corrupt}" answer "{answer}" }}'
+
+
+LOGIT = "experiment e { run clean patch node head[0, 0] with corrupt measure logit(answer) }"
+
+
+@pytest.mark.parametrize(
+    ("parts", "code"),
+    [
+        ((MODEL, DATA, ONE, "experiment {"), "syntax-error"),
+        ((DATA, ONE), "no-model"),
+        (('model "induction-l2"', DATA, ONE), "model-not-found"),
+        (('model "no/such/model"', DATA, ONE), "model-not-found"),
+        (("",), "no-model"),
+        ((MODEL, DATA), "no-experiment"),
+        ((MODEL, ONE), "empty-data"),
+        ((MODEL, 'data "empty.jsonl"', ONE), "empty-data"),
+        ((MODEL, 'data "none.jsonl"', ONE), "missing-file"),
+        ((MODEL, 'data "broken.jsonl"', ONE), "bad-json"),
+        ((MODEL, prompt(corrupt="a b"), LOGIT), "unequal-lengths"),
+        ((MODEL, prompt(answer=" d e"), LOGIT), "multi-token-answer"),
+        ((MODEL, prompt(clean="a b hello"), LOGIT), "unknown-token"),
+        ((MODEL, prompt(), LOGIT.replace("head[0, 0]", "head[0, 9]")), "unknown-node"),
+        ((MODEL, prompt(), LOGIT.replace("with corrupt", "with clean")), "worlds-equal"),
+        ((MODEL, prompt(), LOGIT.replace("}", 'save "a.xlsx" }')), "unknown-suffix"),
+    ],
+)
+def test_faults_of_the_spec_are_1(run: Run, parts: tuple[str, ...], code: str) -> None:
+    Path("empty.jsonl").write_text("\n")
+    Path("broken.jsonl").write_text('{"clean": \n')
+    name = spec(*parts)
+    ran = run("run", name)
+    assert (ran.exit, ran.out) == (1, "")
+    assert code in ran.codes
+    ran = run("run", "--format", "json", name)
+    assert (ran.exit, set(ran.json)) == (1, {"format_version", "diagnostics"})
+    (found,) = (d for d in ran.json["diagnostics"] if d["code"] == code)
+    assert set(found) == DIAGNOSTIC
+    assert found["severity"] == "error"
+    if parts != ("",):
+        assert found["file"] in (name, "broken.jsonl")
+        assert found["line"] >= 1
+        assert found["column"] >= 1
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "check"])
+def test_spec_files_that_cannot_be_read(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "latin.patch").write_bytes(b'model "caf\xe9"')
+    (tmp_path / "folder.patch").mkdir()
+    for name, words in [("none.patch", "No such file"), ("folder.patch", "directory"), ("latin.patch", "UTF-8")]:
+        ran = run(command, name)
+        assert (ran.exit, ran.codes, ran.out) == (1, ["missing-spec"], "")
+        assert name in ran.err
+        assert words in ran.err
+        made = run(command, "--format", "json", name).json
+        assert [d["code"] for d in made["diagnostics"]] == ["missing-spec"]
+
+
+def test_a_node_listing_of_no_model(run: Run) -> None:
+    ran = run("nodes", "./nowhere")
+    assert (ran.exit, ran.codes, ran.out) == (1, ["model-not-found"], "")
+
+
+# ---- wrong usage: 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (), ("rum", "a.patch"), ("run",), ("run", "a.patch", "b.patch"), ("run", "--chekc", "a.patch"), ("check",),
+        ("run", "--check=0", "a.patch"), ("run", "--check=-1", "a.patch"), ("run", "--check=most", "a.patch"),
+        ("run", "--check=\u00b2", "a.patch"), ("run", "--check=1.5", "a.patch"), ("run", "--check=", "a.patch"),
+        ("run", "--format", "yaml", "a.patch"), ("run", "--threads", "0", "a.patch"),
+        ("run", "--memory", "much", "a.patch"), ("run", "--memory", "0", "a.patch"),
+        ("run", "--memory", "nan", "a.patch"), ("plan", "--check", "a.patch"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_2(run: Run, arguments: tuple[str, ...]) -> None:
+    spec(MODEL, DATA, ONE)
+    ran = run(*arguments)
+    assert (ran.exit, ran.out) == (2, "")
+    assert "Usage: patchc" in ran.err
+
+
+def test_help_and_version(run: Run) -> None:
+    ran = run("--help")
+    assert (ran.exit, ran.err) == (0, "")
+    assert all(command in ran.out for command in ("run", "plan", "check", "nodes"))
+    assert run("--version").out.startswith("patchc")
+
+
+# ---- what is wrong with the run or the model: 3
+
+
+@pytest.fixture
+def copied(tmp_path: Path, run: Run) -> Path:
+    """The built-in model's directory, to be damaged."""
+    source = builtin_model("induction-2l")
+    assert source is not None
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def test_damaged_weights_are_3(run: Run, copied: Path) -> None:
+    name = spec('model "model"', DATA, ONE)
+    path = copied / "model.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-50], b"", b"\x00" * 100):
+        path.write_bytes(damaged)
+        ran = run("run", name)
+        assert (ran.exit, ran.codes, ran.out) == (3, ["model-weights"], "")
+        assert "a.patch:1:1" in ran.err
+    path.write_bytes(whole)
+    assert run("run", name).exit == 0
+
+
+def test_weights_that_are_no_numbers_are_3(run: Run, copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    name, tensor = next(iter(weights.items()))
+    save_file({**weights, name: tensor * float("nan")}, copied / "model.safetensors")
+    ran = run("run", "--format", "json", spec('model "model"', DATA, ONE))
+    assert ran.exit == 3
+    assert [d["code"] for d in ran.json["diagnostics"]] == ["nan-in-weights"]
+    assert name in ran.json["diagnostics"][0]["message"]
+
+
+def test_a_metric_that_is_no_number_is_3(run: Run) -> None:
+    ran = run("run", spec(MODEL, DATA, ONE, FAILS))
+    assert (ran.exit, set(ran.codes), ran.out) == (3, {"non-finite"}, "")
+
+
+@pytest.mark.parametrize("output", ["text", "json"])
+def test_a_bug_is_3_and_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("no number")
+
+    monkeypatch.setattr("patchc.pipeline.execute", broken)
+    ran = run("run", "--format", output, spec(MODEL, DATA, ONE))
+    assert ran.exit == 3
+    if output == "json":
+        (found,) = ran.json["diagnostics"]
+        assert (found["code"], set(found)) == ("internal", DIAGNOSTIC)
+    else:
+        assert (ran.codes, ran.out) == (["internal"], "")
+        assert "ZeroDivisionError: no number (test_cli.py:" in ran.err
+
+
+def test_an_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("patchc.pipeline.execute", interrupted)
+    ran = run("run", spec(MODEL, DATA, SAVING))
+    assert (ran.exit, ran.out, ran.err.strip()) == (130, "", "interrupted")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.patch"]
+
+
+# ---- as a process
+
+
+def test_help_and_syntax_errors_need_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "bad.patch").write_text(f"{MODEL}\nexperiment e {{ run }}\n")
+    code = """
+import sys
+from patchc.cli import main
+for arguments, status in ((["--help"], 0), (["run", "--help"], 0), (["check", "bad.patch"], 1), (["check", "no"], 1)):
+    try:
+        main(arguments)
+    except SystemExit as stopped:
+        assert stopped.code == status, (arguments, stopped.code)
+assert not {"torch", "transformers", "numpy", "pandas"} & set(sys.modules)
+"""
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "error[syntax-error]" in done.stderr
+
+
+def test_a_process_from_the_start(tmp_path: Path) -> None:
+    data = 'data { clean "When Mary and John went" corrupt "When Mary and Mary went" answer " to" wrong " and" }'
+    (tmp_path / "a.patch").write_text("\n".join(('model "ioi-tiny"', data, ONE)))
+    done = python("-m", "patchc.cli", "run", "--threads", "1", "--format", "json", "a.patch", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(json.loads(done.stdout)["experiments"]) == ["one"]
