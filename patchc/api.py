@@ -241,6 +241,7 @@ class _Graphs(Mapping[str, CompiledGraph]):
     def __getitem__(self, name: str) -> CompiledGraph:
         if name not in self._made:
             c, experiment = self._compiled, self._experiments[name]
+            c.model.loaded.check_unchanged()
             self._made[name] = pipeline.to_graph(experiment, c.study.prompts, c.model.loaded, c.given.tensors)
         return self._made[name]
 
@@ -284,7 +285,13 @@ def _count(check: bool | int | str) -> int | bool | None:
     """How many cells to check: False for none, None for all."""
     if check == "all":
         return None
-    return SAMPLE if check is True or check == "sample" else (False if check is False else int(check))
+    if isinstance(check, bool):
+        return SAMPLE if check else False
+    if check == "sample":
+        return SAMPLE
+    if not isinstance(check, int) or check < 1:
+        raise ValueError(f'check is True, False, "all" or a number of cells, not {check!r}')
+    return check
 
 
 def _refuse_silent(experiment: Experiment, outcome: Outcome) -> None:

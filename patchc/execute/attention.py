@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +31,16 @@ PAIRS = 4096
 """(variant, prompt, head) triples of one attention call, times positions: bounds its memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeyRows:
+    """For every token: where its row begins in the bank, and whether it is the key's own. `heads`: those of its own
+    rows."""
+
+    first: npt.NDArray[np.int64]
+    own: npt.NDArray[np.bool_]
+    heads: list[int]
+
+
 @dataclass
 class Bank:
     """Rows of one port, flattened to `[row * head, d_head]`; `first[key]`: where a key's rows begin; `tokens[key]`: at
@@ -39,11 +51,25 @@ class Bank:
     first: dict[Key, int] = field(default_factory=dict[Key, int])
     tokens: dict[Key, Tokens] = field(default_factory=dict[Key, Tokens])
     heads: dict[Key, list[int]] = field(default_factory=dict[Key, list[int]])
+    _rows: dict[Key, KeyRows] = field(default_factory=dict["Key", "KeyRows"])
 
     def add(self, key: Key, tokens: Tokens, heads: list[int], values: Tensor) -> None:
         self.first[key], self.tokens[key], self.heads[key] = self.size, tokens, heads
         self.parts.append(values.reshape(-1, values.shape[-1]))
         self.size += len(self.parts[-1])
+
+    def rows(self, key: Key, n_tokens: int, width: int) -> KeyRows:
+        """Where the rows of a key stand for every token."""
+        found = self._rows.get(key)
+        if found is None:
+            first = np.arange(n_tokens) * width
+            own = np.zeros(n_tokens, dtype=np.bool_)
+            tokens = np.array(list(bits(self.tokens.get(key, 0))), dtype=np.int64)
+            if len(tokens):
+                first[tokens] = self.first[key] + np.arange(len(tokens)) * len(self.heads[key])
+                own[tokens] = True
+            found = self._rows[key] = KeyRows(first, own, self.heads.get(key, []))
+        return found
 
     def flat(self) -> Tensor:
         if len(self.parts) > 1:
@@ -206,25 +232,32 @@ class Attention:
                 all_rows[at, have.index(item.heads[0])] += values[:, 0]
 
     def _operand(self, items: list[Item], ops: dict[VariantId, Core], bank: Bank, port: int) -> Tensor:
-        """`[item, position, head, d_head]`."""
-        index = [self._index(bank, self._key(item.core, ops[item.core], port), port, item) for item in items]
-        return bank.flat()[torch.stack(index)]
+        """`[item, position, head, d_head]`: each item's rows of the bank, the base run's with its own laid over
+        them."""
+        width = self.n_heads if port == 0 else self.dag.graph.n_kv_heads
+        found = [bank.rows(self._key(i.core, ops[i.core], port), self.dag.layout.n_tokens, width) for i in items]
+        at = [self._tokens(item, port) for item in items]
+        first = np.stack([rows.first[t] for rows, t in zip(found, at, strict=True)])
+        base = np.array([[h if port == 0 else self.kv[h] for h in item.heads] for item in items])
+        own = np.array(
+            [[self._column(rows.heads, h, port) for h in i.heads] for i, rows in zip(items, found, strict=True)]
+        )
+        columns = base[:, None]
+        if not np.array_equal(base, own):
+            mine = np.stack([rows.own[t] for rows, t in zip(found, at, strict=True)])
+            columns = np.where(mine[:, :, None], own[:, None], base[:, None])
+        return bank.flat()[torch.from_numpy(first[:, :, None] + columns)]
 
-    def _index(self, bank: Bank, key: Key, port: int, item: Item) -> Tensor:
-        """`[position, head]`: where an item's rows stand in the bank; the base run's, with its own laid over them."""
+    def _tokens(self, item: Item, port: int) -> npt.NDArray[np.int64]:
+        """The tokens that an item reads at a port."""
         offset = self.dag.layout.offsets[item.prompt]
-        positions = item.positions if port == 0 else range(item.n_keys)
-        n_columns = self.n_heads if port == 0 else self.dag.graph.n_kv_heads
-        columns = torch.tensor([h if port == 0 else self.kv[h] for h in item.heads])
-        at = torch.tensor([offset + p for p in positions])
-        out = at[:, None] * n_columns + columns
-        tokens = bank.tokens.get(key, 0)
-        own = [j for j, t in enumerate(at.tolist()) if tokens >> t & 1]
-        if own:
-            have = bank.heads[key]
-            mine = torch.tensor(
-                [have.index(-1 - h) if have[0] < 0 else have.index(h if port == 0 else self.kv[h]) for h in item.heads]
-            )
-            places = torch.tensor([(tokens & ((1 << int(at[j])) - 1)).bit_count() for j in own])
-            out[own] = bank.first[key] + places[:, None] * len(have) + mine
-        return out
+        if port == 0:
+            return np.array(item.positions) + offset
+        return np.arange(offset, offset + item.n_keys)
+
+    def _column(self, heads: list[int], head: int, port: int) -> int:
+        """Where a query head's rows stand among the heads of a key; negative heads are query heads (see `_set`)."""
+        wanted = head if port == 0 else self.kv[head]
+        if not heads:
+            return wanted
+        return heads.index(-1 - head if heads[0] < 0 else wanted)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchc.diagnostics import RULES
 from patchc.execute.indices import rows
 from patchc.ir.experiment import (
     Called,
@@ -24,6 +25,8 @@ from patchc.ir.experiment import (
 )
 from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces
+
+METRIC_SHAPE = RULES.add("metric-shape", "a Python metric gave numbers of another shape than one a prompt", exit=3)
 
 MetricFunction = Callable[[Tensor], Tensor]
 UNEMBED_ROWS = 480
@@ -127,9 +130,12 @@ class Readout:
         out: list[Tensor] = []
         for cell in logits.to(self.pieces.dtype):
             value = torch.as_tensor(self.functions[name](cell.view(layout.n_prompts, layout.lengths[0], -1))).double()
-            out.append(
-                value.reshape(-1).expand(layout.n_prompts) if value.numel() == 1 else value.reshape(layout.n_prompts)
-            )
+            if value.numel() not in (1, layout.n_prompts):
+                raise METRIC_SHAPE.error(
+                    f"`{name}` gave numbers of shape {list(value.shape)}; a metric gives one number,"
+                    f" or one a prompt: [{layout.n_prompts}]"
+                )
+            out.append(value.reshape(-1).expand(layout.n_prompts))
         return torch.stack(out).detach().cpu()
 
     # ---- means
