@@ -1,4 +1,4 @@
-"""patchc beside TransformerLens' own `patching` functions: the same sweeps, CPU seconds at one thread, the same numbers.
+"""patchc beside TransformerLens' own `patching` functions: the same sweeps, CPU seconds at one thread.
 
     python benchmarks/against_transformer_lens.py
 
@@ -85,7 +85,8 @@ def main() -> None:
     module = model()
     m = patchc.load(module)
     bridge = build_bridge_from_module(model(), "GPT2LMHeadModel", hf_config=module.config)
-    print(f"{'sweep':<28}{'worlds':<16}{'cells':>6}{'patchc':>9}{'TL':>9}{'ratio':>8}{'largest effect':>16}{'difference':>12}")
+    head = f"{'sweep':<28}{'worlds':<16}{'cells':>6}{'patchc':>9}{'TL':>9}{'ratio':>8}"
+    print(f"{head}{'largest effect':>16}{'difference':>12}")
     for name, (loop, patch, function) in SWEEPS.items():
         for worlds, shared in SHARED.items():
             d = data(shared)

@@ -239,6 +239,8 @@ class _Graphs(Mapping[str, CompiledGraph]):
         self._experiments = {e.name: e for e in compiled.study.experiments}
 
     def __getitem__(self, name: str) -> CompiledGraph:
+        if name not in self._experiments:
+            raise KeyError(f"no experiment {name!r}: the spec has {', '.join(self._experiments)}")
         if name not in self._made:
             c, experiment = self._compiled, self._experiments[name]
             c.model.loaded.check_unchanged()

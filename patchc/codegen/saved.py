@@ -1,15 +1,20 @@
 """A compiled graph on disk: `graph.json` (operations from an allow-list, typed arguments) and `tensors.safetensors`.
 
-Nothing is pickled and nothing is evaluated. Weights are not saved: they are named, and taken from the model at loading.
+Nothing is pickled, and nothing that a file says becomes code. Weights are not saved: they are named, and taken from the
+model at loading.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import keyword
 import math
 import operator
 import os
 import tempfile
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,9 @@ from patchc.model.state import content_fingerprint
 BAD_GRAPH = RULES.add("bad-graph", "a saved graph is missing, damaged or of another format", exit=3)
 OTHER_WEIGHTS = RULES.add("other-weights", "a saved graph belongs to other weights than the model's", exit=3)
 NOT_SAVEABLE = RULES.add("not-saveable", "a graph holds an operation that is not saved", exit=3)
+CANNOT_SAVE = RULES.add("cannot-save-graph", "the system refused to write a graph", exit=3)
+
+GRAPH, TENSORS = "graph.json", "tensors.safetensors"
 
 OPERATORS = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "neg", "getitem")}
 ATEN = frozenset(
@@ -72,31 +80,45 @@ def save_graph(graph: CompiledGraph, directory: Path, model: LoadedModel) -> Pat
         "worlds": list(graph.worlds),
         "mask_shape": list(graph.mask_shape),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as work:
-        save_file(tensors, Path(work) / "tensors.safetensors")
-        text = json.dumps({**head, "weights": weights, "modules": modules}, allow_nan=False)
-        (Path(work) / "graph.json").write_text(text, encoding="utf-8")
-        for name in ("tensors.safetensors", "graph.json"):
-            os.replace(Path(work) / name, directory / name)
+    try:
+        _write(directory, {**head, "weights": weights, "modules": modules}, tensors)
+    except OSError as error:
+        raise CANNOT_SAVE.error(f"{directory} cannot be written: {error.strerror or error}") from error
     return directory
+
+
+def _write(directory: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        work = Path(folder)
+        save_file(tensors, work / TENSORS)
+        content["tensors_sha256"] = _hash(work / TENSORS)  # two files are not replaced at once: a mixed pair is noticed
+        (work / GRAPH).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        for name in (TENSORS, GRAPH):
+            os.replace(work / name, directory / name)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_saved(directory: Path, model: LoadedModel) -> CompiledGraph:
     """The graph that `save_graph` wrote, over the model's own weights."""
     try:
-        saved = json.loads((directory / "graph.json").read_text(encoding="utf-8"))
-        tensors = load_file(directory / "tensors.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        saved = json.loads((directory / GRAPH).read_text(encoding="utf-8"))
+        tensors, tensors_hash = load_file(directory / TENSORS), _hash(directory / TENSORS)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise BAD_GRAPH.error(f"{directory} holds no graph that can be read: {error}") from None
-    if saved.get("format") != "patchc-graph" or saved.get("version") != 1:
+    if not isinstance(saved, dict) or (saved.get("format"), saved.get("version")) != ("patchc-graph", 1):
         raise BAD_GRAPH.error(f"{directory} is not a graph that this patchc wrote")
-    if saved["weights_fingerprint"] != content_fingerprint(model.eager):
+    if saved.get("tensors_sha256") != tensors_hash:
+        raise BAD_GRAPH.error(f"{GRAPH} and {TENSORS} in {directory} do not belong together")
+    if saved.get("weights_fingerprint") != content_fingerprint(model.eager):
         raise OTHER_WEIGHTS.error(f"the graph in {directory} was compiled for other weights than those of {model.name}")
     try:
         return _built(saved, tensors, dict(_tensors_of(model.eager)), model.pieces.device)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise BAD_GRAPH.error(f"{directory / 'graph.json'} is damaged: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, SyntaxError) as error:
+        raise BAD_GRAPH.error(f"{directory / GRAPH} is damaged: {error}") from None
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -106,18 +128,37 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _built(
     saved: dict[str, Any], tensors: dict[str, Tensor], weights: dict[str, Tensor], device: torch.device
 ) -> CompiledGraph:
-    roots = {path: nn.Module() for path in saved["modules"]}
     values = {path: weights[name] for path, name in saved["weights"].items()}
     values |= {path: t.to(device) for path, t in tensors.items()}
-    for full, value in values.items():
-        path = max((p for p in roots if full.startswith(f"{p}." if p else "")), key=len)
-        _attach(roots[path], full[len(path) :].lstrip("."), value)
-    top = roots.pop("")
-    for path, root in roots.items():
-        top.add_module(path, fx.GraphModule(root, _graph_of(saved["modules"][path]), path))
-    out = CompiledGraph(top, _graph_of(saved["modules"][""]), "CompiledGraph")
+    pieces = [path for path in saved["modules"] if path]
+    _check_names(part for path in (*values, *pieces) for part in path.split("."))
+    top = nn.Module()
+    for piece in pieces:
+        own = _below(values, piece)
+        graph = _Reader(device, (), own).graph(saved["modules"][piece])
+        top.add_module(piece, fx.GraphModule(_holding(nn.Module(), own), graph, piece))
+    own = {path: value for path, value in values.items() if path.split(".")[0] not in pieces}
+    graph = _Reader(device, pieces, own).graph(saved["modules"][""])
+    out = CompiledGraph(_holding(top, own), graph, "CompiledGraph")
     out.worlds, out.mask_shape = tuple(saved["worlds"]), tuple(saved["mask_shape"])
     return out
+
+
+def _below(values: dict[str, Tensor], piece: str) -> dict[str, Tensor]:
+    return {path.removeprefix(f"{piece}."): value for path, value in values.items() if path.startswith(f"{piece}.")}
+
+
+def _check_names(names: Iterable[Any]) -> None:
+    """fx writes names into the source of `forward`, as they are: only names may come from a file."""
+    for name in names:
+        if not (isinstance(name, str) and name.isidentifier()) or keyword.iskeyword(name) or name.startswith("__"):
+            raise ValueError(f"{name!r} is no name")
+
+
+def _holding(root: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    for path, value in values.items():
+        _attach(root, path, value)
+    return root
 
 
 def _attach(root: nn.Module, path: str, value: Tensor) -> None:
@@ -136,8 +177,9 @@ def _attach(root: nn.Module, path: str, value: Tensor) -> None:
 
 
 def _node_json(node: fx.Node) -> dict[str, Any]:
-    out = {"op": node.op, "name": node.name, "target": _target_json(node), "args": _json(node.args)}
-    return out if not node.kwargs else {**out, "kwargs": _json(dict(node.kwargs))}
+    args = [_json(a) for a in node.args]
+    out: dict[str, Any] = {"op": node.op, "name": node.name, "target": _target_json(node), "args": args}
+    return out if not node.kwargs else {**out, "kwargs": {k: _json(v) for k, v in node.kwargs.items()}}
 
 
 def _target_json(node: fx.Node) -> str:
@@ -152,17 +194,56 @@ def _target_json(node: fx.Node) -> str:
     raise NOT_SAVEABLE.error(f"the graph holds {target}, which a saved graph may not")
 
 
-def _graph_of(nodes: list[dict[str, Any]]) -> fx.Graph:
-    graph = fx.Graph()
-    made: dict[str, fx.Node] = {}
-    for n in nodes:
-        args, kwargs = _value(n["args"], made), _value(n.get("kwargs", {"dict": {}}), made)
-        if n["op"] not in ("placeholder", "get_attr", "call_function", "call_module", "output"):
-            raise ValueError(f"operation {n['op']!r}")
-        target = _function(n["target"]) if n["op"] == "call_function" else n["target"]
-        made[n["name"]] = graph.create_node(n["op"], target, tuple(args), kwargs, name=n["name"])
-    graph.lint()
-    return graph
+@dataclass
+class _Reader:
+    """Reads the nodes of one graph. `modules` and `values` are what it may call and read."""
+
+    device: torch.device
+    modules: Collection[str]
+    values: Collection[str]
+    made: dict[str, fx.Node] = field(default_factory=dict[str, fx.Node])
+
+    def graph(self, nodes: list[dict[str, Any]]) -> fx.Graph:
+        graph = fx.Graph()
+        for n in nodes:
+            args = tuple(self.value(a) for a in n["args"])
+            kwargs = {name: self.value(a) for name, a in n.get("kwargs", {}).items()}
+            _check_names((n["name"], *kwargs))
+            target = self.target(n["op"], n["target"])
+            self.made[n["name"]] = graph.create_node(n["op"], target, args, kwargs, name=n["name"])
+        graph.lint()
+        return graph
+
+    def target(self, op: str, target: Any) -> Any:
+        if op == "call_function":
+            return _function(target)
+        _check_names(str(target).split("."))
+        known = {"call_module": self.modules, "get_attr": self.values, "output": ("output",)}
+        if op != "placeholder" and target not in known.get(op, ()):
+            raise ValueError(f"{op} of {target!r}")
+        return target
+
+    def value(self, saved: Any) -> Any:
+        if isinstance(saved, list):
+            return [self.value(v) for v in saved]
+        if not isinstance(saved, dict):
+            return saved
+        ((kind, inner),) = saved.items()
+        match kind:
+            case "node":
+                return self.made[inner]
+            case "float":
+                return float(inner)
+            case "slice":
+                return slice(*(self.value(v) for v in inner))
+            case "tuple":
+                return tuple(self.value(v) for v in inner)
+            case "dict":
+                return {k: self.value(v) for k, v in inner.items()}
+            case "typed":
+                return self.device if inner == "device" else TYPED[inner]
+            case _:
+                raise ValueError(f"argument of kind {kind!r}")
 
 
 def _function(name: str) -> Any:
@@ -193,31 +274,12 @@ def _json(value: Any) -> Any:
             return {"typed": "device"}
         case dict():
             return {"dict": {k: _json(v) for k, v in value.items()}}
-        case tuple() | list():
+        case tuple():
+            return {"tuple": [_json(v) for v in value]}
+        case list():
             return [_json(v) for v in value]
         case _:
             found = next((name for name, typed in TYPED.items() if typed is value), None)
             if found is None:
                 raise NOT_SAVEABLE.error(f"the graph holds an argument of type {type(value).__name__}")
             return {"typed": found}
-
-
-def _value(saved: Any, made: dict[str, fx.Node]) -> Any:
-    if isinstance(saved, list):
-        return [_value(v, made) for v in saved]
-    if not isinstance(saved, dict):
-        return saved
-    ((kind, inner),) = saved.items()
-    match kind:
-        case "node":
-            return made[inner]
-        case "float":
-            return float(inner)
-        case "slice":
-            return slice(*(_value(v, made) for v in inner))
-        case "dict":
-            return {k: _value(v, made) for k, v in inner.items()}
-        case "typed":
-            return torch.device("cpu") if inner == "device" else TYPED[inner]
-        case _:
-            raise ValueError(f"argument of kind {kind!r}")

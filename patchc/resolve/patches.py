@@ -116,13 +116,26 @@ class Patches:
     def check_width(self, path: Path, value: Value, span: Span | None) -> None:
         """A tensor is as wide as what it replaces."""
         keys = [source.key for _, source in value.terms if isinstance(source, Given)]
+        if keys:
+            self._check_one_node(path, span)
         for site in {step.site for step in starts(path)} if keys else ():
-            width = self._graph.d_head if site in (Site.Z, Site.Q, Site.K, Site.V) else self._graph.d_model
+            width = self._graph.d_head if site in (Site.Q, Site.K, Site.V) else self._graph.d_model
             for key in keys:
                 shape = self._tensors.shapes[key]
                 if shape != (width,):
                     message = f"tensor {key!r} has shape {list(shape)}, and what it replaces has [{width}]"
                     raise TENSOR_SHAPE.error(message, span=span)
+
+    def _check_one_node(self, path: Path, span: Span | None) -> None:
+        """A tensor is the output of one node: of several together it would be unclear whether each writes it."""
+        for step in starts(path):
+            if step.site is Site.Z:
+                fix = "patch the head itself, with what it writes: [d_model]"
+                raise TENSOR_SHAPE.error("a tensor cannot stand for a head's z", fix=fix, span=span)
+            if step.site is Site.OUT and step.nodes.bit_count() != 1:
+                names = ", ".join(n.name for n in self._graph.members(step.nodes)[:3])
+                message = f"a tensor takes the place of one node, and this start is several ({names}, ...)"
+                raise TENSOR_SHAPE.error(message, fix="sweep over the nodes, or name one", span=span)
 
     def locals_of(self, node: Any, env: Env) -> tuple[str, ...]:
         return self._sets.locals_of(node, env)

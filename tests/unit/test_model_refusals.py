@@ -134,7 +134,7 @@ REFUSED = {
     "scaled addition": "`add` in module `layers.0`",
     "subtraction": "`sub` in module `layers.1`",
     "sum of a stack": "`sum` in module `layers.1`",
-    "writer added twice": "`layers.0.attn.o`",
+    "writer added twice": "added to the stream twice: `linear` in module `layers.0.attn.o`",
     "norm over all heads of q": "`layers.0.attn.q_norm`",
     "tokens mix before q, k and v": "`pad` in module `layers.0`",
     "tokens mix inside the MLP": "`cumsum` in module `layers.0`",

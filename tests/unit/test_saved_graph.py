@@ -142,6 +142,10 @@ def called(content: dict[str, Any]) -> dict[str, Any]:
     return next(n for n in content["modules"][""] if n["op"] == "call_function")
 
 
+def placeholders(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return [n for n in content["modules"][""] if n["op"] == "placeholder"]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -168,7 +172,6 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "version": lambda c: c.update(version=2),
     "no modules": lambda c: c.pop("modules"),
     "no worlds": lambda c: c.pop("worlds"),
-    "no fingerprint": lambda c: c.pop("weights_fingerprint"),
     "a method": lambda c: called(c).update(op="call_method", target="numpy"),
     "an unknown node": lambda c: called(c).update(args=[{"node": "nowhere"}]),
     "an unknown argument": lambda c: called(c).update(args=[{"python": "print(1)"}]),
@@ -177,10 +180,14 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
         0, {"op": "get_attr", "name": "x", "target": "__class__.__init__", "args": []}
     ),
     "a name that is code": lambda c: c["modules"][""][0].update(name="x): import os #"),
-    "a target that is code": lambda c: c["modules"][""][0].update(target="masks=print('run')"),
+    "a default that is code": lambda c: placeholders(c)[-1].update(target="masks=print('run')"),
+    "a placeholder that is no name": lambda c: placeholders(c)[0].update(target="class"),
+    "an argument that is code": lambda c: called(c).update(kwargs={"alpha=print('run'), x": 1}),
     "a module that is code": lambda c: next(n for n in c["modules"][""] if n["op"] == "call_module").update(
         target="x(); print('run'); self.embed"
     ),
+    "another file's tensors": lambda c: c.update(tensors_sha256="0" * 64),
+    "a deep argument": lambda c: called(c).update(args=[{"dict": {"a": [{"slice": [1, 2, {"code": 3}]}]}}]),
     "an unknown weight": lambda c: c["weights"].update({next(iter(c["weights"])): "nowhere"}),
     "no object": lambda c: c["modules"].update({"": [3]}),
     "no text": lambda c: called(c).update(target=3),
@@ -228,6 +235,7 @@ def test_a_failure_while_saving_leaves_the_old_graph(folder: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saved, "save_file", fails)
-    with pytest.raises((OSError, patchc.PatchcError)):
+    with pytest.raises(patchc.PatchcError, match="No space left") as caught:
         compiled().save(folder, "steer")
+    assert code_of(caught) == "cannot-save-graph"
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
