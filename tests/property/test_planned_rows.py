@@ -1,0 +1,51 @@
+"""What a plan says is what runs: the token rows planned for each block are the rows that its pieces are given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from patchc.execute.stored import Stored
+from patchc.execute.walk import Walk
+from patchc.ir.dag import Dag
+from patchc.lower.fold import Fold
+from patchc.optimise.cut import cut
+from tests.drawn import Case, case
+from tests.property.test_unrolling import plain_runs
+from tests.toy import Toy
+
+
+class Counting(Toy):
+    """A network that counts the rows its MLPs are given, by layer."""
+
+    rows: Counter[int]
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        self.rows[layer] += len(x)
+        return super().mlp(layer, x)
+
+
+def run_rows(c: Case, dag: Dag, root: int, measured: int) -> Counter[int]:
+    toy = Counting(c.graph, c.toy.seed)
+    toy.rows = Counter()
+    stored = Stored(toy, c.prompts.layout, "clean", plain_runs(c), {})
+    Walk(dag, toy, toy.tables(c.prompts.layout), stored, measured).streams([root])
+    return toy.rows
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_planned_rows_are_the_rows_that_run(rng: Random) -> None:
+    c = case(rng)
+    dag = Dag(c.graph, c.prompts.layout)
+    folded = Fold(dag, c.prompts, "clean").cell(c.cell.patches)
+    measured = rng.getrandbits(c.prompts.layout.n_tokens) & dag.changed[folded.root]
+    if folded.faults or not measured:
+        return
+    (work,) = cut(dag, [folded.root], [0], measured, 1 << 30, 8)
+    planned = {b.layer: work.rows[i] for i, b in enumerate(c.graph.blocks) if b.kind == "mlp" and work.rows[i]}
+    assert planned == dict(run_rows(c, dag, folded.root, measured))
