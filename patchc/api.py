@@ -25,7 +25,7 @@ from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.check import SAMPLE, check
 from patchc.execute.sweep import Outcome
-from patchc.ir.experiment import Called, Experiment, ModelChoice, Study
+from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Program
 from patchc.lower import NO_EFFECT
@@ -36,7 +36,7 @@ from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.plan import Plan, plan
 from patchc.parse import parse
 from patchc.pipeline import Given
-from patchc.report.files import save_picture
+from patchc.report.files import refuse_places, save_picture
 from patchc.report.record import run_record
 from patchc.report.results import Check, Result, Results
 from patchc.spec import read_spec
@@ -154,6 +154,15 @@ class Compiled:
         """What each experiment will run."""
         return Plans(plan(p) for p in self.programs)
 
+    def check_files(self) -> None:
+        """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`."""
+        refuse_places((self._path(e, line), line.span) for e in self.study.experiments for line in (*e.saves, *e.shows))
+
+    def _path(self, experiment: Experiment, line: Save | Show) -> Path:
+        """A picture without a name is called after its spec and experiment."""
+        stem = "" if self.source.name == "<spec>" else Path(self.source.name).stem + "."
+        return self.base / (line.path or f"{stem}{experiment.name}.png")
+
     # ---- running
     def run(
         self,
@@ -169,12 +178,21 @@ class Compiled:
         run and been checked. Raises `PatchcError`: `check-failed`, `non-finite`, `no-effect`...
         """
         self.model.loaded.check_unchanged()
+        if write:
+            self.check_files()
         tell = _bars() if progress is True else (progress or (lambda *_: None))
         results = {p.experiment.name: self._run(p, _count(check), tell) for p in self.programs}
         out = Results(results, run_record(self.source.text, self.study.prompts, self.model.loaded.fingerprint))
         if write:
-            _write(out, self.base, self.source)
+            self._write(out)
         return out
+
+    def _write(self, results: Results) -> None:
+        for result in results.values():
+            for save in result.experiment.saves:
+                result.files.append(result.save(self._path(result.experiment, save), span=save.span))
+            for show in result.experiment.shows:
+                result.files.append(save_picture(result, self._path(result.experiment, show), show.span))
 
     def _run(self, program: Program, count: int | bool | None, tell: Progress) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)
@@ -323,17 +341,6 @@ def _result(program: Program, outcome: Outcome) -> Result:
         unfused_passes=len(program.roots),
         no_effect=len(program.no_effect) + len(outcome.silent),
     )
-
-
-def _write(results: Results, base: Path, source: Source) -> None:
-    """The files that `save` and `show` name; a picture without a name is called after its spec and experiment."""
-    stem = "" if source.name == "<spec>" else Path(source.name).stem + "."
-    for name, result in results.items():
-        for save in result.experiment.saves:
-            result.files.append(result.save(base / save.path, span=save.span))
-        for show in result.experiment.shows:
-            path = base / (show.path or f"{stem}{name}.png")
-            result.files.append(save_picture(result, path, show.span))
 
 
 def _bars() -> Progress:

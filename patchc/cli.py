@@ -161,7 +161,9 @@ def _checked(spec: Path, models: dict[Any, Any]) -> list[Diagnostic]:
     key = (choice.name, choice.options, base)
     if key not in models:
         models[key] = api.load(choice, base=base)
-    return list(models[key].compile(spec).warnings)
+    compiled = models[key].compile(spec)
+    compiled.check_files()
+    return list(compiled.warnings)
 
 
 def _nodes(model: str, output: str) -> int:

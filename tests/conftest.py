@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from patchc.api import Model
+    from tests.unit.commands import Run
 
 torch.set_num_threads(1)
 
@@ -31,3 +33,25 @@ def induction() -> Model:
     import patchc
 
     return patchc.load("induction-2l")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, induction: Model) -> Run:
+    """`patchc ...` in an empty directory; the built-in model is not traced anew for each."""
+    from patchc import api, cli
+    from tests.unit import commands
+
+    load = api.load_model
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        api, "load_model", lambda name, **kw: induction.loaded if name == "induction-2l" else load(name, **kw)
+    )
+
+    def command(*arguments: str) -> commands.Ran:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return commands.Ran(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return command

@@ -62,7 +62,7 @@ class Emitter:
         self.worlds = Worlds(cells.dag.graph, pieces, worlds)
         self.call = self.worlds.call
         self.tensors, self.base = tensors, worlds[0]
-        masks = self.worlds.graph.placeholder("masks")
+        masks = self.worlds.argument("masks")
         self.masks = self.call(aten.reshape.default, masks, [-1])
         self.values: dict[VariantId, fx.Node] = {}
         self.captures: dict[str, fx.Node] = {}

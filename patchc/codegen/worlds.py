@@ -20,12 +20,18 @@ class Worlds:
     def __init__(self, residual: ResidualGraph, pieces: TracedPieces, worlds: tuple[str, ...]):
         self.residual, self.pieces = residual, pieces
         self.root, self.graph = nn.Module(), fx.Graph()
-        self.ids = {w: self.graph.placeholder(w) for w in worlds}
+        self.ids = {w: self.argument(w) for w in worlds}
         self.base = worlds[0]
         self._made: dict[tuple[Any, ...], fx.Node] = {}
         self._n_buffers = 0
 
     # ---- writing
+    def argument(self, name: str) -> fx.Node:
+        """An argument of `forward`: of that name, or near it where Python has another use for the name."""
+        node = self.graph.placeholder(f"{name}_ids" if name == "self" else name)
+        node.target = node.name
+        return node
+
     def call(self, function: Any, *args: Any, name: str | None = None) -> fx.Node:
         return self.graph.create_node("call_function", function, args, name=name)
 

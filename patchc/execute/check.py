@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from patchc.diagnostics import RULES
 from patchc.execute.hooks import Oracle
 from patchc.execute.sweep import Outcome
-from patchc.ir.experiment import Experiment, Metric, Prompts
+from patchc.ir.experiment import Experiment, Prompts
 from patchc.ir.graph import ResidualGraph
 
 CHECK_FAILED = RULES.add("check-failed", "a compiled number differs from the hooks backend's", exit=3)
@@ -63,7 +63,7 @@ def check(
         hooked = oracle.measure(experiment, [experiment.cells[i] for i in numbers], progress)
     worst, effect = 0.0, 0.0
     for metric in experiment.metrics:
-        unit = _unit(metric, outcome)
+        unit = outcome.ends.get(metric.name, 1.0)  # differences are compared before they are divided
         compiled = outcome.mean[metric.name][numbers]
         gap = (compiled - hooked[metric.name]).abs() * unit
         base = outcome.baselines[metric.name][experiment.run]
@@ -77,14 +77,6 @@ def check(
             )
         worst = max(worst, float(gap.max()))
     return Compared(len(numbers), worst, TOLERANCE, effect, oracle.passes)
-
-
-def _unit(metric: Metric, outcome: Outcome) -> float:
-    """What a normalised metric is divided by: differences are compared before that."""
-    if metric.zero is None or metric.one is None or metric.per_prompt:
-        return 1.0
-    raw = outcome.ends.get(metric.name)
-    return abs(raw) if raw is not None else 1.0
 
 
 def _named(experiment: Experiment, number: int) -> str:

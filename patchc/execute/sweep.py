@@ -109,7 +109,8 @@ class Sweep:
         return Outcome(mean, stderr, {m.name: self._baselines(m) for m in metrics}, ends, silent)
 
     def _ends(self, metric: Metric) -> float | None:
-        """How far apart the ends of a normalised metric are."""
+        """How far apart the ends of a normalised metric are; of ratios by prompt, the harmonic mean: an error of that
+        size in every prompt is 1 in the mean of ratios."""
         if metric.zero is None or metric.one is None:
             return None
         zero, one = (self._world(metric, w)[0] for w in (metric.zero, metric.one))
@@ -119,7 +120,7 @@ class Sweep:
                 f"`{metric.name}` cannot be normalised: it has the same value at `{metric.zero}` and at `{metric.one}`",
                 span=metric.span,
             )
-        return float(apart.mean())
+        return float(1 / (1 / apart.abs()).mean())
 
     def _baselines(self, metric: Metric) -> dict[str, float]:
         return {w: float(self.readout.summary(metric, self._world(metric, w)).mean[0]) for w in self.program.worlds}

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patchc.diagnostics import RULES, Span
+from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Span
 
 if TYPE_CHECKING:
     from patchc.report.results import Result
 
 UNKNOWN_FORMAT = RULES.add("unknown-format", "a file name whose suffix names no format that patchc writes")
 NO_DIRECTORY = RULES.add("no-such-directory", "a file should be written into a directory that does not exist")
+SAME_FILE = RULES.add("same-file", "two results would be written to one file")
 CANNOT_WRITE = RULES.add("cannot-write", "the system refused to write a file", exit=3)
 
 TABLES = (".json", ".csv", ".parquet")
@@ -49,10 +50,28 @@ def save_picture(result: Result, path: Path, span: Span | None = None) -> Path:
     return write_whole(path, lambda target: write_picture(result, target), span)
 
 
+def refuse_places(places: Iterable[tuple[Path, Span | None]]) -> None:
+    """Raise, before anything runs, for files that could not be written after it: no directory, or one file for two."""
+    report, seen = Report(), dict[Path, Span | None]()
+    for path, span in places:
+        whole = path.absolute()
+        if not path.parent.is_dir():
+            report.add(_no_directory(path, span))
+        if whole in seen:
+            notes = [Note("the other is here", seen[whole])]
+            report.add(SAME_FILE.at(span, f"two results would be written to {path}", notes=notes))
+        seen[whole] = span
+    report.raise_errors()
+
+
+def _no_directory(path: Path, span: Span | None) -> Diagnostic:
+    return NO_DIRECTORY.at(span, f"there is no directory {path.parent} for {path.name}")
+
+
 def write_whole(path: Path, write: Callable[[Path], None], span: Span | None = None) -> Path:
     """Let `write` fill a new file beside `path`, then put it in its place; a failure leaves nothing."""
     if not path.parent.is_dir():
-        raise NO_DIRECTORY.error(f"there is no directory {path.parent} for {path.name}", span=span)
+        raise PatchcError([_no_directory(path, span)])
     if path.is_dir():
         raise CANNOT_WRITE.error(f"{path} is a directory", span=span)
     # The suffix stays at the end: the writers look at it. The point hides the file while it is not whole.

@@ -1,4 +1,5 @@
-"""Heatmaps of results: colours diverge from the unpatched run, no cell is grey; bars where there is one dim or none.
+"""Heatmaps of results: colours diverge from the unpatched run, no cell is grey; bars from it where there is one dim
+or none.
 
 Uses matplotlib's objects directly: no pyplot, so no state that anyone else's figures share.
 """
@@ -65,9 +66,7 @@ def draw(result: Result, metrics: Sequence[str]) -> Figure:
         else:
             _draw_panel(panel, ax, figure)
     title = result.experiment.title or result.name
-    figure.suptitle(
-        _plain(title + (f" (the first {len(panels)} panels; {left_out} more)" if left_out else ""))
-    )
+    figure.suptitle(_plain(title + (f" (the first {len(panels)} panels; {left_out} more)" if left_out else "")))
     return figure
 
 
@@ -101,9 +100,7 @@ def _panels(result: Result, metrics: Sequence[str]) -> tuple[list[Panel], int]:
     combinations = list(itertools.product(*(range(len(a.labels)) for a in others)))
     each = max(1, MOST_PANELS // len(metrics))
     panels = [
-        _panel(result, metric, others, combination, shown)
-        for metric in metrics
-        for combination in combinations[:each]
+        _panel(result, metric, others, combination, shown) for metric in metrics for combination in combinations[:each]
     ]
     return panels, len(metrics) * len(combinations) - len(panels)
 
@@ -139,9 +136,7 @@ def _axis(result: Result, group: tuple[int, ...]) -> Axis:
     return Axis(name, group, tuple(".".join(parts) for parts in itertools.product(*labels)))
 
 
-def _panel(
-    result: Result, metric: str, others: Sequence[Axis], at: tuple[int, ...], shown: Sequence[Axis]
-) -> Panel:
+def _panel(result: Result, metric: str, others: Sequence[Axis], at: tuple[int, ...], shown: Sequence[Axis]) -> Panel:
     values, error = (_arranged(a, others, at, shown) for a in (result.values[metric], result.stderr[metric]))
     where = ", ".join(f"{axis.name}={axis.labels[i]}" for axis, i in zip(others, at, strict=True))
     limit = float(np.nanmax(np.abs(result.effects(metric)), initial=0.0)) or 1.0
@@ -188,9 +183,9 @@ def _draw_panel(panel: Panel, ax: Axes, figure: Figure) -> None:
 def _bars(panel: Panel, ax: Axes) -> None:
     values, error = np.atleast_1d(panel.values), np.nan_to_num(np.atleast_1d(panel.error))
     colors = COLORS(0.5 + 0.4 * np.sign(np.nan_to_num(values - panel.center)))
-    ax.bar(np.arange(len(values)), values, color=colors, yerr=error if error.any() else None, capsize=2)
-    ax.axhline(0, color="black", linewidth=0.8)
-    ax.axhline(panel.center, color="black", linewidth=0.8, linestyle="--")  # the unpatched run
+    yerr = error if error.any() else None
+    ax.bar(np.arange(len(values)), values - panel.center, bottom=panel.center, color=colors, yerr=yerr, capsize=2)
+    ax.axhline(panel.center, color="black", linewidth=0.8)
     if panel.axes:
         _ticks(ax, "x", panel.axes[0])
     else:

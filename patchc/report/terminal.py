@@ -56,10 +56,7 @@ def _heading(result: Result) -> Text:
 def _one_line(result: Result, metric: str) -> Text:
     worlds = result.baselines.get(metric, {})
     unpatched = ", ".join(f"{world} {number(value)}" for world, value in worlds.items())
-    return Text(
-        f"  {metric} = {with_error(result, metric, ())}"
-        + (f"  (unpatched: {unpatched})" if unpatched else "")
-    )
+    return Text(f"  {metric} = {with_error(result, metric, ())}" + (f"  (unpatched: {unpatched})" if unpatched else ""))
 
 
 def _axes(result: Result) -> str:
@@ -72,9 +69,7 @@ def _summary(result: Result) -> Iterator[str]:
         parts.append(f"{result.no_effect} cell{'s' * (result.no_effect > 1)} without any possible effect")
     yield "; ".join(parts)
     if (check := result.check) is not None:
-        worst, allowed, effect = (
-            number(x, 2) for x in (check.max_abs_diff, check.tolerance, check.largest_effect)
-        )
+        worst, allowed, effect = (number(x, 2) for x in (check.max_abs_diff, check.tolerance, check.largest_effect))
         cells = f"{check.cells} cell{'' if check.cells == 1 else 's'}"
         allowing = f"allowed {allowed}, largest effect {effect}"
         yield f"checked with hooks: {cells} off by at most {worst} ({allowing})"

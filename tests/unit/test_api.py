@@ -404,6 +404,17 @@ def test_several_experiments_have_graphs_by_name() -> None:
         compiled.graphs["none"]
 
 
+@pytest.mark.parametrize("name", ["class", "masks", "torch", "lambda", "print"])
+def test_a_world_may_have_any_name(name: str, tmp_path: Path) -> None:
+    spec = f"{DIFF}experiment e {{ run clean patch node input with {name} measure diff }}"
+    compiled = small().compile(spec, {(name if k == "corrupt" else k): v for k, v in IDS.items()})
+    whole = graph_diffs(compiled.graph, torch.tensor(1.0))
+    assert compiled.graph.worlds == ("clean", name)
+    assert whole.item() == pytest.approx(float(diffs(small().loaded.eager, "corrupt").mean()), abs=1e-5)
+    loaded = patchc.load_graph(compiled.save(tmp_path), small())
+    assert torch.equal(graph_diffs(loaded, torch.tensor(1.0)), whole)
+
+
 def test_grouped_keys_and_values_in_a_graph() -> None:
     model = patchc.load(llama())
     compiled = model.compile(HEADS.replace("node h", "node h.k"), IDS)

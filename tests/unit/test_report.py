@@ -308,6 +308,18 @@ def test_the_strongest_cells_are_those_farthest_from_the_unpatched_run() -> None
     assert "no cell differs" in text_of(result(values=np.full((2, 3), 2.0)))
 
 
+def test_the_columns_of_a_map_stay_apart() -> None:
+    values = np.array([[-0.00171, -123456789.0, 1.0], [-1.5e-104, 0.123456, -0.0]])
+    rows = [line.split() for line in text_of(result(values=values)).splitlines()]
+    assert ["0", "-0.0017", "-1e+08", "1"] in rows
+    assert ["1", "-2e-104", "0.123", "0"] in rows
+
+
+def test_what_rounding_makes_is_no_effect() -> None:
+    values = np.array([[2.0, 2.0 + 1e-7, 2.0 - 1e-6], [2.0, 2.1, 2.0]])
+    assert strongest(result(values=values), "diff", 8) == [(1, 1)]
+
+
 def test_html_is_escaped() -> None:
     r = result(experiment((Dim("w", ("<script>", "b")),), title="<i>"))
     made = Results({"heads": r}, {})._repr_html_()
