@@ -198,7 +198,7 @@ class Compiled:
         experiment, n_cells = program.experiment, len(program.roots)
         loaded = self.model.loaded
         outcome = pipeline.execute(program, loaded, self.given, self._runs, lambda n: tell(experiment.name, n, n_cells))
-        _refuse_silent(experiment, outcome)
+        _refuse_silent(program, outcome)
         result = _result(program, outcome)
         if count is not False:
             compared = check(
@@ -314,10 +314,12 @@ def _count(check: bool | int | str) -> int | bool | None:
     return check
 
 
-def _refuse_silent(experiment: Experiment, outcome: Outcome) -> None:
-    if not experiment.dims and outcome.silent:
+def _refuse_silent(program: Program, outcome: Outcome) -> None:
+    """Where no cell was touched by its values, which only the run could tell."""
+    experiment = program.experiment
+    if outcome.silent and len(outcome.silent) + len(program.no_effect) == len(program.roots):
         raise NO_EFFECT.error(
-            "the patch came out as the run's own value, to the bit: it changes nothing that is measured",
+            "every value that is patched in came out as the run's own: nothing changes",
             span=experiment.cells[0].patches[0].span,
         )
 

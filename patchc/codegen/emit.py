@@ -45,7 +45,8 @@ class CompiledGraph(fx.GraphModule):
     """`forward(ids of each world [batch, pos], masks) -> (logits [batch, pos, d_vocab], captures by name)`.
 
     `worlds`: the inputs' names in order, the base world first. `mask_shape`: the shape of `masks`, one number a cell of
-    the experiment. Captures are `stream`, the final stream, and what each node that is run again writes."""
+    the experiment. Captures are `stream`, the final stream, and what each node that is run again writes.
+    `parameters()` are the model's own: nothing is copied, so give an optimiser the masks, not these."""
 
     worlds: tuple[str, ...]
     mask_shape: tuple[int, ...]
@@ -66,7 +67,8 @@ class Emitter:
         self.masks = self.call(aten.reshape.default, masks, [-1])
         self.values: dict[VariantId, fx.Node] = {}
         self.captures: dict[str, fx.Node] = {}
-        self._places: dict[Tokens, fx.Node | None] = {}
+        self._written: dict[VariantId, fx.Node] = {}
+        self._streams: dict[tuple[VariantId, int], fx.Node] = {}
         self._mask: dict[int, fx.Node] = {}
 
     def module(self, root: VariantId) -> CompiledGraph:
@@ -187,7 +189,9 @@ class Emitter:
         op = self.dag.ops[core]
         assert isinstance(op, Core)
         layer = self.dag.graph.blocks[op.block].layer
-        now = self.worlds.module(f"layer{layer}_write", self.values[core])
+        if core not in self._written:
+            self._written[core] = self.worlds.module(f"layer{layer}_write", self.values[core])
+        now = self._written[core]
         written = self._chosen(now, heads)
         chosen = ", ".join(map(str, bits(heads)))
         self._capture(f"head[{layer}, {chosen}]" if heads.bit_count() == 1 else f"head[{layer}, {{{chosen}}}]", written)
@@ -249,7 +253,11 @@ class Emitter:
     # ---- small things
     def _changed_stream(self, x: VariantId, rank: int) -> fx.Node:
         base = self.worlds.stream(self.base, rank)
-        return base if x == 0 else self.call(operator.add, base, self.values[x], name=f"stream_{rank}")
+        if x == 0:
+            return base
+        if (x, rank) not in self._streams:
+            self._streams[x, rank] = self.call(operator.add, base, self.values[x], name=f"stream_{rank}")
+        return self._streams[x, rank]
 
     def _sum(self, parts: list[fx.Node]) -> fx.Node:
         out = parts[0]

@@ -25,6 +25,7 @@ from patchc.ir.experiment import (
 )
 from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces
+from patchc.optimise.reads import leaves
 
 METRIC_SHAPE = RULES.add("metric-shape", "a Python metric gave numbers of another shape than one a prompt", exit=3)
 
@@ -34,7 +35,7 @@ UNEMBED_ROWS = 480
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A metric over prompts: mean and standard error (NaN for one prompt), each `[cell]`."""
+    """A metric over prompts: mean and standard error (NaN where there is none to tell), each `[cell]`."""
 
     mean: Tensor
     stderr: Tensor
@@ -56,6 +57,8 @@ class Readout:
         self.places = {int(t): i for i, t in enumerate(rows(self.measured))}
         self.column_of = {c: i for i, c in enumerate(self.columns or ())}
         self._log_probs: dict[str, Tensor] = {}
+        self._of_all_prompts: set[str] = set()
+        """Functions that give one number for all prompts together: there is no error of their mean."""
 
     # ---- logits
     def logits(self, streams: Tensor) -> Tensor:
@@ -135,6 +138,8 @@ class Readout:
                     f"`{name}` gave numbers of shape {list(value.shape)}; a metric gives one number,"
                     f" or one a prompt: [{layout.n_prompts}]"
                 )
+            if value.numel() < layout.n_prompts:
+                self._of_all_prompts.add(name)
             out.append(value.reshape(-1).expand(layout.n_prompts))
         return torch.stack(out).detach().cpu()
 
@@ -150,5 +155,8 @@ class Readout:
                 zero, one = zero.mean(), one.mean()
             values = (values - zero) / (one - zero)
         n = values.shape[-1]
-        stderr = values.std(-1) / n**0.5 if n > 1 else torch.full_like(values[:, 0], float("nan"))
+        known = n > 1 and not any(
+            isinstance(leaf, Called) and leaf.name in self._of_all_prompts for leaf in leaves(metric.expression)
+        )
+        stderr = values.std(-1) / n**0.5 if known else torch.full_like(values[:, 0], float("nan"))
         return Summary(values.mean(-1), stderr)

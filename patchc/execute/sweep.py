@@ -24,8 +24,8 @@ SAME_ENDS = RULES.add("equal-ends", "a normalised metric has the same value at b
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Numbers by cell, float64. `baselines[metric][world]`: the plain runs' numbers, normalised where the metric is;
-    `ends`: for a normalised metric the distance of its two ends; `silent`: cells that ran and came out as the base
-    run to the bit."""
+    `ends`: for a normalised metric the distance of its two ends; `silent`: cells whose values came out as the base
+    run's own to the bit."""
 
     mean: dict[str, Tensor]
     stderr: dict[str, Tensor]
@@ -70,7 +70,8 @@ class Sweep:
         for work in program.passes:
             walk = Walk(program.dag, self.pieces, self.tables, stored, program.measured)
             streams = walk.streams([program.roots[c] for c in work.cells])
-            silent += self._measure(work.cells, streams, values)
+            silent += [c for c, unfelt in zip(work.cells, walk.unfelt, strict=True) if unfelt]
+            self._measure(work.cells, streams, values)
             done += len(work.cells)
             progress(done)
         return self._outcome(values, tuple(silent))
@@ -86,17 +87,15 @@ class Sweep:
         logits = self.readout.logits(self.readout.of_world(self.program.base))
         return self.readout.per_prompt(metric.expression, logits).repeat(n_cells, 1)
 
-    def _measure(self, cells: Sequence[int], streams: list[Tensor], values: dict[str, Tensor]) -> list[int]:
-        """Reads the metrics of a pass's cells, some at a time; gives the cells that equal the base run to the bit."""
-        base = self.readout.of_world(self.program.base)[0]
-        step = max(1, UNEMBED_ROWS // max(1, len(base)))
+    def _measure(self, cells: Sequence[int], streams: list[Tensor], values: dict[str, Tensor]) -> None:
+        """Reads the metrics of a pass's cells, some at a time."""
+        step = max(1, UNEMBED_ROWS // max(1, self.program.measured.bit_count()))
         for first in range(0, len(cells), step):
             logits = self.readout.logits(torch.stack(streams[first : first + step]))
             for metric in self.program.experiment.metrics:
                 values[metric.name][list(cells[first : first + step])] = self.readout.per_prompt(
                     metric.expression, logits
                 )
-        return [c for c, x in zip(cells, streams, strict=True) if torch.equal(x, base)]
 
     def _outcome(self, values: dict[str, Tensor], silent: tuple[int, ...]) -> Outcome:
         mean: dict[str, Tensor] = {}

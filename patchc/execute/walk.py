@@ -30,6 +30,7 @@ from patchc.ir.dag import (
     Sum,
     Tokenwise,
     VariantId,
+    children,
 )
 from patchc.ir.graph import BlockKind
 from patchc.ir.tokens import Tokens
@@ -74,10 +75,31 @@ class Walk:
             self.demand = demand(self.dag, ((r, self.measured) for r in explicit))
             self.values: dict[VariantId, Tensor] = {}
             self.left = list(self.demand.uses)
+            self.zero: set[VariantId] = set()
             self._blocks()
-            return [self._final(r) for r in explicit]
+            streams = [self._final(r) for r in explicit]
+            self.unfelt = [self._is_unfelt(r) for r in explicit]
+            return streams
         finally:
             self.dag.truncate(length)
+
+    def _is_unfelt(self, root: VariantId) -> bool:
+        """Whether every value that enters below a root came out as the base run's own. What is computed from such values
+        differs in its last bits, so the final stream would not tell."""
+        seen: set[VariantId] = {EQUAL_TO_BASE}
+        todo = [root]
+        while todo:
+            i = todo.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            op = self.dag.ops[i]
+            if isinstance(op, Const | Stream) and self.demand.tokens[i] and i not in self.zero:
+                return False
+            if isinstance(op, Core) and op.replaced:
+                return False
+            todo.extend(children(op))
+        return True
 
     def _without_runs(self, root: VariantId) -> VariantId:
         """A root with its suffixes written out; they stand at the root or in its mix over tokens only."""
@@ -102,7 +124,9 @@ class Walk:
     def value(self, i: VariantId) -> Tensor:
         """A variant's difference at its demanded tokens; the reader calls `release` when it is done."""
         if i not in self.values:
-            self.values[i] = self._make(i)
+            made = self.values[i] = self._make(i)
+            if isinstance(self.dag.ops[i], Const | Stream) and not bool(made.any()):
+                self.zero.add(i)
         return self.values[i]
 
     def release(self, i: VariantId) -> None:

@@ -104,6 +104,8 @@ def load(
     with _silent_transformers():
         if isinstance(model, nn.Module):
             source = _given(model, dtype, device)
+        elif not isinstance(model, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise NOT_FOUND.error(f"a model is a name, a path or a torch.nn.Module, not a {type(model).__name__}")
         else:
             source = _named(model, _Options(_dtype(dtype), revision, attention), base or Path())
             source = replace(source, module=source.module.to(_device(device)))

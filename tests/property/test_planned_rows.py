@@ -12,9 +12,11 @@ from torch import Tensor
 from patchc.execute.stored import Stored
 from patchc.execute.walk import Walk
 from patchc.ir.dag import Dag
+from patchc.ir.experiment import Patch
+from patchc.ir.paths import Seq, Star, Step
 from patchc.lower.fold import Fold
 from patchc.optimise.cut import cut
-from tests.drawn import Case, case
+from tests.drawn import VALUES, Case, case
 from tests.property.test_unrolling import plain_runs
 from tests.toy import Toy
 
@@ -37,12 +39,18 @@ def run_rows(c: Case, dag: Dag, root: int, measured: int) -> Counter[int]:
     return toy.rows
 
 
+def node_patch(rng: Random, c: Case) -> Patch:
+    node = Step(1 << rng.randrange(len(c.graph.nodes) - 1))
+    return Patch(Seq((node, Star(Step(c.graph.all)), Step(c.graph.logits_set))), VALUES[1])
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_planned_rows_are_the_rows_that_run(rng: Random) -> None:
     c = case(rng)
     dag = Dag(c.graph, c.prompts.layout)
-    folded = Fold(dag, c.prompts, "clean").cell(c.cell.patches)
+    patches = c.cell.patches if rng.random() < 0.4 else (node_patch(rng, c),)  # which end in a run of the plain model
+    folded = Fold(dag, c.prompts, "clean").cell(patches)
     measured = rng.getrandbits(c.prompts.layout.n_tokens) & dag.changed[folded.root]
     if folded.faults or not measured:
         return
