@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "Model", "PatchcError", "__version__", "load", "load_graph"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # Lazy: importing any part of patchc (the hooks backend, the parser) must not load the others, nor torch.
     if name in ("Compiled", "Model", "load", "load_graph"):

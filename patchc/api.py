@@ -35,6 +35,7 @@ from patchc.optimise import reads
 from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.plan import Plan, plan
 from patchc.parse import parse
+from patchc.parse.tree import Data, Spec, Text
 from patchc.pipeline import Given
 from patchc.report.files import refuse_places, save_picture
 from patchc.report.record import run_record
@@ -96,12 +97,15 @@ def load_graph(directory: str | Path, model: str | Path | nn.Module | Model) -> 
     return load_saved(Path(directory), loaded.loaded)
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A traced and proved model. `loaded.eager` is the module itself; nothing here changes it."""
 
     loaded: LoadedModel
     choice: ModelChoice
+
+    def __repr__(self) -> str:
+        return f"<Model {self.choice.name}: {self.graph.n_layers} layers of {self.graph.n_heads} heads>"
 
     @property
     def graph(self) -> ResidualGraph:
@@ -132,12 +136,14 @@ class Model:
         given = Given(data, _tensors(study, base, given.tensors, self.loaded), given.metrics)
         _check_called(study)
         programs = pipeline.to_programs(study, self.loaded, memory)
-        return Compiled(self, source, base, study, programs, given, warnings)
+        inputs = _inputs(tree, study, source, base, self.choice)
+        return Compiled(self, source, base, study, programs, given, warnings, inputs)
 
 
-@dataclass
+@dataclass(repr=False)
 class Compiled:
-    """A compiled spec: `plan()`, `run()`, and each experiment as a differentiable graph."""
+    """A compiled spec: `plan()`, `run()`, and each experiment as a differentiable graph. `inputs`: the files and
+    directories that it was read from."""
 
     model: Model
     source: Source
@@ -146,8 +152,13 @@ class Compiled:
     programs: tuple[Program, ...]
     given: Given
     warnings: tuple[Diagnostic, ...] = ()
+    inputs: tuple[Path, ...] = ()
     _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
     _graphs: dict[str, CompiledGraph] = field(default_factory=dict[str, CompiledGraph])
+
+    def __repr__(self) -> str:
+        names = ", ".join(e.name for e in self.study.experiments)
+        return f"<Compiled {self.source.name} on {self.model.choice.name}: {names}>"
 
     # ---- before anything runs
     def plan(self) -> Plans:
@@ -155,8 +166,10 @@ class Compiled:
         return Plans(plan(p) for p in self.programs)
 
     def check_files(self) -> None:
-        """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`."""
-        refuse_places((self._path(e, line), line.span) for e in self.study.experiments for line in (*e.saves, *e.shows))
+        """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`,
+        `overwrites-input`."""
+        places = ((self._path(e, line), line.span) for e in self.study.experiments for line in (*e.saves, *e.shows))
+        refuse_places(places, self.inputs)
 
     def _path(self, experiment: Experiment, line: Save | Show) -> Path:
         """A picture without a name is called after its spec and experiment."""
@@ -273,6 +286,14 @@ class _Graphs(Mapping[str, CompiledGraph]):
 
 
 # ---- between stages
+
+
+def _inputs(tree: Spec, study: Study, source: Source, base: Path, choice: ModelChoice) -> tuple[Path, ...]:
+    """Every file or directory that a spec's run reads: no result may take its place."""
+    data = [i.file.value for i in tree.items if isinstance(i, Data) and isinstance(i.file, Text)]
+    tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
+    named = [base / name for name in (*data, *tensors, choice.name) if name]
+    return (Path(source.name), *(path for path in named if path.exists()))
 
 
 def _tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:

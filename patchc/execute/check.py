@@ -19,7 +19,11 @@ CHECK_FAILED = RULES.add("check-failed", "a compiled number differs from the hoo
 SAMPLE = 16
 """Cells that `--check` recomputes of each experiment."""
 TOLERANCE = 1e-4
-"""Largest difference that counts as equal, in the metric's own unit before it is normalised (logits, nats, ...)."""
+"""Largest difference that counts as equal, in the metric's own unit before it is normalised (logits, nats, ...), for
+models in float32 or better."""
+HALF_ROUNDINGS = 32
+"""In half precision two orders of one sum differ by a few roundings of numbers as large as the metric's largest: as many
+roundings count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +65,30 @@ def check(
     oracle = Oracle(eager, graph, prompts, tensors=tensors, metrics=metrics)
     with torch.no_grad():
         hooked = oracle.measure(experiment, [experiment.cells[i] for i in numbers], progress)
-    worst, effect = 0.0, 0.0
+    worst, effect, tolerance = 0.0, 0.0, TOLERANCE
     for metric in experiment.metrics:
         unit = outcome.ends.get(metric.name, 1.0)  # differences are compared before they are divided
         compiled = outcome.mean[metric.name][numbers]
         gap = (compiled - hooked[metric.name]).abs() * unit
         base = outcome.baselines[metric.name][experiment.run]
         effect = max(effect, float((hooked[metric.name] - base).abs().max()) * unit)
-        if not bool((gap <= TOLERANCE).all()):
+        allowed = _tolerance(eager, float(hooked[metric.name].abs().max()) * unit)
+        if not bool((gap <= allowed).all()):
             cell = int(gap.nan_to_num(nan=float("inf")).argmax())
             raise CHECK_FAILED.error(
                 f"`{metric.name}` of `{experiment.name}` is {float(compiled[cell]):.6g} compiled and "
-                f"{float(hooked[metric.name][cell]):.6g} with hooks in cell {_named(experiment, numbers[cell])}",
+                f"{float(hooked[metric.name][cell]):.6g} with hooks in cell {_named(experiment, numbers[cell])}; "
+                f"{allowed:.2g} is allowed",
                 span=metric.span or experiment.span,
             )
-        worst = max(worst, float(gap.max()))
-    return Compared(len(numbers), worst, TOLERANCE, effect, oracle.passes)
+        worst, tolerance = max(worst, float(gap.max())), max(tolerance, allowed)
+    return Compared(len(numbers), worst, tolerance, effect, oracle.passes)
+
+
+def _tolerance(eager: nn.Module, largest: float) -> float:
+    dtype = next(eager.parameters()).dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    return max(TOLERANCE, HALF_ROUNDINGS * torch.finfo(dtype).eps * largest) if half else TOLERANCE
 
 
 def _named(experiment: Experiment, number: int) -> str:

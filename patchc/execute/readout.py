@@ -27,6 +27,7 @@ from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces
 from patchc.optimise.reads import leaves
 
+METRIC_FAILED = RULES.add("metric-failed", "a Python metric raised an error", exit=3)
 METRIC_SHAPE = RULES.add("metric-shape", "a Python metric gave numbers of another shape than one a prompt", exit=3)
 
 MetricFunction = Callable[[Tensor], Tensor]
@@ -132,7 +133,7 @@ class Readout:
         layout = self.prompts.layout
         out: list[Tensor] = []
         for cell in logits.to(self.pieces.dtype):
-            value = torch.as_tensor(self.functions[name](cell.view(layout.n_prompts, layout.lengths[0], -1))).double()
+            value = self._result_of(name, cell.view(layout.n_prompts, layout.lengths[0], -1))
             if value.numel() not in (1, layout.n_prompts):
                 raise METRIC_SHAPE.error(
                     f"`{name}` gave numbers of shape {list(value.shape)}; a metric gives one number,"
@@ -142,6 +143,12 @@ class Readout:
                 self._of_all_prompts.add(name)
             out.append(value.reshape(-1).expand(layout.n_prompts))
         return torch.stack(out).detach().cpu()
+
+    def _result_of(self, name: str, logits: Tensor) -> Tensor:
+        try:
+            return torch.as_tensor(self.functions[name](logits)).double()
+        except Exception as error:
+            raise METRIC_FAILED.error(f"the Python metric `{name}` failed: {type(error).__name__}: {error}") from error
 
     # ---- means
     def summary(self, metric: Metric, values: Tensor) -> Summary:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from patchc.ir.experiment import Value
-from patchc.ir.graph import ResidualGraph
+from patchc.ir.graph import BlockKind, ResidualGraph
 from patchc.ir.tokens import Layout, Tokens
 
 ValueId = int
@@ -148,6 +148,10 @@ class Dag:
         """The tokens whose keys and values attention reads to compute `tokens`."""
         return self.layout.upto(tokens) if self.graph.causal else self.layout.whole(tokens)
 
+    def attends_from(self, rank: int) -> bool:
+        """Whether attention moves anything between positions at this rank or above."""
+        return any(b.rank >= rank and b.kind is BlockKind.ATTENTION for b in self.graph.blocks)
+
     # ---- making values; each returns EQUAL_TO_BASE where nothing can change
     def value(self, value: Value) -> ValueId:
         if value not in self._value_index:
@@ -235,8 +239,7 @@ class Dag:
         top = self.graph.top
         if rank >= top or input == EQUAL_TO_BASE:
             return input
-        has_attention = any(b.rank >= rank and b.kind == "attention" for b in self.graph.blocks)
-        changed = self.spread(self.changed[input]) if has_attention else self.changed[input]
+        changed = self.spread(self.changed[input]) if self.attends_from(rank) else self.changed[input]
         return self.make(Run(rank, input), changed, min(rank, self.low[input]))
 
     # ---- suffixes
@@ -247,7 +250,7 @@ class Dag:
             parts = [x]
             for index, block in enumerate(self.graph.blocks):
                 if block.rank == rank:
-                    attention = block.kind == "attention"
+                    attention = block.kind is BlockKind.ATTENTION
                     heads = (1 << self.graph.n_heads) - 1
                     parts.append(self.out(self.core(index, x, x, x), heads) if attention else self.tokenwise(index, x))
             x = self.sum(parts)

@@ -63,14 +63,12 @@ def _note_bites(written: dict[Span | int, bool], patches: tuple[object, ...], fo
 
 def _unfelt(experiment: Experiment, written: dict[Span | int, bool], all_dead: bool) -> list[Diagnostic]:
     idle = [line for line, bites in written.items() if not bites]
-    where = "in no cell of the sweep" if experiment.dims else "nothing"
     out = [
         NO_EFFECT.at(
             line if isinstance(line, Span) else experiment.span,
-            f"this patch changes {where}: its value equals the run's own wherever it would enter"
-            if not experiment.dims
-            else f"this patch changes something {where}: its value equals the run's own wherever it would enter",
-            fix=f"the run is `{experiment.run}`; patch with another world, or at positions where the worlds differ",
+            "this patch changes nothing" + (" in any cell: " if experiment.dims else ": ") + "its value enters nowhere, "
+            "or equals the run's own wherever it enters",
+            fix=f"the run is `{experiment.run}`; patch with another world, where the worlds differ, and on paths that exist",
         )
         for line in idle
     ]

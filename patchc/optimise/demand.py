@@ -64,8 +64,8 @@ def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
         case Core() as core:
             for port in range(3):
                 _ask_projection(dag, out, core.block, core.input(port), port, tokens, out.heads[i])
-        case Run(_, x):
-            _ask(dag, out, x, dag.reach(tokens))
+        case Run(rank, x):
+            _ask(dag, out, x, dag.reach(tokens) if dag.attends_from(rank) else tokens)
         case Masked(x, starts):
             _ask(dag, out, x, tokens)
             for _, here, value in starts:

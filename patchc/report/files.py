@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from patchc.report.results import Result
 
 UNKNOWN_FORMAT = RULES.add("unknown-format", "a file name whose suffix names no format that patchc writes")
+OVERWRITES = RULES.add("overwrites-input", "a result would be written over a file that the run reads")
 NO_DIRECTORY = RULES.add("no-such-directory", "a file should be written into a directory that does not exist")
 SAME_FILE = RULES.add("same-file", "two results would be written to one file")
 CANNOT_WRITE = RULES.add("cannot-write", "the system refused to write a file", exit=3)
@@ -50,13 +51,17 @@ def save_picture(result: Result, path: Path, span: Span | None = None) -> Path:
     return write_whole(path, lambda target: write_picture(result, target), span)
 
 
-def refuse_places(places: Iterable[tuple[Path, Span | None]]) -> None:
-    """Raise, before anything runs, for files that could not be written after it: no directory, or one file for two."""
+def refuse_places(places: Iterable[tuple[Path, Span | None]], inputs: Collection[Path] = ()) -> None:
+    """Raise, before anything runs, for files that cannot or must not be written after it: no directory, one file for
+    two, or a file (or a file in a directory) that the run reads, `inputs`."""
     report, seen = Report(), dict[Path, Span | None]()
+    kept = {path.resolve() for path in inputs}
     for path, span in places:
         whole = path.absolute()
         if not path.parent.is_dir():
             report.add(_no_directory(path, span))
+        if {path.resolve(), *path.resolve().parents} & kept and (path.exists() or path.resolve() in kept):
+            report.add(OVERWRITES.at(span, f"{path} is read by this run; its results would take its place"))
         if whole in seen:
             notes = [Note("the other is here", seen[whole])]
             report.add(SAME_FILE.at(span, f"two results would be written to {path}", notes=notes))
