@@ -45,6 +45,9 @@ from patchc.spec import read_spec
 SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
 CALLED_LENGTHS = RULES.add("metric-needs-one-length", "a Python metric needs prompts of one length")
 
+BAD_BUDGET = RULES.add("bad-memory", "an amount of memory that no pass can keep to")
+BAD_TENSOR = RULES.add("bad-tensor", "a tensor given in Python is none, or holds NaN or infinity")
+
 Progress = Callable[[str, int, int], None]
 """Told an experiment's name, how many of its cells are done, and how many it has."""
 
@@ -90,7 +93,7 @@ def _chosen(choice: ModelChoice, tokenizer: Any | None, base: Path | None) -> Lo
 
 
 def load_graph(directory: str | Path, model: str | Path | nn.Module | Model) -> CompiledGraph:
-    """A compiled graph that `Compiled.save` wrote, over the weights of `model`: the same ones, or `model-changed`."""
+    """A compiled graph that `Compiled.save` wrote, over the weights of `model`: the same ones, or `other-weights`."""
     from patchc.codegen.saved import load_saved
 
     loaded = model if isinstance(model, Model) else load(model)
@@ -126,11 +129,14 @@ class Model:
         `data`: records (dicts), a DataFrame, or columns by name, where the spec's own data are not to be used.
         `tensors`: what the spec's `tensor("name")` reads, `[d_model]`. `metrics`: functions of the logits
         `[prompt, pos, d_vocab]` that give one number a prompt, under names that the spec measures.
-        `memory`: bytes that a pass may hold beyond the model. Raises `PatchcError` with every error of the spec.
+        `memory`: the bytes beyond the model that a pass aims at; one cell is always run. Raises `PatchcError` with
+        every error of the spec.
         """
         self.loaded.check_unchanged()
         source, base = read_spec(spec)
-        given = Given(data, dict(tensors or {}), dict(metrics or {}))
+        given = Given(data, _checked_tensors(tensors or {}), dict(metrics or {}))
+        if memory <= 0:
+            raise BAD_BUDGET.error("a pass needs some memory")
         tree = parse(source)
         study, warnings = pipeline.to_study(tree, source, self.loaded, self.choice, base, given)
         given = Given(data, _tensors(study, base, given.tensors, self.loaded), given.metrics)
@@ -288,9 +294,16 @@ class _Graphs(Mapping[str, CompiledGraph]):
 # ---- between stages
 
 
+def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or not bool(torch.isfinite(value).all()):
+            raise BAD_TENSOR.error(f"tensors[{name!r}] is not a torch.Tensor of finite numbers")
+    return dict(tensors)
+
+
 def _inputs(tree: Spec, study: Study, source: Source, base: Path, choice: ModelChoice) -> tuple[Path, ...]:
     """Every file or directory that a spec's run reads: no result may take its place."""
-    data = [i.file.value for i in tree.items if isinstance(i, Data) and isinstance(i.file, Text)]
+    data = [i.file.text for i in tree.items if isinstance(i, Data) and isinstance(i.file, Text)]
     tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
     named = [base / name for name in (*data, *tensors, choice.name) if name]
     return (Path(source.name), *(path for path in named if path.exists()))

@@ -54,7 +54,7 @@ FORMAT = click.option(
     "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What stdout gets."
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that torch may use.")
-MEMORY = click.option("--memory", callback=lambda _c, _p, v: _bytes(v), help="Most that a pass may hold, e.g. 4GiB.")
+MEMORY = click.option("--memory", callback=lambda _c, _p, v: _bytes(v), help="What a pass aims to hold, e.g. 4GiB.")
 SPEC = click.argument("spec", type=click.Path(path_type=Path))
 CHECK = click.option(
     "--check",
@@ -263,7 +263,7 @@ def _bytes(text: str | None) -> int | None:
     unit = text[len(number) :]
     try:
         value = int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise click.BadParameter(f"{text!r} is no amount of memory; write 4GiB or 512MiB") from None
     if value <= 0:
         raise click.BadParameter("a pass needs some memory")

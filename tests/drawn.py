@@ -71,6 +71,7 @@ class Draw:
     rng: Random
     graph: ResidualGraph
     layout: Layout
+    values: tuple[Value, ...] = VALUES
     complement: bool = False
 
     def cell(self) -> Cell:
@@ -81,7 +82,7 @@ class Draw:
         # Beside another patch, which of the two values enters nearer the logits is a matter of where a complement's
         # value is said to enter; alone, with a whole world as value, it makes no difference.
         self.complement = alone and self.rng.random() < 0.35
-        value = VALUES[0] if self.complement else self.rng.choice(VALUES)
+        value = self.values[0] if self.complement else self.rng.choice(self.values)
         tail = (Star(Step(self.graph.all)),) if self.rng.random() < 0.5 else ()
         end = Step(self.graph.logits_set, tokens=self.tokens(0.7))
         return Patch(Seq((self.path(2, True), *tail, end)), value, self.complement)

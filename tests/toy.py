@@ -116,6 +116,9 @@ class Toy:
             scores = scores.masked_fill(later[:, None], float("-inf"))
         return torch.einsum("chqk,ckhd->cqhd", scores.softmax(-1), v)
 
+    def masks_by_head(self, layer: int) -> bool:
+        return False
+
     def write(self, layer: int, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         some = list(range(self.graph.n_heads)) if heads is None else list(heads)
         return torch.einsum("nhd,hdm->nm", z, self.o[layer][some])

@@ -25,9 +25,7 @@ COLUMNS = ("head", "total", "direct", "end to IO", "end to S1", "end to S2", "S2
 class Run:
     """One forward pass: each head's `z`, the attention, the logits, and what the final norm reads."""
 
-    def __init__(
-        self, model: GPT2LMHeadModel, tokens: Tensor, restore: tuple[int, int, Tensor] | None = None
-    ):
+    def __init__(self, model: GPT2LMHeadModel, tokens: Tensor, restore: tuple[int, int, Tensor] | None = None):
         self.z: list[Tensor] = []
         n_heads, d_head = model.config.n_head, model.config.n_embd // model.config.n_head
 
@@ -92,9 +90,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "ioi-tiny")
     folder = parser.parse_args().folder
     torch.set_num_threads(1)

@@ -125,9 +125,7 @@ def report(folder: Path) -> None:
     model = load(folder)
     patterns: dict[int, torch.Tensor] = {}
     for layer, block in enumerate(model.layers):
-        block.attn.register_forward_hook(
-            lambda _m, _i, out, layer=layer: patterns.__setitem__(layer, out[1].detach())
-        )
+        block.attn.register_forward_hook(lambda _m, _i, out, layer=layer: patterns.__setitem__(layer, out[1].detach()))
     tokens, targets, periods = batch_of(4096, torch.Generator().manual_seed(10**6))
     known = targets != IGNORED
     right = (model(tokens).argmax(-1) == targets)[known].float().mean().item()
@@ -152,9 +150,7 @@ def report(folder: Path) -> None:
 
 def main() -> None:
     here = Path(__file__).parent
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=here / "induction-2l")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2500)

@@ -143,9 +143,7 @@ def loss_of(model: GPT2LMHeadModel, tokens: Tensor, answers: Tensor, names: Tens
     rows, end, places = torch.arange(len(tokens)), answers - 1, torch.arange(tokens.shape[1])
     run = LastLayer(model, tokens, end)
     targets = tokens[:, 1:]
-    each = F.cross_entropy(
-        run.logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
-    )
+    each = F.cross_entropy(run.logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     weight = (targets >= 0).float()
     weight[rows, end] = ANSWER_WEIGHT
     loss = (each.view_as(weight) * weight).sum() / weight.sum()
@@ -166,9 +164,7 @@ def loss_of(model: GPT2LMHeadModel, tokens: Tensor, answers: Tensor, names: Tens
 
 
 @torch.no_grad()
-def answer_logits(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompts: list[Sentence]
-) -> Tensor:
+def answer_logits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompts: list[Sentence]) -> Tensor:
     """Logits at each prompt's last token, `[prompt, vocabulary]`."""
     tokens, answers = encoded(tokenizer, prompts)
     logits = model(tokens.clamp_min(0)).logits
@@ -224,9 +220,7 @@ def held_out_prompts(seed: int, n: int, among: frozenset[str] = frozenset(NAMES)
 
 def main() -> None:
     here = Path(__file__).parent
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=here / "ioi-tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1200)

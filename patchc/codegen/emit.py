@@ -74,7 +74,7 @@ class Emitter:
     def module(self, root: VariantId) -> CompiledGraph:
         """The finished graph. `root` is the final stream's variant."""
         length = len(self.dag)
-        root = self._without_runs(root)
+        root = self.dag.explicit(root)
         for i in sorted(self._below(root)):
             self.values[i] = self._variant(i)
         stream = self._changed_stream(root, self.dag.graph.top)
@@ -87,15 +87,6 @@ class Emitter:
         module.delete_all_unused_submodules()
         module.recompile()
         return module
-
-    def _without_runs(self, root: VariantId) -> VariantId:
-        match self.dag.ops[root]:
-            case Run() as run:
-                return self.dag.expand(run)
-            case Mix(parts):
-                return self.dag.mix((tokens, self._without_runs(p)) for tokens, p in parts)
-            case _:
-                return root
 
     def _below(self, root: VariantId) -> set[VariantId]:
         seen: set[VariantId] = {0}
@@ -182,6 +173,7 @@ class Emitter:
         gap = self.call(operator.mul, gap, self._mask_of(replaced.mask)) if replaced.mask >= 0 else gap
         one_hot = torch.zeros(1, 1, self.dag.graph.n_heads, 1)
         one_hot[:, :, list(bits(replaced.heads))] = 1
+        one_hot = one_hot.to(self.worlds.pieces.device, self.worlds.pieces.dtype)
         gap = self.call(operator.mul, gap, self.worlds.buffer("heads", one_hot))
         return self.call(operator.add, now, self._at(replaced.tokens, gap, extra_axes=2))
 
@@ -203,7 +195,8 @@ class Emitter:
         if len(chosen) == 1:
             return self.call(aten.select.int, heads, 2, chosen[0])
         if len(chosen) < self.dag.graph.n_heads:
-            heads = self.call(aten.index_select.default, heads, 2, self.worlds.buffer("heads", torch.tensor(chosen)))
+            index = torch.tensor(chosen, device=self.worlds.pieces.device)
+            heads = self.call(aten.index_select.default, heads, 2, self.worlds.buffer("heads", index))
         return self.call(aten.sum.dim_IntList, heads, [2])
 
     # ---- stored values
@@ -217,8 +210,9 @@ class Emitter:
                 sources = {w: self._chosen(self.worlds.heads(w, block), heads) for w in self.worlds.ids}
                 parts.append(self._difference(value, sources, None))
             bias = self.worlds.bias(block) if members >> n_heads else None
-            if bias is not None:
-                parts.append(self._difference(value, dict.fromkeys(self.worlds.ids, bias), None))
+            if bias is not None:  # the same in every world; a given tensor already stands for the whole
+                share = sum(factor for factor, source in value.terms if not isinstance(source, Given)) - 1.0
+                parts.append(self.call(operator.mul, bias, share))
         elif graph.blocks[block].kind is BlockKind.MLP:
             sources = {w: self.worlds.written(w, block) for w in self.worlds.ids}
             parts.append(self._difference(value, sources, None))
@@ -283,6 +277,7 @@ class Emitter:
         for t in bits(tokens):
             rows[layout.place(t)] = 1
         rows = rows[:1] if bool((rows == rows[:1]).all()) else rows
+        rows = rows.to(self.worlds.pieces.device, self.worlds.pieces.dtype)
         place = self.worlds.buffer("at", rows.view(*rows.shape, *[1] * extra_axes))
         return self.call(operator.mul, x, place)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from patchc.execute.indices import pick, rows, where
+from patchc.execute.packing import packed
 from patchc.ir.bits import bits
 from patchc.ir.dag import Core, Replaced, VariantId
 from patchc.ir.tokens import Tokens
@@ -108,10 +109,11 @@ class Attention:
             at = rows(self.demand.tokens[i])
             out[i] = heads, -self.base.z[at][:, heads]
         groups: dict[tuple[int, int, int, tuple[int, ...] | None], list[Item]] = {}
+        by_head = self.pieces.masks_by_head(self.layer)
         for item in self._items(cores):
             length = self.dag.layout.lengths[item.prompt]
-            dense = item.heads if len(item.heads) == self.n_heads else None
-            groups.setdefault((length, len(item.positions), item.n_keys, dense), []).append(item)
+            apart = item.heads if by_head or len(item.heads) == self.n_heads else None
+            groups.setdefault((length, len(item.positions), item.n_keys, apart), []).append(item)
         for (length, n_queries, n_keys, _), items in groups.items():
             step = max(1, PAIRS * 64 // ((n_queries + n_keys) * len(items[0].heads)))
             for first in range(0, len(items), step):
@@ -146,8 +148,6 @@ class Attention:
     ) -> dict[VariantId, tuple[Tokens, list[int], Tensor]]:
         """Projects what is asked of this port, inputs that need the same heads together; gives the rows before
         rotary."""
-        from patchc.execute.walk import packed
-
         out: dict[VariantId, tuple[Tokens, list[int], Tensor]] = {}
         by_heads: dict[tuple[int, ...], list[tuple[VariantId, Tokens]]] = {}
         for (x, p), (heads, tokens) in asked.items():
@@ -239,13 +239,14 @@ class Attention:
         at = [self._tokens(item, port) for item in items]
         first = np.stack([rows.first[t] for rows, t in zip(found, at, strict=True)])
         base = np.array([[h if port == 0 else self.kv[h] for h in item.heads] for item in items])
-        own = np.array(
-            [[self._column(rows.heads, h, port) for h in i.heads] for i, rows in zip(items, found, strict=True)]
-        )
+        own = base.copy()
+        for i, (item, mine, t) in enumerate(zip(items, found, at, strict=True)):
+            if mine.own[t].any():  # else another core's heads may be all that the key's rows hold
+                own[i] = [self._column(mine.heads, h, port) for h in item.heads]
         columns = base[:, None]
         if not np.array_equal(base, own):
-            mine = np.stack([rows.own[t] for rows, t in zip(found, at, strict=True)])
-            columns = np.where(mine[:, :, None], own[:, None], base[:, None])
+            is_own = np.stack([rows.own[t] for rows, t in zip(found, at, strict=True)])
+            columns = np.where(is_own[:, :, None], own[:, None], base[:, None])
         return bank.flat()[torch.from_numpy(first[:, :, None] + columns)]
 
     def _tokens(self, item: Item, port: int) -> npt.NDArray[np.int64]:
@@ -257,7 +258,4 @@ class Attention:
 
     def _column(self, heads: list[int], head: int, port: int) -> int:
         """Where a query head's rows stand among the heads of a key; negative heads are query heads (see `_set`)."""
-        wanted = head if port == 0 else self.kv[head]
-        if not heads:
-            return wanted
-        return heads.index(-1 - head if heads[0] < 0 else wanted)
+        return heads.index(-1 - head if heads[0] < 0 else head if port == 0 else self.kv[head])

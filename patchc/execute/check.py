@@ -22,8 +22,8 @@ TOLERANCE = 1e-4
 """Largest difference that counts as equal, in the metric's own unit before it is normalised (logits, nats, ...), for
 models in float32 or better."""
 HALF_ROUNDINGS = 32
-"""In half precision two orders of one sum differ by a few roundings of numbers as large as the metric's largest: as many
-roundings count as equal."""
+"""In half precision two orders of one sum differ by a few roundings of numbers as large as the metric's largest: as
+many roundings count as equal."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,7 @@ from patchc.diagnostics import RULES, PatchcError
 from patchc.ir.graph import BlockKind, Kind, ResidualGraph
 
 NO_DRIVER = RULES.add("hooks-model", "the hooks backend has no way to hook this model", exit=3)
-DIFFERS = RULES.add(
-    "hooks-differ", "the hooked copy of a model does not compute what the model computes", exit=3
-)
+DIFFERS = RULES.add("hooks-differ", "the hooked copy of a model does not compute what the model computes", exit=3)
 
 
 class At(StrEnum):
@@ -81,9 +79,7 @@ class Driver(ABC):
 
     n_layers: int
 
-    def run(
-        self, ids: Tensor, edits: Mapping[Point, Edit], capture: Collection[Point]
-    ) -> dict[Point, Tensor]:
+    def run(self, ids: Tensor, edits: Mapping[Point, Edit], capture: Collection[Point]) -> dict[Point, Tensor]:
         """One forward pass on `ids` `[prompt, pos]`; it stops early unless the logits are captured."""
         wanted = set(capture) - {Point(At.LOGITS)}
         kept: dict[Point, Tensor] = {}
@@ -234,9 +230,7 @@ class Tap:
 
     def hook(self, handler: Edit) -> torch.utils.hooks.RemovableHandle:
         if self.is_input:
-            return self.module.register_forward_pre_hook(
-                lambda _, args: (self.apply(args[0], handler), *args[1:])
-            )
+            return self.module.register_forward_pre_hook(lambda _, args: (self.apply(args[0], handler), *args[1:]))
         return self.module.register_forward_hook(lambda _, __, out: _on_first(out, self, handler))
 
 
@@ -354,17 +348,13 @@ def prove(driver: Driver, eager: nn.Module, graph: ResidualGraph) -> None:
     if set(got) != set(points):
         raise DIFFERS.error(f"no activation at {sorted(str(p.at) for p in set(points) - set(got))}")
     _must_agree(got[Point(At.LOGITS)], want, "its logits differ from the model's by")
-    added = sum(
-        x for point, x in got.items() if point.at in (At.EMBED, At.POS_EMBED, At.ATTN_OUT, At.MLP_OUT)
-    )
+    added = sum(x for point, x in got.items() if point.at in (At.EMBED, At.POS_EMBED, At.ATTN_OUT, At.MLP_OUT))
     assert isinstance(added, Tensor)
     _must_agree(added, got[Point(At.FINAL_IN)], "its writers miss the final stream by")
     for layer in range(graph.n_layers):
         z = got[Point(At.Z, layer)]
         bias = got[Point(At.ATTN_OUT, layer)] - torch.einsum("bphd,hdm->bpm", z, driver.w_o(layer))
-        _must_agree(
-            bias, bias[:1, :1].expand_as(bias), f"the heads of layer {layer} miss its attention output by"
-        )
+        _must_agree(bias, bias[:1, :1].expand_as(bias), f"the heads of layer {layer} miss its attention output by")
 
 
 def _must_agree(got: Tensor, want: Tensor, what: str) -> None:

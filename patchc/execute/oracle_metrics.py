@@ -25,9 +25,7 @@ from patchc.ir.experiment import (
 )
 from patchc.ir.tokens import Layout
 
-CALLED_SHAPE = RULES.add(
-    "hooks-metric", "a Python metric is not there, or gives neither one number nor one a prompt"
-)
+CALLED_SHAPE = RULES.add("hooks-metric", "a Python metric is not there, or gives neither one number nor one a prompt")
 
 Logits = list[Tensor]
 """A run's logits, `[pos, d_vocab]` a prompt."""

@@ -17,9 +17,7 @@ from patchc.ir.paths import Site, Step
 from patchc.ir.tokens import Layout, Tokens
 
 TWO_VALUES = RULES.add("hooks-two-values", "two patches of a cell start at one place with different values")
-EDGES_FROM_STREAM = RULES.add(
-    "hooks-edges-from-stream", "a relation of edges on a start that replaces the stream"
-)
+EDGES_FROM_STREAM = RULES.add("hooks-edges-from-stream", "a relation of edges on a start that replaces the stream")
 
 STREAM_SITES = (Site.STREAM, Site.ATTN_OUT)
 """Sites of the stream as a whole: their starts belong to an edge's reading, not to one writer."""
@@ -82,17 +80,12 @@ class Walk:
     def arrival(self, continuation: Continuation, reader: Reader, writer: Node) -> Arrival:
         """The state at `writer`, read by `reader` in the state `continuation`."""
         return tuple(
-            None if rests is None else self._arrive(i, rests, reader, writer)
-            for i, rests in enumerate(continuation)
+            None if rests is None else self._arrive(i, rests, reader, writer) for i, rests in enumerate(continuation)
         )
 
-    def _arrive(
-        self, patch: int, rests: Iterable[Rest], reader: Reader, writer: Node
-    ) -> frozenset[Move] | None:
+    def _arrive(self, patch: int, rests: Iterable[Rest], reader: Reader, writer: Node) -> frozenset[Move] | None:
         useful = frozenset(
-            move
-            for move in self._matching(rests, reader, writer)
-            if move.accepts or self._leads_on(move, writer)
+            move for move in self._matching(rests, reader, writer) if move.accepts or self._leads_on(move, writer)
         )
         return useful if useful or self.patches[patch].complement else None
 
@@ -101,8 +94,7 @@ class Walk:
         classes: dict[Continuation, Tokens] = {}
         for tokens in self._token_classes(arrival):
             state = tuple(
-                None if moves is None else self._onward(i, moves, tokens, node, port)
-                for i, moves in enumerate(arrival)
+                None if moves is None else self._onward(i, moves, tokens, node, port) for i, moves in enumerate(arrival)
             )
             state = self.tidy(state, Reader(node, port))
             classes[state] = classes.get(state, 0) | tokens
@@ -122,16 +114,12 @@ class Walk:
             here = (m for m in moves if m.accepts and m.step.site is PORT_SITES[port])
             if any(m.step.tokens & tokens for m in here):
                 return None  # The path is complete at this port: the base run's value stays.
-        return frozenset(
-            m.rest for m in moves if m.step.tokens & tokens and (port is None or m.step.ports >> port & 1)
-        )
+        return frozenset(m.rest for m in moves if m.step.tokens & tokens and (port is None or m.step.ports >> port & 1))
 
     def tidy(self, continuation: Continuation, reader: Reader) -> Continuation:
         """The same without what leads nowhere below `reader`. Equal tidy states on a port mean equal
         inputs."""
-        return tuple(
-            None if rests is None else self._tidy(i, rests, reader) for i, rests in enumerate(continuation)
-        )
+        return tuple(None if rests is None else self._tidy(i, rests, reader) for i, rests in enumerate(continuation))
 
     def _tidy(self, patch: int, rests: frozenset[Rest], reader: Reader) -> frozenset[Rest] | None:
         useful = self._useful(rests, reader)
@@ -184,27 +172,21 @@ class Walk:
         for patch, rests in zip(self.patches, continuation, strict=True):
             if rests is None or patch.complement:
                 continue
-            for move in {
-                m for rest in rests for m in rest.moves if m.accepts and m.step.site in STREAM_SITES
-            }:
+            for move in {m for rest in rests for m in rest.moves if m.accepts and m.step.site in STREAM_SITES}:
                 start = Start(move.step.site, move.step.tokens & self.layout.all, patch.value, patch)
                 for place in self._places(move.step, patch, reader.node.rank):
                     places.setdefault(place, []).append(start)
         return [
             StreamStart(rank, block, tokens, value)
             for rank, block in sorted(places, key=lambda place: place[0])
-            for tokens, value in agreed(
-                places[rank, block], "the stream" if block is None else "an attention output"
-            )
+            for tokens, value in agreed(places[rank, block], "the stream" if block is None else "an attention output")
         ]
 
     def _places(self, step: Step, patch: Patch, rank: int) -> Iterator[tuple[int, int | None]]:
         """Where a start of the stream takes effect below `rank`: the rank, and the block where it is a
         block's output."""
         if step.via is not None:
-            message = (
-                "an edge relation cannot restrict a start that replaces the stream or an attention output"
-            )
+            message = "an edge relation cannot restrict a start that replaces the stream or an attention output"
             raise EDGES_FROM_STREAM.error(message, span=patch.span)
         if step.site is Site.STREAM:
             if step.rank <= rank:
@@ -234,9 +216,7 @@ class Walk:
 
     def _leading(self, moves: frozenset[Move], node: Node) -> frozenset[Move]:
         """The readings that matter to how the node is computed."""
-        at_port = (
-            m for m in moves if m.accepts and m.step.site in PORT_SITES and m.step.tokens & self.layout.all
-        )
+        at_port = (m for m in moves if m.accepts and m.step.site in PORT_SITES and m.step.tokens & self.layout.all)
         return frozenset((*at_port, *(m for m in moves if self._leads_on(m, node))))
 
     def _leads_on(self, move: Move, node: Node) -> bool:

@@ -21,9 +21,7 @@ from patchc.ir.graph import BlockKind, Kind, Node, ResidualGraph
 from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 
-TENSOR_SHAPE = RULES.add(
-    "hooks-tensor", "a tensor that a patch names is not there, or has not the width of its site"
-)
+TENSOR_SHAPE = RULES.add("hooks-tensor", "a tensor that a patch names is not there, or has not the width of its site")
 
 TokenEdit = Callable[[Tensor, Tensor], Tensor]
 """New values of an activation `[token, ...]`, given the numbers of those tokens `[token]`."""
@@ -42,9 +40,7 @@ class Passes:
         self._groups: list[Tensor] = []
         for length in sorted(set(layout.lengths)):
             offsets = [o for o, n in zip(layout.offsets, layout.lengths, strict=False) if n == length]
-            self._groups.append(
-                torch.tensor(offsets, device=device)[:, None] + torch.arange(length, device=device)
-            )
+            self._groups.append(torch.tensor(offsets, device=device)[:, None] + torch.arange(length, device=device))
 
     def run(self, world: str, edits: Mapping[Point, TokenEdit], capture: Collection[Point]) -> Record:
         """Run the model on a world's tokens; one forward pass a length of prompt."""
@@ -74,9 +70,7 @@ class Change:
     scale: float = 0.0
 
     def __call__(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        tokens, constant = (
-            (self.tokens, self.constant) if rows is None else (self.tokens[rows], self.constant[rows])
-        )
+        tokens, constant = (self.tokens, self.constant) if rows is None else (self.tokens[rows], self.constant[rows])
         new = constant + self.scale * x if self.scale else constant
         return torch.where(tokens.view(-1, *[1] * (x.dim() - 1)), new, x)
 
@@ -145,9 +139,7 @@ class Worlds:
         return Point(At.RESID_PRE if block.kind is BlockKind.ATTENTION else At.MLP_IN, block.layer or 0)
 
     # ---- values
-    def node_change(
-        self, value: Value, tokens: Tokens, node: Node, site: Site
-    ) -> tuple[Change, Tensor | None]:
+    def node_change(self, value: Value, tokens: Tokens, node: Node, site: Site) -> tuple[Change, Tensor | None]:
         """A value for a node's output, in the form of `own`; and what a head then adds to the stream besides
         its z, where a tensor is given for the output itself."""
         beside = node.kind is Kind.HEAD and site is Site.OUT
@@ -196,9 +188,7 @@ class Worlds:
 
     def _given(self, key: str, template: Tensor) -> Tensor:
         if key not in self.tensors:
-            raise TENSOR_SHAPE.error(
-                f"no tensor {key!r} was given; there are: {', '.join(self.tensors) or 'none'}"
-            )
+            raise TENSOR_SHAPE.error(f"no tensor {key!r} was given; there are: {', '.join(self.tensors) or 'none'}")
         x = self.tensors[key].to(template)
         if x.shape != template.shape[1:]:
             wanted = list(template.shape[1:])

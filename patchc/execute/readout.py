@@ -118,7 +118,7 @@ class Readout:
                 out = picked.exp()
             case Measure.RANK | Measure.CORRECT:
                 best = torch.stack([here[:, i, list(a)].amax(-1) for i, a in enumerate(read.answers)], -1)
-                rank = (here > best[..., None]).sum(-1).double()
+                rank = (here > best[..., None]).sum(-1).double() + here.sum(-1) * 0  # NaN where a logit is not finite
                 out = rank if read.measure is Measure.RANK else (rank == 0).double()
         return out.cpu()
 

@@ -6,16 +6,17 @@ At each block the rows of all variants are packed into common matrix products. V
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from patchc.execute.attention import Attention
 from patchc.execute.indices import pick, rows, where
+from patchc.execute.packing import packed
 from patchc.execute.stored import Stored
+from patchc.ir.bits import bits
 from patchc.ir.dag import (
     EQUAL_TO_BASE,
     Const,
@@ -37,25 +38,6 @@ from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces, Tables
 from patchc.optimise.demand import demand
 
-T = TypeVar("T")
-
-ROWS = 960
-"""Token rows of one matrix product: more only costs memory, fewer than half run slowly."""
-
-
-def packed(items: Sequence[tuple[T, int]]) -> Iterator[list[T]]:
-    """Runs of items, given with their rows, of about ROWS rows each."""
-    batch: list[T] = []
-    total = 0
-    for item, n in items:
-        if batch and total + n > ROWS * 1.25:
-            yield batch
-            batch, total = [], 0
-        batch.append(item)
-        total += n
-    if batch:
-        yield batch
-
 
 @dataclass
 class Walk:
@@ -70,7 +52,7 @@ class Walk:
     def streams(self, roots: Sequence[VariantId]) -> list[Tensor]:
         """For each root `[measured token, d_model]`: the base run's final stream with the root's difference added."""
         length = len(self.dag)
-        explicit = [self._without_runs(r) for r in roots]
+        explicit = [self.dag.explicit(r) for r in roots]
         try:
             self.demand = demand(self.dag, ((r, self.measured) for r in explicit))
             self.values: dict[VariantId, Tensor] = {}
@@ -84,8 +66,8 @@ class Walk:
             self.dag.truncate(length)
 
     def _is_unfelt(self, root: VariantId) -> bool:
-        """Whether every value that enters below a root came out as the base run's own. What is computed from such values
-        differs in its last bits, so the final stream would not tell."""
+        """Whether every value that enters below a root came out as the base run's own. What is computed from such
+        values differs in its last bits, so the final stream would not tell."""
         seen: set[VariantId] = {EQUAL_TO_BASE}
         todo = [root]
         while todo:
@@ -100,16 +82,6 @@ class Walk:
                 return False
             todo.extend(children(op))
         return True
-
-    def _without_runs(self, root: VariantId) -> VariantId:
-        """A root with its suffixes written out; they stand at the root or in its mix over tokens only."""
-        match self.dag.ops[root]:
-            case Run() as run:
-                return self.dag.expand(run)
-            case Mix(parts):
-                return self.dag.mix((tokens, self._without_runs(p)) for tokens, p in parts)
-            case _:
-                return root
 
     def _final(self, root: VariantId) -> Tensor:
         out = self.stored.base_run.stream[-1][rows(self.measured)]
@@ -229,7 +201,7 @@ class Walk:
         batch: list[tuple[VariantId, VariantId]],
         z: dict[VariantId, tuple[list[int], Tensor]],
     ) -> Tensor:
-        wanted = [h for h in range(self.dag.graph.n_heads) if heads >> h & 1]
+        wanted = list(bits(heads))
         parts: list[Tensor] = []
         for i, core in batch:
             have, values = z[core]

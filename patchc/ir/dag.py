@@ -256,6 +256,16 @@ class Dag:
             x = self.sum(parts)
         return x
 
+    def explicit(self, root: VariantId) -> VariantId:
+        """A root with its suffixes written out; they stand at the root, or in its mix over tokens, only."""
+        match self.ops[root]:
+            case Run() as run:
+                return self.expand(run)
+            case Mix(parts):
+                return self.mix((tokens, self.explicit(p)) for tokens, p in parts)
+            case _:
+                return root
+
     def truncate(self, length: int) -> None:
         """Forget every value from number `length` on."""
         for op in self.ops[length:]:

@@ -163,9 +163,6 @@ class ResidualGraph:
     def node(self, kind: Kind, layer: int | None = None, head: int | None = None) -> Node | None:
         return self._by_place.get((kind, layer, head))
 
-    def block_of(self, node: Node) -> Block:
-        return self.blocks[node.block]
-
     def layer_block(self, kind: BlockKind, layer: int) -> Block | None:
         """The attention or MLP block of a layer."""
         return next((b for b in self.blocks if b.kind is kind and b.layer == layer), None)

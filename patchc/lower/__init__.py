@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
 from patchc.ir.dag import Dag, VariantId
-from patchc.ir.experiment import Experiment, Prompts
+from patchc.ir.experiment import Experiment, Patch, Prompts
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.tokens import Tokens
 from patchc.lower.fold import Fold, Folded
@@ -54,23 +54,24 @@ def lower(
     return Lowered(dag, tuple(roots), tuple(dead))
 
 
-def _note_bites(written: dict[Span | int, bool], patches: tuple[object, ...], folded: Folded) -> None:
+def _note_bites(written: dict[Span | int, bool], patches: tuple[Patch, ...], folded: Folded) -> None:
     """Which `patch` lines have changed something so far; a line without a place is known by its number in the cell."""
     for i, patch in enumerate(patches):
-        line = getattr(patch, "span", None) or i
+        line = patch.span or i
         written[line] = written.get(line, False) or i in folded.biting
 
 
 def _unfelt(experiment: Experiment, written: dict[Span | int, bool], all_dead: bool) -> list[Diagnostic]:
-    idle = [line for line, bites in written.items() if not bites]
+    """Lines that change nothing anywhere, or the first line where nothing that is measured changes."""
+    where = " in any cell" if experiment.dims else ""
     out = [
         NO_EFFECT.at(
             line if isinstance(line, Span) else experiment.span,
-            "this patch changes nothing" + (" in any cell: " if experiment.dims else ": ") + "its value enters nowhere, "
-            "or equals the run's own wherever it enters",
-            fix=f"the run is `{experiment.run}`; patch with another world, where the worlds differ, and on paths that exist",
+            f"this patch changes nothing{where}: its value enters nowhere, or equals the run's own wherever it enters",
+            fix=f"the run is `{experiment.run}`; patch with another world, and where the worlds differ",
         )
-        for line in idle
+        for line, bites in written.items()
+        if not bites
     ]
     if all_dead and not out:
         out.append(

@@ -53,7 +53,6 @@ class Fold:
         self.dag, self.graph, self.run = dag, dag.graph, run
         self.changes = Changes(dag, prompts, run, any_data=masked is not None)
         self.masked = masked
-        self.all_heads = (1 << self.graph.n_heads) - 1
         self.blocks_at = [
             [(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)
         ]

@@ -22,7 +22,7 @@ from patchc.diagnostics import RULES, nearest
 from patchc.ir.graph import ResidualGraph
 from patchc.model.export import export
 from patchc.model.pieces import TracedPieces
-from patchc.model.prove import is_causal, prove
+from patchc.model.prove import is_causal, prove, prove_parts
 from patchc.model.state import (
     CHANGED,
     content_fingerprint,
@@ -30,7 +30,6 @@ from patchc.model.state import (
     refuse_hooks,
     refuse_non_finite,
     untouched,
-    versions,
 )
 from patchc.model.trace import trace
 from patchc.resources import builtin_model, builtin_models
@@ -57,17 +56,12 @@ class LoadedModel:
     pieces: TracedPieces
     fingerprint: str
     bos: bool | None
-    content: str | None = None
-    versions: tuple[tuple[int, int], ...] = ()
+    content: str
 
     def check_unchanged(self) -> None:
         """Raise `model-changed` or `model-has-hooks` where it is no longer the module that was traced."""
         refuse_hooks(self.eager)
-        same = (
-            versions(self.eager) == self.versions
-            if self.content is None
-            else content_fingerprint(self.eager) == self.content
-        )
+        same = content_fingerprint(self.eager) == self.content
         if not same:
             raise CHANGED.error(
                 f"the weights of {self.name} were changed after it was traced", fix="load the model again"
@@ -117,7 +111,7 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
     module = source.module
     refuse_hooks(module)
     refuse_non_finite(module)
-    content = content_fingerprint(module) if source.folder is None else None
+    content = content_fingerprint(module)
     with torch.inference_mode(False), untouched(module):
         structure = trace(export(module))
         config = getattr(module, "config", None) or getattr(module, "cfg", None)
@@ -125,7 +119,8 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         pieces = TracedPieces(structure, structure.graph(source.name, n_ctx, causal=False))
         prove(pieces, module, _number(config, LAYER_COUNTS))
         pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
-    fingerprint = content or files_fingerprint(source.folder or Path())
+        prove_parts(pieces)
+    fingerprint = content if source.folder is None else files_fingerprint(source.folder)
     return LoadedModel(
         source.name,
         module,
@@ -135,7 +130,6 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         fingerprint,
         bos,
         content,
-        versions(module),
     )
 
 

@@ -94,6 +94,10 @@ class Pieces(Protocol):
         where each query stands. `heads`: which query heads these are (None: all)."""
         ...
 
+    def masks_by_head(self, layer: int) -> bool:
+        """Whether a mask of the layer differs from head to head."""
+        ...
+
     def write(self, layer: int, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """z [n, h, d] -> [n, D]: what those heads together add to the stream, without the bias."""
         ...
@@ -239,6 +243,10 @@ class TracedPieces:
             return mask.index_select(-2, positions[0])
         rows = mask.reshape(-1, *mask.shape[-2:])[:, positions]  # [head or 1, c, query, key]
         return rows.transpose(0, 1)
+
+    def masks_by_head(self, layer: int) -> bool:
+        shapes = (shape_of(self.statics.nodes[n]) for n in self._attention[layer].core.statics)
+        return any(len(shape) >= 3 and shape[-3] != "1" for shape in shapes)
 
     def write(self, layer: int, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         attention = self._attention[layer]

@@ -91,6 +91,29 @@ def _ignores_later(pieces: TracedPieces, layer: int, n: int) -> bool:
     return bool(torch.equal(before, _attend(pieces, layer, q, k, v, n)[:, :at]))
 
 
+@torch.no_grad()
+def prove_parts(pieces: TracedPieces) -> None:
+    """Attention of some heads, queries and keys gives the rows that the whole gives: what sweeps rely on."""
+    (n,) = _lengths(pieces.graph, (7,))
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, n, pieces.graph.n_heads, pieces.graph.d_head)
+    q, k, v = (torch.randn(shape, generator=generator).to(pieces.device, pieces.dtype) for _ in range(3))
+    some, tables = max(1, n // 2), pieces.tables(Layout((n,)))
+    positions = torch.arange(some, device=pieces.device).repeat(2, 1)
+    n_keys = some if pieces.graph.causal else n
+    for layer in range(len(pieces.structure.layers)):
+        whole = _attend(pieces, layer, q, k, v, n)[:, :some]
+        for h in range(pieces.graph.n_heads):
+            parts = (q[:, :some, [h]], k[:, :n_keys, [h]], v[:, :n_keys, [h]])
+            try:
+                part = pieces.attend(layer, *parts, positions, n, tables, [h])
+            except RuntimeError as error:
+                message = f"attention {layer} cannot be computed for some heads and keys: {error}"
+                raise NOT_UNDERSTOOD.error(message) from None
+            if not torch.allclose(part, whole[:, :, [h]], rtol=0, atol=TOLERANCE.get(pieces.dtype, 1e-1) * 10):
+                raise NOT_UNDERSTOOD.error(f"attention {layer} differs where only head {h} and some keys are computed")
+
+
 def _zeros(pieces: TracedPieces, c: int, n: int) -> Tensor:
     return torch.zeros((c, n, pieces.graph.n_heads, pieces.graph.d_head), device=pieces.device, dtype=pieces.dtype)
 

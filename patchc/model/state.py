@@ -117,8 +117,3 @@ def _header(path: Path) -> bytes:
         return path.read_bytes()
     with path.open("rb") as file:
         return file.read(min(int.from_bytes(file.read(8), "little"), 1 << 26))
-
-
-def versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where each tensor lies and how often it was written: most edits change it, and reading is free."""
-    return tuple((t.data_ptr(), t._version) for _, t in tensors(model) if not t.is_inference())

@@ -58,17 +58,13 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
             text = str(json.loads(token, strict=False))
             text.encode()
         except UnicodeEncodeError:
-            self.report.add(
-                BAD_ESCAPE.at(span, "this text holds half of a surrogate pair, which is no character")
-            )
+            self.report.add(BAD_ESCAPE.at(span, "this text holds half of a surrogate pair, which is no character"))
         except json.JSONDecodeError as e:
             # json says where the escape's letters or its digits begin: the backslash is at or before that.
             start = token.rindex("\\", 0, e.pos + 1)
             place = Span(self.source, span.start + start, span.start + start + 2)
             fix = r"the escapes are \" \\ \/ \b \f \n \r \t and \uXXXX; a backslash itself is \\"
-            self.report.add(
-                BAD_ESCAPE.at(place, f"`{token[start : start + 2]}` starts no escape here", fix=fix)
-            )
+            self.report.add(BAD_ESCAPE.at(place, f"`{token[start : start + 2]}` starts no escape here", fix=fix))
         else:
             return tree.Text(text, span=span)
         return tree.Text("", span=span)

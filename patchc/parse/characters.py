@@ -51,9 +51,7 @@ def explain_character(source: Source, text: str, offset: int) -> tuple[Diagnosti
     while end < len(text) and text[end] == char:
         end += 1
     instead, message, fix = _MEANT.get(char, (" ", _foreign(char), None))
-    return SYNTAX.at(Span(source, offset, end), message, fix=fix), _put(
-        text, offset, instead.ljust(end - offset)
-    )
+    return SYNTAX.at(Span(source, offset, end), message, fix=fix), _put(text, offset, instead.ljust(end - offset))
 
 
 def _put(text: str, offset: int, instead: str) -> str:

@@ -92,9 +92,7 @@ def _reserved_as_name(s: Situation, source: Source) -> Mistake | None:
     if s.starts_line and s.kind in STATEMENTS | CLAUSES:
         if s.accepts != NAME_ONLY:
             return None
-        fix = {"RUN": "`run clean`, or another column of the data", "SHOW": "`show heatmap`"}.get(
-            s.previous_kind
-        )
+        fix = {"RUN": "`run clean`, or another column of the data", "SHOW": "`show heatmap`"}.get(s.previous_kind)
         return Mistake(f"`{s.previous}` needs a name after it", fix, s.previous)
     if s.accepts <= {"NAME", "BY"} or s.kind in CLAUSES | STATEMENTS | TARGETS or "AT" in s.accepts:
         return Mistake(f"{s.shown} is a word of the language, and no name", "choose another name")
@@ -137,9 +135,7 @@ def _mismatched(s: Situation, source: Source) -> Mistake | None:
         return Mistake(f"{s.shown} closes nothing")
     if CLOSERS[s.opener] != s.token:
         line, column = source.position(s.opener.start_pos or 0)
-        return Mistake(
-            f"{s.shown} cannot close the `{s.opener}` of {line}:{column}", f"write `{CLOSERS[s.opener]}`"
-        )
+        return Mistake(f"{s.shown} cannot close the `{s.opener}` of {line}:{column}", f"write `{CLOSERS[s.opener]}`")
     if s.previous_kind == "LSQB":
         return Mistake("these brackets are empty", "a name without brackets means every index", s.opener)
     return None
@@ -217,17 +213,13 @@ def _quotes(s: Situation, source: Source) -> Mistake | None:
     if s.kind == "STRING" and s.previous_kind == "SHOW":
         return Mistake("what is shown stands before the file", f"write `show heatmap {s.token}`")
     if s.kind == "STRING" and s.accepts == NAME_ONLY:
-        return Mistake(
-            "a name stands here, without quotes", f"as in `{s.previous} {s.token[1:-1].strip() or 'clean'}`"
-        )
+        return Mistake("a name stands here, without quotes", f"as in `{s.previous} {s.token[1:-1].strip() or 'clean'}`")
     return None
 
 
 def _per(s: Situation, source: Source) -> Mistake | None:
     if s.kind == "PER" and "FROM" in s.accepts:
-        return Mistake(
-            "`per prompt` follows a normalised metric", "as in `diff from corrupt to clean per prompt`"
-        )
+        return Mistake("`per prompt` follows a normalised metric", "as in `diff from corrupt to clean per prompt`")
     return None
 
 

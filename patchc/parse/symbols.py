@@ -54,9 +54,7 @@ def place_then_operator(s: Situation, source: Source) -> Mistake | None:
         return Mistake("`*` cannot follow a position", "write `(x @ p)*`: every repeated step at p")
     if s.kind != "VBAR" and s.next_kind == "INT":
         amount = s.tokens[s.index + 1]
-        return Mistake(
-            "an offset from a position stands in braces", f"write `@ {{{s.previous} {s.token} {amount}}}`"
-        )
+        return Mistake("an offset from a position stands in braces", f"write `@ {{{s.previous} {s.token} {amount}}}`")
     return Mistake(f"`@` before {s.shown} needs parentheses", f"write `(a @ p) {s.token} b`")
 
 
@@ -77,9 +75,7 @@ def star(s: Situation, source: Source) -> Mistake | None:
     if s.kind == "STAR" and s.previous_kind == "STAR":
         return Mistake("`**` says no more than `*`", "`x*` is any number of steps, none included")
     if s.kind == "SIGN" and "ARROW" in s.accepts:
-        return Mistake(
-            "`+` stands in no path or set", "sets are joined with `|`; one step or more is `x -> x*`"
-        )
+        return Mistake("`+` stands in no path or set", "sets are joined with `|`; one step or more is `x -> x*`")
     if s.kind == "COMMA" and "ARROW" in s.accepts:
         return Mistake("`,` joins no nodes", "nodes are joined with `|`")
     return None
@@ -87,9 +83,7 @@ def star(s: Situation, source: Source) -> Mistake | None:
 
 def arrow(s: Situation, source: Source) -> Mistake | None:
     if s.kind == "ARROW" and "SLASH" in s.accepts:
-        return Mistake(
-            "`->` makes a path, and here stands a value", "paths stand after `patch path` and in `let`"
-        )
+        return Mistake("`->` makes a path, and here stands a value", "paths stand after `patch path` and in `let`")
     if s.kind == "COMPARE" and s.token == ">" and s.previous_kind == "MINUS":
         return Mistake("an arrow is written `->`, without a space")
     if s.kind == "EQUAL" and s.next_kind == "COMPARE":
@@ -126,9 +120,7 @@ def equal(s: Situation, source: Source) -> Mistake | None:
     if s.kind == "COMPARE" and "EQUAL" in s.accepts:
         return Mistake(f"{s.shown} names nothing", "write `=`")
     if s.kind == "EQUAL":
-        return Mistake(
-            "`=` cannot stand here", "`let x = nodes`, `metric m = number`; a patch's value follows `with`"
-        )
+        return Mistake("`=` cannot stand here", "`let x = nodes`, `metric m = number`; a patch's value follows `with`")
     return None
 
 

@@ -14,9 +14,7 @@ from patchc.ir.experiment import Prompts
 PACKAGES = ("patchc", "torch", "transformers", "transformer-lens")
 
 
-def run_record(
-    spec: str, prompts: Prompts, weights: str, seeds: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def run_record(spec: str, prompts: Prompts, weights: str, seeds: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Hashes of the spec's text, the data as tokenised and the weights' fingerprint; versions; seeds."""
     return {
         "spec": sha256(spec),

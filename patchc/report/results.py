@@ -91,9 +91,7 @@ class Result:
                 report.add(NON_FINITE.at(metric.span, message))
             for world, value in self.baselines.get(metric.name, {}).items():
                 if not np.isfinite(value):
-                    message = (
-                        f"`{metric.name}` of `{self.name}` is {value} in the run of `{world}`, unpatched"
-                    )
+                    message = f"`{metric.name}` of `{self.name}` is {value} in the run of `{world}`, unpatched"
                     report.add(NON_FINITE.at(metric.span, message))
         report.raise_errors()
 

@@ -5,6 +5,7 @@ The hooks backend shares nothing with the compiler but the data that describe an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from random import Random
 
@@ -18,17 +19,23 @@ from patchc.execute.hooks import Oracle
 from patchc.execute.stored import Stored
 from patchc.execute.walk import Walk
 from patchc.ir.dag import Dag
-from patchc.ir.experiment import Cell, Dim, Experiment, FromWorld, Patch, Prompts, Value, World
-from patchc.ir.paths import Seq, Star, Step
+from patchc.ir.experiment import Cell, Dim, Experiment, FromWorld, Given, Itself, Mean, Patch, Prompts, Value, World
+from patchc.ir.paths import Seq, Site, Star, Step
 from patchc.ir.tokens import Layout
 from patchc.lower.fold import Fold
 from patchc.lower.masked import lower_masked
 from patchc.model.load import LoadedModel, load
+from tests import drawn
 from tests.drawn import Draw
 from tests.models import D_VOCAB, MODELS
 
 TOLERANCE = 1e-4
 CASES = 5
+VALUES = (
+    *drawn.VALUES,
+    Value(((1.0, Mean("corrupt")),)),
+    Value(((0.5, Mean("other", over_positions=True)), (0.5, Itself()))),
+)
 
 
 @cache
@@ -55,12 +62,12 @@ def plain_runs(m: LoadedModel, data: Prompts) -> dict[str, PlainRun]:
     return {w.name: run_world(m.pieces, w, data.layout, tables) for w in data.worlds}
 
 
-def compiled(m: LoadedModel, data: Prompts, e: Experiment) -> list[Tensor]:
+def compiled(m: LoadedModel, data: Prompts, e: Experiment, tensors: Mapping[str, Tensor] | None = None) -> list[Tensor]:
     """Logits `[token, d_vocab]` of each cell, all in one pass; nothing for a cell that is refused."""
     dag = Dag(m.graph, data.layout)
     fold = Fold(dag, data, e.run)
     roots = [fold.cell(c.patches).root for c in e.cells]
-    stored = Stored(m.pieces, data.layout, e.run, plain_runs(m, data), {})
+    stored = Stored(m.pieces, data.layout, e.run, plain_runs(m, data), tensors or {})
     walk = Walk(dag, m.pieces, m.pieces.tables(data.layout), stored, data.layout.all)
     return [m.pieces.unembed(x) for x in walk.streams(roots)]
 
@@ -69,7 +76,7 @@ def accepted(m: LoadedModel, data: Prompts, rng: Random, n: int) -> list[Cell]:
     """Random cells without a start of two values."""
     out: list[Cell] = []
     while len(out) < n:
-        cell = Draw(rng, m.graph, data.layout).cell()
+        cell = Draw(rng, m.graph, data.layout, VALUES).cell()
         if not Fold(Dag(m.graph, data.layout), data, "clean").cell(cell.patches).faults:
             out.append(cell)
     return out
@@ -111,6 +118,42 @@ def test_graph_equals_sweep(kind: str) -> None:
         out = m.eager(ids[0])
         plain = out if isinstance(out, Tensor) else out.logits
         assert (graph(*ids, torch.zeros(len(e.cells)))[0] - plain).abs().max() < TOLERANCE
+
+
+SITES = {
+    "head": lambda g: Step(1 << g.members(g.heads)[1].id),
+    "embed": lambda g: Step(1),
+    "attn_out": lambda g: Step(g.blocks[1].nodes, site=Site.ATTN_OUT),
+    "stream": lambda g: Step(g.below(2), site=Site.STREAM, rank=2),
+}
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("kind", ["gpt2-sdpa", "llama-sdpa", "native-attn-only"])
+def test_means_and_tensors(kind: str, site: str) -> None:
+    """The same numbers from the sweep, the graph and the hooks, for values that are no world's; biases included."""
+    rng = Random(f"{kind} {site}")
+    m, data = model(kind), prompts(rng, (5, 5))
+    tensors = {"x": torch.randn(m.graph.d_model, generator=torch.Generator().manual_seed(0))}
+    values = [
+        Value(((1.0, Mean("corrupt")),)),
+        Value(((1.0, Given("x")),)),
+        Value(((0.5, Given("x")), (0.5, Itself()))),
+        Value(((1.0, Itself()), (2.0, Given("x")))),
+        Value(((0.5, Itself()),)),
+    ]
+    tail = (Star(Step(m.graph.all)), Step(m.graph.logits_set))
+    e = experiment([Cell((), (Patch(Seq((SITES[site](m.graph), *tail)), v),)) for v in values])
+    graph = compiled_graph(lower_masked(e, data, m.graph), m.pieces, ("clean", "corrupt"), tensors)
+    oracle = Oracle(m.eager, m.graph, data, tensors=tensors)
+    with torch.no_grad():
+        for i, (cell, got) in enumerate(zip(e.cells, compiled(m, data, e, tensors), strict=True)):
+            masks = torch.zeros(len(values))
+            masks[i] = 1.0
+            expected = torch.cat(oracle.logits(e, cell))
+            assert (got - expected).abs().max() < TOLERANCE, values[i]
+            out = graph(*(torch.tensor(w.ids) for w in data.worlds[:2]), masks)[0]
+            assert (out.flatten(0, 1) - expected).abs().max() < TOLERANCE, values[i]
 
 
 def test_mask_gradient_is_the_finite_difference() -> None:

@@ -31,3 +31,20 @@ def test_example(spec: Path, model: patchc.Model, tmp_path: Path) -> None:
         assert not failed_expects(result), name
     assert max(r.check.largest_effect for r in results.values() if r.check is not None) > 1.0
     assert all(path.stat().st_size for r in results.values() for path in r.files)
+
+
+def test_cores_that_share_an_input_but_not_its_projection(model: patchc.Model) -> None:
+    """One core reads its query where the shared input has not changed, another projects that input for other heads:
+    each is read by its own columns."""
+    spec = (
+        (EXAMPLES / "ioi.patch").read_text(encoding="utf-8").partition("experiment")[0]
+        + """
+    experiment shared {
+      run corrupt
+      patch path head[0, 0] @ s2 -> (head[1, 1] | (head[1, 0].q -> head[2, 0])) -> logits with clean
+      measure diff
+    }"""
+    )
+    result = model.compile(spec).run(check="all", progress=False)["shared"]
+    assert result.check is not None
+    assert result.check.largest_effect > 10 * result.check.max_abs_diff

@@ -72,9 +72,7 @@ def parts(item: Any) -> list[Any]:
     """Everything in a tree: constructs, tuples' members and plain values."""
     if isinstance(item, tuple):
         return [x for member in item for x in parts(member)]
-    inner = (
-        [getattr(item, f.name) for f in dataclasses.fields(item) if f.name != "span"] if is_node(item) else []
-    )
+    inner = [getattr(item, f.name) for f in dataclasses.fields(item) if f.name != "span"] if is_node(item) else []
     return [item, *(x for member in inner for x in parts(member))]
 
 

@@ -21,9 +21,7 @@ def test_a_whole_diagnostic() -> None:
     text = "model\nlet a = head\nlet a = mlp"
     source = Source("specs/a.patch", text)
     note = Note("`a` is declared here", Span(source, 10, 11))
-    found = Diagnostic(
-        "name-clash", "`a` is declared twice", Span(source, 23, 24), notes=(note,), fix="use another"
-    )
+    found = Diagnostic("name-clash", "`a` is declared twice", Span(source, 23, 24), notes=(note,), fix="use another")
     assert render([found], color=False) == (
         "error[name-clash]: `a` is declared twice\n"
         " --> specs/a.patch:3:5\n"

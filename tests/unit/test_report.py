@@ -24,9 +24,7 @@ from patchc.report.terminal import print_results, shown
 LAYER, HEAD = Dim("layer", (0, 1)), Dim("head", (0, 1, 2))
 
 
-def experiment(
-    dims: tuple[Dim, ...] = (LAYER, HEAD), *, missing: tuple[Any, ...] = (), **more: Any
-) -> Experiment:
+def experiment(dims: tuple[Dim, ...] = (LAYER, HEAD), *, missing: tuple[Any, ...] = (), **more: Any) -> Experiment:
     cells = [Cell(index, ()) for index in np.ndindex(*(len(d.coords) for d in dims)) if index not in missing]
     given: dict[str, Any] = {"title": None, "metrics": (Metric("diff", Constant(0.0)),)} | more
     return Experiment("heads", run="clean", dims=dims, cells=tuple(cells), **given)
@@ -34,9 +32,7 @@ def experiment(
 
 def result(e: Experiment | None = None, values: Any = None, **more: Any) -> Result:
     e = e or experiment()
-    numbers = (
-        np.arange(np.prod(e.shape, dtype=int), dtype=float).reshape(e.shape) if values is None else values
-    )
+    numbers = np.arange(np.prod(e.shape, dtype=int), dtype=float).reshape(e.shape) if values is None else values
     values = {m.name: np.array(numbers) for m in e.metrics}
     stderr = {m.name: np.full(e.shape, 0.5) for m in e.metrics}
     baselines = {m.name: {"clean": 2.0, "corrupt": -1.0} for m in e.metrics}
@@ -268,9 +264,7 @@ def test_too_many_panels_are_left_out_and_said(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_terminal_shows_map_strongest_cells_and_what_it_took() -> None:
-    r = result(
-        experiment(title="each [bold]head"), no_effect=1, unfused_passes=6, check=Check(6, 1e-6, 1e-4, 3.0)
-    )
+    r = result(experiment(title="each [bold]head"), no_effect=1, unfused_passes=6, check=Check(6, 1e-6, 1e-4, 3.0))
     r.files.append(Path("heads.png"))
     text = text_of(r)
     assert "heads  each [bold]head" in text
@@ -384,7 +378,5 @@ def test_the_record_changes_with_what_it_records() -> None:
 
 
 def test_reporting_needs_no_torch() -> None:
-    code = (
-        "import sys, patchc.report; assert not {'torch', 'matplotlib', 'pandas', 'rich'} & set(sys.modules)"
-    )
+    code = "import sys, patchc.report; assert not {'torch', 'matplotlib', 'pandas', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
