@@ -44,13 +44,15 @@ def rows_of(dag: Dag, demand: Demand, variants: list[VariantId]) -> Counter[int]
 def run_rows(dag: Dag, rank: int, changed: Tokens, demanded: Tokens) -> Counter[int]:
     """Rows of the plain model from `rank` up: what has changed by then and can still reach what is demanded."""
     out: Counter[int] = Counter()
-    ahead = [changed]
-    blocks = [(i, b) for i, b in enumerate(dag.graph.blocks) if b.rank >= rank]
-    for _, b in blocks:
-        ahead.append(dag.spread(ahead[-1]) if b.kind is BlockKind.ATTENTION else ahead[-1])
-    for (i, b), here in zip(reversed(blocks), reversed(ahead[1:]), strict=True):
-        out[i] = (here & demanded).bit_count()
-        demanded = dag.reach(demanded) if b.kind is BlockKind.ATTENTION else demanded
+    ranks = [[(i, b) for i, b in enumerate(dag.graph.blocks) if b.rank == r] for r in range(rank, dag.graph.top)]
+    moves = [any(b.kind is BlockKind.ATTENTION for _, b in blocks) for blocks in ranks]
+    below = [changed]
+    for attends in moves:
+        below.append(dag.spread(below[-1]) if attends else below[-1])
+    for blocks, attends, here in zip(reversed(ranks), reversed(moves), reversed(below[:-1]), strict=True):
+        for i, b in blocks:
+            out[i] = ((dag.spread(here) if b.kind is BlockKind.ATTENTION else here) & demanded).bit_count()
+        demanded = dag.reach(demanded) if attends else demanded
     return out
 
 
