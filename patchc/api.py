@@ -160,7 +160,6 @@ class Compiled:
     warnings: tuple[Diagnostic, ...] = ()
     inputs: tuple[Path, ...] = ()
     _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
-    _graphs: dict[str, CompiledGraph] = field(default_factory=dict[str, CompiledGraph])
 
     def __repr__(self) -> str:
         names = ", ".join(e.name for e in self.study.experiments)

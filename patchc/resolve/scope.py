@@ -93,10 +93,6 @@ class Scope:
         """What a name is, in words, or None."""
         return self.names[name].kind if name in self.names else BUILT_IN.get(name)
 
-    def of_kind(self, *kinds: str) -> list[str]:
-        """Every declared name of these kinds."""
-        return [name for name, declared in self.names.items() if declared.kind in kinds]
-
     def not_a(self, what: str, name: tree.Name, known: Iterable[str]) -> PatchcError:
         """The error for `name` where `what` (in words) is needed and `known` are the names that would do."""
         if name.text in self.unsupported:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from patchc.diagnostics import RULES, Span
 from patchc.ir.bits import bits
-from patchc.ir.graph import PORTS, QKV, Kind, Nodes, Reader, ResidualGraph
+from patchc.ir.graph import PORTS, QKV, Nodes, Reader, ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Path, Site
 from patchc.ir.tokens import Tokens
 
@@ -189,8 +189,3 @@ def is_head(graph: ResidualGraph, member: Member) -> bool:
         and member.nodes.bit_count() == 1
         and member.site is not Site.ATTN_OUT
     )
-
-
-def kinds_of(graph: ResidualGraph, nodes: Nodes) -> set[Kind]:
-    """The kinds of node in a set."""
-    return {graph.nodes[i].kind for i in bits(nodes)}
