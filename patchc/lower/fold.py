@@ -12,15 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from patchc.diagnostics import Diagnostic
+from patchc.diagnostics import RULES, Diagnostic
 from patchc.ir.bits import bits
-from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, Replaced, VariantId
+from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, VariantId
 from patchc.ir.experiment import Patch, Prompts
 from patchc.ir.graph import Block, BlockKind, Reader
-from patchc.ir.paths import EVERYWHERE
+from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
-from patchc.lower.automaton import PORT_SITES, Atoms, Automaton, Start
+from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start
 from patchc.lower.entering import Entering, Entry
+
+PART_OF_A_NODE = RULES.add(
+    "complement-of-a-part", "a complement leaves out a part of a node that has no edges of its own"
+)
+
+INSIDE = (*INNER_SITES, Site.IN, Site.POST)
+"""Sites of starts after which the node is still computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,14 @@ class Fold(Entering):
         self.streams: dict[tuple[int, Atoms], VariantId] = {}
         self.nodes: dict[tuple[int, Atoms, int], list[VariantId]] = {}
         self.biting: set[int] = set()
-        self.faults: list[Diagnostic] = []
+        self.faults: list[Diagnostic] = [
+            PART_OF_A_NODE.at(
+                patches[i].span,
+                "all paths but those from some entries of a pattern or from some neurons cannot be patched",
+                fix="leave out the whole head, its `.q`, `.k` or `.v`, or the whole MLP",
+            )
+            for i in self.automaton.partial
+        ]
         self._find_live_atoms()
         root = self._by_token(self.automaton.last, Reader(self.graph.logits))
         return Folded(root, frozenset(self.biting), tuple(self.faults))
@@ -215,10 +229,10 @@ class Fold(Entering):
     def _variant(self, index: int, m: Atoms, members: int) -> VariantId:
         automaton = self.automaton
         entries: list[Entry] = []
-        replaced: list[tuple[Replaced, Start]] = []
+        inner: list[tuple[Step, Start]] = []
         for step, start in automaton.active_starts(m):
-            if step.site in PORT_SITES:
-                replaced += self._replaced(index, members, step, start)
+            if step.site in INSIDE:
+                inner.append((step, start))
             else:
                 entries.append(
                     self._entry(step.tokens, start, lambda value, tokens: self._stored(index, members, value, tokens))
@@ -226,19 +240,18 @@ class Fold(Entering):
         # A value that takes the node's place everywhere leaves nothing to compute; one that equals the base run's still
         # bites where it undoes another patch, so there the node is looked at.
         everywhere = any(e.tokens == EVERYWHERE and not e.own and e.stored for e in entries) and self.masked is None
-        computed = EQUAL_TO_BASE if everywhere else self._computed(index, automaton.settled(m), members, replaced)
+        computed = EQUAL_TO_BASE if everywhere else self._computed(index, automaton.settled(m), members, inner)
         return self._enter(computed, entries)
 
-    def _computed(self, index: int, m: Atoms, members: int, replaced: list[tuple[Replaced, Start]]) -> VariantId:
-        """The members run again on what their ports read."""
+    def _computed(self, index: int, m: Atoms, members: int, inner: list[tuple[Step, Start]]) -> VariantId:
+        """The members run again on what their ports read, with what is set inside them."""
         block = self.graph.blocks[index]
         node = self.graph.nodes[block.first + members.bit_length() - 1]
         match block.kind:
             case BlockKind.EMBED:
                 return EQUAL_TO_BASE
             case BlockKind.MLP:
-                x = self._input(m, Reader(node))
-                return self.dag.tokenwise(index, x) if x else EQUAL_TO_BASE
+                return self._mlp(index, self._input(m, Reader(node)), inner)
             case BlockKind.ATTENTION:
                 if not m & ~self.automaton.plain:
                     q = k = v = self._input(m, Reader(node, 0))
@@ -246,7 +259,7 @@ class Fold(Entering):
                         k, v = self._input(m, Reader(node, 1)), self._input(m, Reader(node, 2))
                 else:
                     q, k, v = (self._input(m, Reader(node, p)) for p in range(3))
-                sets = self._agreed(replaced, (q, k, v))
+                sets = self._agreed([self._replaced(members, *s) for s in inner], (q, k, v))
                 return self.dag.out(self.dag.core(index, q, k, v, sets), members)
 
     def _input(self, m: Atoms, reader: Reader) -> VariantId:
