@@ -272,12 +272,13 @@ class TracedPieces:
         tables: Tables,
         heads: Sequence[int] | None = None,
     ) -> Tensor:
-        self._need_apart("scores", layer)
+        self.need_apart("scores", layer)
         region, whole = self._attention[layer].scores, tables.whole[length]
         statics = [self._mask(n, whole[n], positions, k.shape[1], heads) for n in region.statics]
         return self._parts.run(region.module, q.transpose(1, 2), k.transpose(1, 2), *statics)
 
-    def _need_apart(self, what: str, layer: int) -> None:
+    def need_apart(self, what: str, layer: int) -> None:
+        """Raise `no-inside` where the "scores" or "neurons" of a layer cannot be had."""
         if why := self.not_apart.get((what, layer)):
             node = f"head[{layer}, *]" if what == "scores" else f"mlp[{layer}]"
             raise NOT_TAKEN_APART.error(f"the {what} inside `{node}` cannot be had from {self.graph.model}: {why}")
@@ -330,7 +331,7 @@ class TracedPieces:
         return out if hidden.scale is None else out * hidden.scale
 
     def _hidden(self, layer: int) -> NeuronParts:
-        self._need_apart("neurons", layer)
+        self.need_apart("neurons", layer)
         hidden = self._neurons[layer]
         if hidden is None:
             raise ValueError(f"layer {layer} has no MLP")
