@@ -1,5 +1,6 @@
-"""The dims of a result: a variable over heads gives `layer` and `head`, one over neurons `layer` and `neuron`, any other
-variable one dim."""
+"""The dims of a result: a variable over heads gives `layer` and `head`, one over neurons `layer` and `neuron`, any
+other variable one dim.
+"""
 
 from __future__ import annotations
 

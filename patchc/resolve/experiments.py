@@ -8,8 +8,9 @@ from pathlib import PurePath
 from typing import TypeVar
 
 from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity, nearest
-from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, Save, Show
+from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, Save, Show, Value
 from patchc.ir.graph import ResidualGraph
+from patchc.ir.paths import Path
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
 from patchc.resolve.data import Dataset
@@ -170,20 +171,21 @@ class Experiments:
 
     def _is_sound(self, clauses: Sequence[tree.Patch], env: Env, run: str, ends: Ends) -> bool:
         """Report every clause's errors in one cell, so that one clause does not hide another's."""
-        sound = 0
-        for clause in clauses:
-            path = value = None
+        return all([self._is_sound_clause(clause, env, run, ends) for clause in clauses])
+
+    def _is_sound_clause(self, clause: tree.Patch, env: Env, run: str, ends: Ends) -> bool:
+        targets: list[Path | None] = []
+        values: list[Value] = []
+        with collecting(self.report):
+            targets.append(self.patches.target(clause.target, env, ends))
+        with collecting(self.report):
+            values.append(self.patches.value(clause.value, env, run))
+        for path in targets if values else ():
             with collecting(self.report):
-                path = self.patches.target(clause.target, env, ends)
-                sound += 1
-            with collecting(self.report):
-                value = self.patches.value(clause.value, env, run)
-                sound += 1
-            with collecting(self.report):
-                if path is not None and value is not None:
-                    self.patches.check_value(path, value, clause.value.span)
-                sound += 1
-        return sound == 3 * len(clauses)
+                if path is not None:
+                    self.patches.check_value(path, values[0], clause.value.span)
+                return True
+        return False
 
     def _tokens(self) -> tuple[str, ...] | None:
         """The first prompt's tokens, where all prompts have one length."""

@@ -103,7 +103,7 @@ class Selectors:
         if name == "attn_out":
             return self._attn_out(place[0], span)
         if name == "kv":
-            return self._kv(*place, span)
+            return self._kv(place[0], place[1], span)
         found = self._graph.node(Kind(name), *place)
         if found is None:
             raise self._no(f"{name}[{', '.join(map(str, place))}]", name, span)
