@@ -19,18 +19,19 @@ PORTS_READ = {
 }
 """The ports of a head that what is read inside it depends on, where that is not all of them."""
 
+_OUT = (Site.OUT, Site.ATTN_OUT)
 FOLLOWS: dict[Site, tuple[Site, ...]] = {
-    Site.Q: (Site.SCORES, Site.PATTERN, Site.Z, Site.OUT),
-    Site.K: (Site.SCORES, Site.PATTERN, Site.Z, Site.OUT),
-    Site.SCORES: (Site.PATTERN, Site.Z, Site.OUT),
-    Site.PATTERN: (Site.Z, Site.OUT),
-    Site.V: (Site.Z, Site.OUT),
-    Site.Z: (Site.OUT,),
-    Site.OUT: (Site.Z, Site.ATTN_OUT),
+    Site.Q: (Site.SCORES, Site.PATTERN, Site.Z, *_OUT),
+    Site.K: (Site.SCORES, Site.PATTERN, Site.Z, *_OUT),
+    Site.SCORES: (Site.PATTERN, Site.Z, *_OUT),
+    Site.PATTERN: (Site.Z, *_OUT),
+    Site.V: (Site.Z, *_OUT),
+    Site.Z: _OUT,
+    Site.OUT: (Site.ATTN_OUT,),
     Site.IN: (Site.POST, Site.OUT),
     Site.POST: (Site.OUT,),
 }
-"""What else in the same node a value put in at a site changes. (An output stands for z, its one factor.)"""
+"""What else in the same node, or in the same layer's attention, a value that is put in at a site changes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,8 @@ class Experiments:
 
     def _is_sound(self, clauses: Sequence[tree.Patch], env: Env, run: str, ends: Ends) -> bool:
         """Report every clause's errors in one cell, so that one clause does not hide another's."""
-        return all([self._is_sound_clause(clause, env, run, ends) for clause in clauses])
+        sound = [self._is_sound_clause(clause, env, run, ends) for clause in clauses]
+        return all(sound)
 
     def _is_sound_clause(self, clause: tree.Patch, env: Env, run: str, ends: Ends) -> bool:
         targets: list[Path | None] = []
