@@ -91,18 +91,14 @@ class Entry:
                 message = f"the rows of .{step.site} differ in length, and have no mean over positions"
                 raise VALUE_SITE.error(message, fix=f"mean({mean.world})", span=span)
         elif mean.world in self.worlds:
-            tokens = bits(step.tokens & layout.all)
-            self._check_positions(
-                mean.world, max((layout.place(at[t] if at else t)[1] for t in tokens), default=0), span
-            )
+            tokens = (at[t] if at else t for t in bits(step.tokens & layout.all))
+            self._check_position(mean.world, max((layout.place(t)[1] for t in tokens), default=0), span)
 
-    def _check_positions(self, world: str, position: int, span: Span | None) -> None:
+    def _check_position(self, world: str, position: int, span: Span | None) -> None:
         if world not in self._lengths:
             self._lengths[world] = max(map(len, self.worlds[world].ids))
         longest = self._lengths[world]
         if position >= longest:
-            message = (
-                f"the mean of {world} is needed at position {position}, and its longest prompt has {longest} tokens"
-            )
-            fix = "mean(..., over=positions), or `@` at positions that it has"
-            raise MEAN_POSITION.error(message, fix=fix, span=span)
+            message = f"the mean of {world} is needed at position {position}; its longest prompt has {longest} tokens"
+            file, column = world.rsplit(":", 1)
+            raise MEAN_POSITION.error(message, fix=f'mean("{file}", {column}, over=positions)', span=span)

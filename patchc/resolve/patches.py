@@ -164,8 +164,10 @@ class Patches:
                 return True
             case FromWorld(world):
                 return all(self._data.same(world, run))
-            case Mean(world, over_positions) if world not in self._values.other.worlds:
-                return not over_positions and len(self._data.records) == 1 and all(self._data.same(world, run))
+            case Mean(world, over_positions, groups) if world not in self._values.other.worlds:
+                n = len(self._data.records)
+                is_alone = n == 1 or (groups is not None and len(set(groups)) == n)
+                return not over_positions and is_alone and all(self._data.same(world, run))
             case _:
                 return False
 

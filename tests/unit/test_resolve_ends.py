@@ -120,7 +120,10 @@ def test_a_value_is_read_where_it_is_put_in(site: Site, read: Site, is_read: boo
     of = MLP if site in (Site.IN, Site.POST) else MOVER
     ends = Ends(False, (Probe(of, read),))
     found = shown(paths().node(member(of, site), None, ends))
-    assert found.endswith(f" | ({SMALL.nodes[of.bit_length() - 1].name}{'' if site is Site.OUT else f'.{site}'})") is is_read
+    assert (
+        found.endswith(f" | ({SMALL.nodes[of.bit_length() - 1].name}{'' if site is Site.OUT else f'.{site}'})")
+        is is_read
+    )
 
 
 def test_a_stream_is_read_where_it_is_put_in() -> None:
