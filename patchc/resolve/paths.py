@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from patchc.diagnostics import RULES, PatchcError, Report, Severity, Span
-from patchc.ir.bits import bits
+from patchc.ir.bits import bits, bitset
 from patchc.ir.graph import QKV, Nodes, ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Tokens
@@ -215,13 +215,18 @@ class Paths:
             taken[node] = taken.get(node, 0) | ports
         plain: dict[int, Nodes] = {}
         for node in bits(term.inside.nodes):
-            if ports := QKV & ~taken.get(node, 0):
+            if ports := self._entered(term, node) & ~taken[node] if node in taken else QKV:
                 plain[ports] = plain.get(ports, 0) | 1 << node
         for ports, nodes in plain.items():
             yield Step(nodes, ports)
         for (ports, tokens), nodes in special.items():
             if inner := nodes & term.inside.nodes:
                 yield Step(inner, ports, tokens)
+
+    def _entered(self, term: Circuit, node: int) -> int:
+        """The ports by which edges of a circuit enter a node."""
+        rows = term.edges.rows if term.edges else ()
+        return bitset(port for (entered, port), _ in rows if entered == node and port >= 0)
 
     def _start(self, nodes: NodeSet) -> Path:
         key = (id(nodes), True)

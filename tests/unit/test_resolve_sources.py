@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_other_data_can_be_at_fault(tmp_path: Path) -> None:
 def drawn(found: Moved) -> list[int]:
     """The prompt that each prompt is given; its tokens are in order."""
     out: list[int] = []
-    for start, end in zip(OFFSETS, OFFSETS[1:], strict=False):
+    for start, end in pairwise(OFFSETS):
         row = found.tokens[start:end]
         prompt = OFFSETS.index(row[0])
         assert row == tuple(range(OFFSETS[prompt], OFFSETS[prompt + 1]))
