@@ -70,18 +70,23 @@ CHECK = click.option(
 @THREADS
 @MEMORY
 @click.option("--quiet", is_flag=True, help="No progress.")
-def run(spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool) -> int:
+@click.option("--per-prompt", is_flag=True, help="Each prompt's number, in a dim more, instead of their mean.")
+def run(
+    spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool, per_prompt: bool
+) -> int:
     """Run every experiment of SPEC."""
-    return _guarded(output, lambda: _run(spec, check, output, threads, memory, quiet))
+    return _guarded(output, lambda: _run(spec, check, output, threads, memory, quiet, per_prompt))
 
 
 @cli.command()
 @SPEC
 @FORMAT
 @MEMORY
-def plan(spec: Path, output: str, memory: int | None) -> int:
-    """Print what SPEC will run: variants, rows, passes. Runs nothing."""
-    return _guarded(output, lambda: _plan(spec, output, memory))
+@click.option("--analyze", "analyse", is_flag=True, help="Run it, and set what is measured beside what is planned.")
+@THREADS
+def plan(spec: Path, output: str, memory: int | None, analyse: bool, threads: int | None) -> int:
+    """Print what SPEC will run and what it costs: variants, rows, passes, FLOPs, memory. Runs nothing."""
+    return _guarded(output, lambda: _plan(spec, output, memory, analyse, threads))
 
 
 @cli.command()
@@ -103,10 +108,12 @@ def nodes(model: str, output: str) -> int:
 # ---- commands
 
 
-def _run(spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool) -> int:
+def _run(
+    spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool, per_prompt: bool
+) -> int:
     count = _cells_to_check(check)
     compiled = _compile(spec, memory, threads)
-    results = compiled.run(check=count, progress=not quiet)
+    results = compiled.run(check=count, progress=not quiet, per_prompt=per_prompt)
     from patchc.report.expects import failed_expects
 
     failed = [d for result in results.values() for d in failed_expects(result)]
@@ -122,14 +129,17 @@ def _run(spec: Path, check: str | None, output: str, threads: int | None, memory
     return Exit.EXPECT if failed else Exit.OK
 
 
-def _plan(spec: Path, output: str, memory: int | None) -> int:
-    plans = _compile(spec, memory, None).plan()
-    if output == "json":
-        from dataclasses import asdict
+def _plan(spec: Path, output: str, memory: int | None, analyse: bool, threads: int | None) -> int:
+    compiled = _compile(spec, memory, threads)
+    from patchc.report.plans import plan_json, plan_text
 
-        click.echo(json.dumps({"format_version": 1, "plans": [asdict(p) for p in plans]}))
+    plans = compiled.plan()
+    measured = compiled.analyse() if analyse else [None] * len(plans)
+    if output == "json":
+        found = [plan_json(p, m) for p, m in zip(plans, measured, strict=True)]
+        click.echo(json.dumps({"format_version": 1, "plans": found}))
     else:
-        click.echo(str(plans))
+        click.echo("\n\n".join(plan_text(p, m) for p, m in zip(plans, measured, strict=True)))
     return Exit.OK
 
 
