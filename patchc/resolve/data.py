@@ -6,14 +6,15 @@ Answers and positions, which are columns too, are for `answers` and `positions`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
 from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity, Span
+from patchc.ir.bits import bitset
 from patchc.ir.experiment import Prompts, World
 from patchc.ir.graph import ResidualGraph
-from patchc.ir.tokens import Layout
+from patchc.ir.tokens import Layout, Tokens
 from patchc.parse import tree
 from patchc.resolve.encode import Encoder, Ids
 from patchc.resolve.records import Record
@@ -37,7 +38,8 @@ class Dataset:
     """The records of a spec and the worlds read from them so far.
 
     `runs` are the names of the worlds that experiments run on: the first of them that is a column fixes the
-    layout.
+    lengths. `following` gives, for each copy of the prompts, the ids that follow each prompt there (see
+    `continuations`); none at all where nothing follows any prompt.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Dataset:
         self.graph = graph
         self.scope = scope
         self.used: set[str] = set()
+        self.following: Callable[[], tuple[tuple[Ids, ...], ...]] = tuple
         self._runs = runs
         self._worlds: dict[str, tuple[Ids, ...] | None] = {}
 
@@ -163,11 +166,30 @@ class Dataset:
         return next((c for c in self.columns if c in self._runs), self.columns[0] if self.columns else "")
 
     @cached_property
-    def layout(self) -> Layout:
-        """The lengths of the prompts."""
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of the prompts, without an answer that follows them. Positions count in these."""
         if not self.base:
             raise silent()
-        return Layout(tuple(map(len, self.ids(self.base))))
+        return tuple(map(len, self.ids(self.base)))
+
+    @cached_property
+    def endings(self) -> tuple[tuple[Ids, ...], ...]:
+        """What follows each prompt in each copy of the prompts: at least one copy."""
+        return self.following() or (((),) * len(self.lengths),)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The rows that are run: every prompt of the first copy, then of the next. Row = copy * prompts + prompt."""
+        return Layout(tuple(n + len(e) for ending in self.endings for n, e in zip(self.lengths, ending, strict=True)))
+
+    def token(self, prompt: int, position: int, copy: int = 0) -> int:
+        """The number of the token at a position (from 0) of a prompt."""
+        return self.layout.offsets[copy * len(self.lengths) + prompt] + position
+
+    def tokens(self, spots: Sequence[Sequence[int]]) -> Tokens:
+        """The tokens at these positions of each prompt, in every copy."""
+        copies = range(len(self.endings))
+        return bitset(self.token(i, p, copy) for copy in copies for i, here in enumerate(spots) for p in here)
 
     @cached_property
     def text_column(self) -> str:
@@ -177,7 +199,7 @@ class Dataset:
     def _aligns(self, column: str) -> bool:
         used = column in self.used
         try:
-            found = tuple(map(len, self._encoded(column, None))) == self.layout.lengths
+            found = tuple(map(len, self._encoded(column, None))) == self.lengths
         except PatchcError:
             found = False
         if not used:
@@ -199,9 +221,14 @@ class Dataset:
             self.text_column,
             *(c for c in self.columns if self._worlds.get(c) and c != self.text_column),
         ]
-        worlds = tuple(World(name, self.ids(name)) for name in names)
         show = self.encoder.show
-        return Prompts(self.layout, worlds, tuple(tuple(show(i) for i in ids) for ids in worlds[0].ids))
+        texts = tuple(tuple(show(i) for i in ids) for ids in self.ids(names[0]))
+        worlds = tuple(World(name, self._rows(self.ids(name))) for name in names)
+        own = self.lengths * len(self.endings)
+        return Prompts(self.layout, worlds, texts, len(self.endings), () if own == self.layout.lengths else own)
+
+    def _rows(self, prompts: tuple[Ids, ...]) -> tuple[Ids, ...]:
+        return tuple(ids + e for ending in self.endings for ids, e in zip(prompts, ending, strict=True))
 
 
 def _is_id(value: Any) -> bool:

@@ -180,7 +180,7 @@ class Experiments:
 
     def _tokens(self) -> tuple[str, ...] | None:
         """The first prompt's tokens, where all prompts have one length."""
-        if len(set(self.dataset.layout.lengths)) > 1:
+        if len(set(self.dataset.lengths)) > 1:
             return None
         return tuple(self.dataset.encoder.show(i) for i in self.dataset.text_ids[0])
 

@@ -11,6 +11,8 @@ from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Sou
 from patchc.ir.experiment import Experiment, ModelChoice, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
+from patchc.resolve.answers import AnswerReader
+from patchc.resolve.continuations import Continuations
 from patchc.resolve.data import Dataset
 from patchc.resolve.encode import Encoder
 from patchc.resolve.expects import Expects
@@ -22,6 +24,7 @@ from patchc.resolve.model_choice import choose_model, missing_model
 from patchc.resolve.patches import Patches
 from patchc.resolve.paths import Paths
 from patchc.resolve.positions import Positions
+from patchc.resolve.probes import Probes
 from patchc.resolve.records import EMPTY_DATA, Given, read_records
 from patchc.resolve.scope import BUILT_IN, NAME_CLASH, NOT_SUPPORTED_YET, Scope, collecting
 from patchc.resolve.selectors import Selectors
@@ -127,7 +130,11 @@ class _Study:
         self.positions = Positions(dataset)
         difference = Difference(graph, lambda: dataset.layout.all)
         self.sets = Sets(scope, graph, Selectors(graph, Indexer(scope)), self.positions, difference)
-        self.metrics = Metrics(scope, dataset, self.positions)
+        answers = AnswerReader(dataset)
+        continuations = Continuations(self.spec, dataset, answers)
+        dataset.following = lambda: continuations.endings
+        probes = Probes(graph, dataset, self.positions, self.sets, Indexer(scope), self.tensors)
+        self.metrics = Metrics(scope, dataset, self.positions, probes, answers, continuations)
         values = Values(scope, dataset, self.tensors)
         self._resolve = Experiments(
             self.report,

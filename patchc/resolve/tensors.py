@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from patchc.diagnostics import RULES, Span, nearest
+from patchc.parse import tree
 from patchc.resolve.records import MISSING_FILE
+from patchc.resolve.scope import WRONG_KIND
 
 UNKNOWN_TENSOR = RULES.add("unknown-tensor", "a tensor that was not given, or that its file does not hold")
 BAD_TENSOR_FILE = RULES.add("bad-tensor-file", "a file that is not in the safetensors format")
@@ -32,6 +34,16 @@ class Tensors:
     sources: dict[str, str] = field(default_factory=dict[str, str])
     shapes: dict[str, Shape] = field(default_factory=dict[str, Shape])
     _headers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+    def named(self, node: tree.Function) -> str:
+        """The key of the tensor that `tensor("name")` or `tensor("file", "key")` stands for."""
+        texts = [a.text for a in node.arguments if isinstance(a, tree.Text)]
+        if len(texts) != len(node.arguments) or len(texts) not in (1, 2):
+            message = "tensor takes a safetensors file and a key, or the name of a tensor given in Python"
+            raise WRONG_KIND.error(message, fix='tensor("v.safetensors", "key")', span=node.span)
+        if len(texts) == 1:
+            return self.from_python(texts[0], node.span)
+        return self.from_file(texts[0], texts[1], node.span)
 
     def from_python(self, key: str, span: Span | None) -> str:
         """The key of a tensor that was given under that name."""
