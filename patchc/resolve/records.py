@@ -66,7 +66,9 @@ def _of_statement(statement: tree.Data, scope: Scope, base: Path) -> list[Record
     positions = {f.name.text: f for f in statement.fields if isinstance(f, tree.Position)}
     if statement.file is None:
         return [Record(cells, positions, statement.span, spans)]
-    rows = _slice(_read_jsonl(statement.file, scope, base), statement, scope)
+    rows = _read_jsonl(statement.file, scope, base)
+    if statement.slice is not None:
+        rows = [rows[i] for i in chosen(statement.slice, len(rows), scope)]
     return [Record({**row, **cells}, positions, where, spans) for row, where in rows]
 
 
@@ -156,29 +158,31 @@ def _not_empty(rows: list[T], span: Span | None, message: str = "the data given 
 # ---- slices
 
 
-def _slice(rows: list[Row], statement: tree.Data, scope: Scope) -> list[Row]:
-    if statement.slice is None or isinstance(statement.slice, tree.Every):
-        return rows
-    items = statement.slice.items if isinstance(statement.slice, tree.Braces) else (statement.slice,)
-    return [rows[i] for item in items for i in _indices(item, len(rows), scope)]
+def chosen(node: tree.Index, n: int, scope: Scope, what: str = "file") -> list[int]:
+    """The prompts that a slice takes of `n`; `what` has them, in words. Raises `data-slice`."""
+    if isinstance(node, tree.Every):
+        return list(range(n))
+    items = node.items if isinstance(node, tree.Braces) else (node,)
+    return [i for item in items for i in _indices(item, n, scope, what)]
 
 
-def _indices(item: tree.Element, n: int, scope: Scope) -> list[int]:
+def _indices(item: tree.Element, n: int, scope: Scope, what: str) -> list[int]:
     if not isinstance(item, tree.Range):
-        return [_index(item, n, scope)]
-    first = 0 if item.first is None else _index(item.first, n, scope)
-    last = n - 1 if item.last is None else _index(item.last, n, scope)
+        return [_index(item, n, scope, what)]
+    first = 0 if item.first is None else _index(item.first, n, scope, what)
+    last = n - 1 if item.last is None else _index(item.last, n, scope, what)
     if first > last:
         raise DATA_SLICE.error(f"this slice is empty: {first} comes after {last}", span=item.span)
     return list(range(first, last + 1))
 
 
-def _index(item: tree.Element, n: int, scope: Scope) -> int:
+def _index(item: tree.Element, n: int, scope: Scope, what: str) -> int:
     index = scope.number(item) if isinstance(item, tree.Number | tree.Parameter) else None
     if not isinstance(index, int):
-        raise WRONG_KIND.error("a slice of a file takes whole numbers, such as [..99] or [{0, 5}]", span=item.span)
+        raise WRONG_KIND.error("a slice takes whole numbers, such as [..99] or [{0, 5}]", span=item.span)
     if not -n <= index < n:
-        raise DATA_SLICE.error(f"there is no prompt {index}: the file has {n}, numbered 0..{n - 1}", span=item.span)
+        message = f"there is no prompt {index}: the {what} has {n}, numbered 0..{n - 1}"
+        raise DATA_SLICE.error(message, span=item.span)
     return index % n
 
 

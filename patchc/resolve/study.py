@@ -82,7 +82,8 @@ def resolve(
         raise PatchcError(_in_order(report.diagnostics, source))
     study.dataset.check_unused(report)  # only now: what has an error uses less than it will
     choice = model or chosen or ModelChoice("")
-    found = Study(choice, study.dataset.prompts(), experiments, tuple(study.tensors.sources.items()))
+    sources = tuple(study.tensors.sources.items())
+    found = Study(choice, study.dataset.prompts(), experiments, sources, _seeds(experiments))
     return Resolved(found, tuple(_in_order(report.diagnostics, source)))
 
 
@@ -93,6 +94,12 @@ def _in_order(diagnostics: Sequence[Diagnostic], source: Source) -> list[Diagnos
         return d.span.start if d.span is not None and d.span.source == source else -1
 
     return sorted(diagnostics, key=start)
+
+
+def _seeds(experiments: Sequence[Experiment]) -> tuple[tuple[str, int], ...]:
+    """What is random, with its seed, each once."""
+    intervals = (m.interval for e in experiments for m in e.metrics if m.interval is not None)
+    return tuple(dict.fromkeys(("interval", i.seed) for i in intervals))
 
 
 def _start(source: Source) -> Span:
