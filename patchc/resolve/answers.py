@@ -11,7 +11,7 @@ from typing import Any
 
 from patchc.diagnostics import RULES, Severity, Span
 from patchc.parse import tree
-from patchc.resolve.data import Dataset, silent
+from patchc.resolve.data import Dataset, shortened, silent
 from patchc.resolve.encode import Ids
 from patchc.resolve.scope import WRONG_KIND
 
@@ -64,7 +64,7 @@ class AnswerReader:
             if not items:
                 raise WRONG_KIND.error(f"{told} an empty set", span=where)
             if not all(isinstance(i, str | int) and not isinstance(i, bool) for i in items):
-                raise WRONG_KIND.error(f"{told} {_shortened(cell)}", span=where)
+                raise WRONG_KIND.error(f"{told} {shortened(cell)}", span=where)
             yield items, where
 
     def _set(self, items: list[str | int], prompt: int, where: Span | None, first: bool) -> Ids:
@@ -159,8 +159,3 @@ class AnswerReader:
         if spaced is not None and len(spaced) <= len(ids) and spaced != ids:
             self._warn_space(item, prompt, where)
         return ids
-
-
-def _shortened(cell: Any) -> str:
-    text = repr(cell)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -25,6 +25,7 @@ UNEQUAL_LENGTHS = RULES.add("unequal-lengths", "two worlds of one prompt have di
 TEXT_TOO_LONG = RULES.add("text-too-long", "a text has more tokens than the model's context")
 EMPTY_TEXT = RULES.add("empty-text", "a text has no tokens")
 BAD_TOKEN_ID = RULES.add("bad-token-id", "a token id that the model's vocabulary does not have")
+DOUBLE_BOS = RULES.add("double-bos", "a text begins with the token that the tokenizer adds", Severity.WARNING)
 UNUSED_COLUMN = RULES.add("unused-column", "a column that nothing uses", Severity.WARNING)
 
 
@@ -84,6 +85,11 @@ class Dataset:
                 fix = f"remove it, or write `at {column} ...` if it is meant as a position"
                 report.add(UNUSED_COLUMN.at(written[0], f"nothing uses the column {column!r}", fix=fix))
 
+    def n_leading(self, prompt: int) -> int:
+        """How many special tokens the tokenizer puts before a prompt's text."""
+        text = self.records[prompt].cells.get(self.base)
+        return self.encoder.n_leading(text) if isinstance(text, str) else 0
+
     # ---- worlds
 
     def world(self, name: tree.Name) -> str:
@@ -116,12 +122,21 @@ class Dataset:
         cell, where = self.cell(prompt, column, span), self.records[prompt].span(column) or span
         if isinstance(cell, str):
             ids = self.encoder.prompt(cell, where)
+            self._warn_double_bos(ids, column, where)
         elif isinstance(cell, list | tuple) and all(_is_id(i) for i in cell):  # pyright: ignore[reportUnknownVariableType]
             ids = tuple(int(i) for i in cell)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         else:
-            raise WRONG_KIND.error(f"{column!r} is used as a world, and prompt {prompt} has {cell!r} there", span=where)
+            told = shortened(cell)
+            raise WRONG_KIND.error(f"{column!r} is used as a world, and prompt {prompt} has {told} there", span=where)
         self._check_ids(ids, column, prompt, where)
         return ids
+
+    def _warn_double_bos(self, ids: Ids, column: str, where: Span | None) -> None:
+        bos = self.encoder.bos
+        if bos is not None and ids[:2] == (bos, bos):
+            shown = self.encoder.show(bos)
+            message = f"{column!r} begins with {shown!r}, and the tokenizer puts another before it"
+            self.scope.report.add(DOUBLE_BOS.at(where, message, fix=f"leave {shown} out, or write bos=false"))
 
     def _check_ids(self, ids: Ids, column: str, prompt: int, where: Span | None) -> None:
         limit = self.graph.n_ctx
@@ -229,6 +244,15 @@ class Dataset:
 
     def _rows(self, prompts: tuple[Ids, ...]) -> tuple[Ids, ...]:
         return tuple(ids + e for ending in self.endings for ids, e in zip(prompts, ending, strict=True))
+
+
+def shortened(cell: Any) -> str:
+    """A cell as it would be written in Python, for a message."""
+    try:
+        text = repr(cell)
+    except RecursionError:
+        return "brackets nested too deep"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_id(value: Any) -> bool:

@@ -13,7 +13,8 @@ from patchc.diagnostics import RULES, PatchcError, Span
 from patchc.ir.tokens import Tokens
 from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS, Binding, Env, Number, Place, Spots
-from patchc.resolve.data import Dataset, silent
+from patchc.resolve.data import Dataset, shortened, silent
+from patchc.resolve.data_files import Counted
 from patchc.resolve.scope import WRONG_KIND, collecting
 
 POSITION_OUTSIDE = RULES.add("position-outside", "a position that a prompt is too short for")
@@ -52,7 +53,7 @@ class Positions:
     def names(self) -> list[str]:
         """Every named position, columns that can be one included."""
         declared = (name for record in self._data.records for name in record.positions)
-        numbers = (n for r in self._data.records for n, cell in r.cells.items() if not isinstance(cell, str))
+        numbers = (n for r in self._data.records for n in r.cells if not isinstance(r.as_position(n), str))
         return list(dict.fromkeys([*declared, *numbers]))
 
     def tokens(self, spots: Spots) -> Tokens:
@@ -183,7 +184,8 @@ class Positions:
         if name not in record.cells:
             message = f"prompt {prompt} has no position {name!r}"
             raise MISSING_POSITION.error(message, fix=f"at {name} ...", span=record.where or span)
-        return self._from_cell(self._data.cell(prompt, name, span), name, prompt, record.span(name) or span)
+        self._data.cell(prompt, name, span)
+        return self._from_cell(record.as_position(name), name, prompt, record.span(name) or span)
 
     def _declared(self, declared: tree.Position, prompt: int) -> OnePrompt:
         where = declared.where
@@ -218,6 +220,9 @@ class Positions:
                 pass
             case int():
                 return (self._inside(prompt, cell, span),)
+            case Counted(index):
+                before = self._data.n_leading(prompt) if index >= 0 else 0
+                return (self._inside(prompt, index + before, span),)
             case [int() as first, int() as last]:
                 ends = self._inside(prompt, first, span), self._inside(prompt, last, span)
                 return _span_of(ends[0], ends[1], prompt, span)
@@ -225,7 +230,7 @@ class Positions:
                 return self._find(cell, prompt, None, span, name)
             case _:
                 pass
-        message = f"{name!r} is used as a position, and prompt {prompt} has {cell!r}"
+        message = f"{name!r} is used as a position, and prompt {prompt} has {shortened(cell)}"
         raise WRONG_KIND.error(message, fix="an index, [first, last], or a text", span=span)
 
     def _column_text(self, column: tree.Name, prompt: int) -> str:
@@ -235,7 +240,7 @@ class Positions:
         if isinstance(cell, str):
             return cell
         raise WRONG_KIND.error(
-            f"{column.text!r} of prompt {prompt} is {cell!r}; one text can be looked for", span=column.span
+            f"{column.text!r} of prompt {prompt} is {shortened(cell)}; one text can be looked for", span=column.span
         )
 
     # ---- where a text stands

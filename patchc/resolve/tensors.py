@@ -11,7 +11,7 @@ from typing import Any
 
 from patchc.diagnostics import RULES, Span, nearest
 from patchc.parse import tree
-from patchc.resolve.records import MISSING_FILE
+from patchc.resolve.files import MISSING_FILE, open_checked
 from patchc.resolve.scope import WRONG_KIND
 
 UNKNOWN_TENSOR = RULES.add("unknown-tensor", "a tensor that was not given, or that its file does not hold")
@@ -74,6 +74,7 @@ class Tensors:
 
 
 def _read_header(path: Path, name: str, span: Span | None) -> dict[str, Any]:
+    open_checked(path, name, span, limit=None)  # only the header is read here
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -82,6 +83,10 @@ def _read_header(path: Path, name: str, span: Span | None) -> dict[str, Any]:
         raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
     try:
         found: dict[str, Any] = json.loads(raw)
-        return {key: entry for key, entry in found.items() if key != "__metadata__" and "shape" in entry}
-    except (ValueError, AttributeError, TypeError):
+        return {key: entry for key, entry in found.items() if key != "__metadata__" and _is_shape(entry["shape"])}
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         raise BAD_TENSOR_FILE.error(f"{name} is not a safetensors file", span=span) from None
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
