@@ -57,6 +57,7 @@ class Dataset:
         self.scope = scope
         self.used: set[str] = set()
         self.following: Callable[[], tuple[tuple[Ids, ...], ...]] = tuple
+        self._told: set[str] = set()
         self._runs = runs
         self._worlds: dict[str, tuple[Ids, ...] | None] = {}
 
@@ -133,7 +134,8 @@ class Dataset:
 
     def _warn_double_bos(self, ids: Ids, column: str, where: Span | None) -> None:
         bos = self.encoder.bos
-        if bos is not None and ids[:2] == (bos, bos):
+        if bos is not None and ids[:2] == (bos, bos) and column not in self._told:
+            self._told.add(column)
             shown = self.encoder.show(bos)
             message = f"{column!r} begins with {shown!r}, and the tokenizer puts another before it"
             self.scope.report.add(DOUBLE_BOS.at(where, message, fix=f"leave {shown} out, or write bos=false"))

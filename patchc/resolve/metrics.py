@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
-from patchc.diagnostics import RULES, nearest
+from patchc.diagnostics import RULES, Severity, nearest
 from patchc.ir.experiment import Called, Interval, Kl, Measure, Metric, Read
 from patchc.parse import tree
 from patchc.resolve.answers import AnswerReader
@@ -23,6 +24,9 @@ RECURSIVE_METRIC = RULES.add("recursive-metric", "a metric that is defined by it
 NESTED_NORMALISED = RULES.add("nested-normalised", "a normalised metric inside arithmetic or another normalised one")
 SAME_WORLD = RULES.add("same-world", "a metric normalised between two worlds that are one")
 BAD_INTERVAL = RULES.add("bad-interval", "a bootstrap interval that cannot be drawn as it is asked for")
+OFFSET_OF_NUMBER = RULES.add(
+    "offset-of-number", "a whole number right after a metric's position, which it is not added to", Severity.WARNING
+)
 
 READS = tuple(m.value for m in Measure)
 FUNCTIONS = (*READS, "kl", "dot")
@@ -131,6 +135,7 @@ class Metrics:
             case tree.Negated():
                 return negated(self._typed(node.inner, at))
             case tree.Sum():
+                self._warn_offset(node)
                 return added([(1 if sign == "+" else -1, self._typed(t, at), t.span) for sign, t in node.terms])
             case tree.Product():
                 return self._product(node, at)
@@ -139,6 +144,18 @@ class Metrics:
                 return self._typed(node.inner, self._positions.one(node.place))
             case tree.Normalised():
                 raise NESTED_NORMALISED.error("a normalised metric cannot be a part of another", span=node.span)
+
+    def _warn_offset(self, node: tree.Sum) -> None:
+        """`logit(answer) @ end - 1` takes 1 from the logit; most likely the position was meant."""
+        for (_, term), (sign, by) in pairwise(node.terms):
+            last = term.factors[-1][1] if isinstance(term, tree.Product) else term
+            if not (isinstance(last, tree.At) and isinstance(last.place, tree.Name | tree.Number)):
+                continue
+            if isinstance(by, tree.Number) and isinstance(by.value, int):
+                done, to = ("added", "to") if sign == "+" else ("taken", "from")
+                message = f"{by.value} is {done} {to} the number that is read, not {to} its position"
+                fix = f"@ {{{written(last.place)} {sign} {by.value}}} for the position"
+                self._scope.report.add(OFFSET_OF_NUMBER.at(node.span, message, fix=fix))
 
     def _product(self, node: tree.Product, at: Tokens | None) -> Typed:
         out = self._typed(node.factors[0][1], at)

@@ -6,6 +6,7 @@ In csv every cell is text; sets of answers and token ids need a format with list
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,9 +32,10 @@ def csv_rows(source: Source, span: Span | None) -> list[tuple[dict[str, str], Sp
         if header is None:
             raise BAD_TABLE.error(f"{source.name} is empty; its first line names the columns", span=span)
         _check_names(header, source.name, lines.taken())
-        return [_csv_row(header, cells, lines.taken()) for cells in reader if cells or not lines.taken()]
+        rows = [(cells, lines.taken()) for cells in reader]
     except csv.Error as error:
         raise BAD_TABLE.error(f"this line is not csv: {error}", span=lines.taken()) from None
+    return [_csv_row(header, cells, where) for cells, where in rows if cells]
 
 
 class _Lines:
@@ -44,12 +46,13 @@ class _Lines:
         self._from = self._to = 0
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._source.text.splitlines(keepends=True):
+        for line in io.StringIO(self._source.text, newline=""):
             self._to += len(line)
             yield line
 
     def taken(self) -> Span:
-        span = Span(self._source, self._from, self._to)
+        end = len(self._source.text[self._from : self._to].rstrip("\r\n"))
+        span = Span(self._source, self._from, self._from + end)
         self._from = self._to
         return span
 
