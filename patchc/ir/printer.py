@@ -222,10 +222,10 @@ class _Expressions:
     def _probe(self, probe: Probe) -> str:
         if probe.site is Site.STREAM:
             return f"stream below rank {probe.rank}"
-        names = " | ".join(n.name for n in self._graph.members(probe.nodes))
-        if probe.site is Site.OUT:
-            return names
-        return f"({names}).{probe.site}" if " | " in names else f"{names}.{probe.site}"
+        node = self._graph.members(probe.nodes)[0]
+        if probe.site is Site.ATTN_OUT:
+            return f"attn_out[{node.layer}]"
+        return node.name if probe.site is Site.OUT else f"{node.name}.{probe.site}"
 
     def _places(self, tokens: Iterable[int]) -> str:
         """The position in each prompt, told once where it is one."""

@@ -93,11 +93,11 @@ class Metrics:
     def _interval(self, node: tree.Interval) -> Interval:
         level = self._scope.number(node.level)
         if not 0 < level < 1:
-            fix = f"interval {level / 100:g}" if 1 < level < 100 else "interval 0.95"
+            fix = f"interval {level / 100:g}" if 50 <= level < 100 else "interval 0.95"
             message = f"an interval's level lies between 0 and 1, and this is {level:g}"
             raise BAD_INTERVAL.error(message, fix=fix, span=node.level.span)
         options = self._options(node)
-        resamples = options.get("resamples", Interval.resamples)
+        resamples = options.get("resamples", Interval(level).resamples)
         if resamples not in RESAMPLES:
             message = f"between {RESAMPLES[0]:,} and {RESAMPLES[-1]:,} resamples are drawn, not {resamples:,}"
             raise BAD_INTERVAL.error(message, span=node.span)

@@ -67,7 +67,8 @@ class Probes:
             self.check_place(target)
             at, target = self.positions.one(target.place), target.inner
         if not isinstance(target, tree.Ref):
-            raise WRONG_KIND.error("dot takes a node and a tensor", fix=EXAMPLE, span=target.span)
+            fix = EXAMPLE.replace("-1", "{end - 1}") if isinstance(target, tree.Sum) else EXAMPLE
+            raise WRONG_KIND.error("dot takes a node and a tensor", fix=fix, span=target.span)
         if _inner(target) in ENTRIES or (_inner(target) is Site.POST and target.sites[-1].indices):
             message = f"{written(target)} is a number already, and dot takes a vector"
             raise NOT_A_NUMBER.error(message, fix=written(target), span=target.span)
@@ -127,7 +128,7 @@ class Probes:
     def _within(self, member: Member, site: Site, node: tree.Ref) -> Probe:
         kind, owner = (self.graph.heads, "a head") if site in IN_HEADS else (self.graph.mlps, "an MLP")
         if member.site is not Site.OUT or member.nodes & kind != member.nodes or member.nodes.bit_count() != 1:
-            message = f"{member.name} has no site .{site}; {owner} has"
+            message = f"{member.name} has no site .{site}: only {owner} has one"
             raise UNKNOWN_SITE.error(message, span=node.sites[-1].span)
         return Probe(member.nodes, site)
 
@@ -180,7 +181,7 @@ class Probes:
         found = self.indexer.all_of(indices[0], axis, NO_LOCALS, written(node))
         if len(found) != 1:
             message = f"a metric reads one neuron, and {written(node)} is {len(found)}"
-            raise NOT_A_NUMBER.error(message, fix=f"{written(node).partition('[')[0]}", span=node.span)
+            raise NOT_A_NUMBER.error(message, fix=f"{written(node).rpartition('[')[0]}[{found[0]}]", span=node.span)
         return found[0]
 
     # ---- widths
