@@ -32,8 +32,10 @@ class Exit(IntEnum):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
-    # `--check` alone takes no value, so that the spec after it is not read as one.
-    args = ["--check=sample" if a == "--check" else a for a in (sys.argv[1:] if argv is None else argv)]
+    args = [*(sys.argv[1:] if argv is None else argv)]
+    if args[:1] == ["run"]:
+        # `--check` alone takes no value, so that the spec after it is not read as one.
+        args = ["--check=sample" if a == "--check" else a for a in args]
     try:
         sys.exit(cli.main(args, prog_name="patchc", standalone_mode=False) or 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -101,6 +103,15 @@ def check(specs: tuple[Path, ...], output: str) -> int:
 def nodes(model: str, output: str) -> int:
     """List the nodes, ports and shapes of MODEL."""
     return _guarded(output, lambda: _nodes(model, output))
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file would change, and name it.")
+@click.option("--diff", is_flag=True, help="Write nothing; print what would change, and exit as with --check.")
+def fmt(files: tuple[Path, ...], check: bool, diff: bool) -> int:
+    """Rewrite FILES in the canonical layout; `-` is stdin to stdout. Comments stay, and so does the meaning."""
+    return _guarded("text", lambda: _fmt(files, check, diff))
 
 
 # ---- commands
@@ -178,6 +189,14 @@ def _nodes(model: str, output: str) -> int:
     graph = api.load(model).graph
     click.echo(json.dumps(nodes_json(graph)) if output == "json" else nodes_text(graph))
     return Exit.OK
+
+
+def _fmt(files: tuple[Path, ...], check: bool, diff: bool) -> int:
+    from patchc.commands.fmt import format_files
+
+    changed, found = format_files(files, check, diff)
+    _say(found)
+    return max([d.exit for d in found] + [Exit.SPEC * (changed > 0 and (check or diff))])
 
 
 # ---- shared

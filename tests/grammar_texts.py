@@ -22,7 +22,7 @@ SAMPLES = {
 }
 """Texts for the terminals that are no fixed word."""
 
-COMMENTS = ["#", "# a remark", "#\ttabbed  ", "# with # and \" and }", "# é", "# " + "long " * 25]
+COMMENTS = ["#", "# a remark", "#\ttabbed  ", '# with # and " and }', "# é", "# " + "long " * 25]
 
 
 def tokens(rng: Random, start: str = "spec", most: int = 120) -> list[str]:

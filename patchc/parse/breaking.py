@@ -111,24 +111,37 @@ class _Cut:
     deeper: bool = True
 
 
+_ASSIGNED = _Cut(lambda word: word.kind == "EQUAL" and word.rule in ("let", "metric"), after=True, deeper=False)
 _CUTS = (
-    _Cut(lambda word: word.kind == "EQUAL" and word.rule in ("let", "metric"), after=True, deeper=False),
-    _Cut(lambda word: word.kind == "WITH", deeper=False),
+    _ASSIGNED,
+    _Cut(lambda word: word.kind == "WITH" and word.rule in ("patch", "attribute"), deeper=False),
     _Cut(lambda word: word.kind == "COMMA", after=True, filled=True),
-    _Cut(lambda word: word.kind == "FROM"),
+    _Cut(lambda word: word.kind in ("FROM", "WITH")),
     _Cut(lambda word: word.rule in ("sequence", "union", "difference", "sum")),
     _Cut(lambda word: word.rule == "product"),
 )
 
 
-def _pieces(parts: Sequence[_Part]) -> tuple[_Cut | None, list[list[_Part]]]:
-    """Where to cut, and what is then between the cuts."""
+def _pieces(parts: Sequence[_Part], indent: int) -> tuple[_Cut | None, list[list[_Part]]]:
+    """Where to cut, and what is then between the cuts; the pieces' rows start at `indent`."""
     for cut in _CUTS:
         at = [i + cut.after for i, part in enumerate(parts) if isinstance(part, Word) and cut.matches(part)]
         at = [i for i in at if 0 < i < len(parts)]
-        if at:
-            return cut, [[*parts[a:b]] for a, b in zip([0, *at], [*at, len(parts)], strict=True)]
+        pieces = [[*parts[a:b]] for a, b in zip([0, *at], [*at, len(parts)], strict=True)]
+        if at and not (cut is _ASSIGNED and _is_in_vain(pieces, indent)):
+            return cut, pieces
     return None, []
+
+
+def _is_in_vain(pieces: Sequence[Sequence[_Part]], indent: int) -> bool:
+    """Whether what is assigned has to be broken on a row of its own too, and inside brackets: then `= f(` is one
+    row."""
+    first, rest = pieces
+    return (
+        not _is_broken([*_flat(first), *_flat(rest[:1])])
+        and indent + _width(_flat(rest)) - 1 > WIDTH
+        and _pieces(rest, indent)[0] is None
+    )
 
 
 def _can_open(group: _Group) -> bool:
@@ -139,43 +152,49 @@ def _can_open(group: _Group) -> bool:
 
 
 class _Writer:
-    """The rows of one line as they grow."""
+    """The rows of one line as they grow. Comments alone on a row wait until it is known where the next row starts."""
 
     def __init__(self, line: Line):
         self.level = line.level
         self.rows = [Row(line.level * INDENT, level=line.level)]
+        self.waiting: list[str] = []
         self._head, self._count = _HEADS.get(line.rule), 0
-        self._must_break = False
+
+    @property
+    def must_break(self) -> bool:
+        """Whether a comment has ended the row."""
+        return bool(self.waiting or self.rows[-1].comment)
 
     def fits(self, words: Sequence[Word], indent: int) -> bool:
         """Whether words go on this row, or on one at `indent` where a comment has ended this one."""
-        row = self.rows[-1]
-        column = indent if self._must_break else row.indent + len(row.code)
-        width = sum(len(word.text) + word.spaced for word in words)
-        at_start = self._must_break or not row.code
-        return column + width - (words[0].spaced and at_start) <= WIDTH
+        row = Row(indent) if self.must_break else self.rows[-1]
+        return row.indent + len(row.code) + _width(words) - (words[0].spaced and not row.code) <= WIDTH
 
     def start_row(self, indent: int) -> None:
+        for text in self.waiting:
+            self.rows.append(Row(indent, comment=text, level=self.level))
+        self.waiting = []
         if self.rows[-1].is_blank:
             self.rows[-1].indent = indent
         else:
             self.rows.append(Row(indent, level=self.level))
-        self._must_break = False
 
     def put(self, word: Word, indent: int) -> None:
-        """Write a word and the comments that follow it; rows that comments make necessary start at `indent`."""
-        if self._must_break:
+        """Write a word and the comments that follow it, at `indent` where a comment has ended the row."""
+        if self.must_break:
             self.start_row(indent)
         row = self.rows[-1]
         if self._count == self._head and len(self.rows) == 1:
             row.split = len(row.code)
         self._count += 1
         row.code += (" " if word.spaced and row.code else "") + word.text
-        for comment in word.comments:
-            if comment.alone:
-                self.start_row(indent)
-            self.rows[-1].comment = comment.text
-            self._must_break = True
+        behind = [comment.text for comment in word.comments if not comment.alone]
+        row.comment = behind[0] if behind else ""
+        self.waiting = [comment.text for comment in word.comments if comment.alone]
+
+
+def _width(words: Iterable[Word]) -> int:
+    return sum(len(word.text) + word.spaced for word in words)
 
 
 def _write(parts: Sequence[_Part], writer: _Writer, indent: int) -> None:
@@ -187,7 +206,7 @@ def _write(parts: Sequence[_Part], writer: _Writer, indent: int) -> None:
         for word in words:
             writer.put(word, indent)
         return
-    cut, pieces = _pieces(parts)
+    cut, pieces = _pieces(parts, indent)
     if cut is None:
         _write_opened(parts, writer, indent)
     for i, piece in enumerate(pieces):
@@ -198,19 +217,20 @@ def _write(parts: Sequence[_Part], writer: _Writer, indent: int) -> None:
 
 def _goes_on(piece: list[_Part], writer: _Writer, indent: int) -> bool:
     words = [*_flat(piece)]
-    return not _is_broken(words) and writer.fits(words, indent)
+    return not writer.must_break and not _is_broken(words) and writer.fits(words, indent)
 
 
 def _write_opened(parts: Sequence[_Part], writer: _Writer, indent: int) -> None:
     """Write parts without a cut: the brackets with comments inside, or else the widest, on rows of their own."""
     widest = _widest(parts)
-    for part in parts:
-        if isinstance(part, Word):
-            writer.put(part, indent)
-        elif part is widest or _is_broken([*_flat([part])]):
+    for i, part in enumerate(parts):
+        words = [*_flat([part])]
+        if isinstance(part, _Group) and (
+            _is_broken(words) or (part is widest and not writer.fits([*_flat(parts[i:])], indent))
+        ):
             _write_group(part, writer, indent)
         else:
-            for word in _flat([part]):
+            for word in words:
                 writer.put(word, indent)
 
 
@@ -218,7 +238,7 @@ def _widest(parts: Sequence[_Part]) -> _Group | None:
     groups = [part for part in parts if isinstance(part, _Group) and _can_open(part)]
     if any(_is_broken([*_flat([group])]) for group in groups):
         return None
-    return max(groups, key=lambda group: sum(len(word.text) for word in _flat([group])), default=None)
+    return max(groups, key=lambda group: _width(_flat([group])), default=None)
 
 
 def _write_group(group: _Group, writer: _Writer, indent: int) -> None:
@@ -226,5 +246,7 @@ def _write_group(group: _Group, writer: _Writer, indent: int) -> None:
     outer = writer.rows[-1].indent
     writer.start_row(outer + CONTINUED)
     _write(group.inner, writer, outer + CONTINUED)
+    if writer.waiting:
+        writer.start_row(outer + CONTINUED)
     writer.start_row(outer)
     writer.put(group.close, indent)

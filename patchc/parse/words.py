@@ -90,8 +90,8 @@ def lines_of(text: str) -> tuple[tuple[Comment, ...], list[Line]]:
     """The comments before the first word of a text that parses, and its lines."""
     spec = concrete_parser().parse(text)
     placed = _Placed(text, spec)
-    lines = [line for statement in spec.children for line in _statement(statement, placed)]
-    return tuple(placed.after[_START]), lines
+    statements = [child for child in spec.children if isinstance(child, Tree)]
+    return tuple(placed.after[_START]), [line for item in statements for line in _statement(item, placed)]
 
 
 class _Placed:
@@ -102,8 +102,9 @@ class _Placed:
         self.blank: dict[int, bool] = {}
         start, end = _START, 0
         for token in spec.scan_values(lambda _: True):
-            self._gap(text, start, end, token.start_pos)
-            start, end = token.start_pos, token.end_pos
+            following = token.start_pos or 0
+            self._gap(text, start, end, following)
+            start, end = following, token.end_pos or 0
         self._gap(text, start, end, len(text))
 
     def _gap(self, text: str, word: int, start: int, end: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from random import Random
 from unittest.mock import patch
 
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 
 from patchc.diagnostics import PatchcError, Source
 from patchc.parse import breaking, format_spec, parse, print_spec, tree
-from patchc.parse.words import comments_of
 from tests.grammar_texts import spaced, tokens
 
 SEEDS = st.integers(0, 2**32)
@@ -24,6 +24,11 @@ def formatted(text: str) -> str:
 
 def parsed(text: str) -> tree.Spec:
     return parse(Source("a.patch", text))
+
+
+def comments_of(text: str) -> list[str]:
+    """Every comment: a text may hold a `#` too."""
+    return [c.rstrip() for c in re.findall(r'"(?:[^"\\\n]|\\.)*"|(#[^\n]*)', text) if c]
 
 
 def drawn(seed: int, comments: float) -> str:
