@@ -112,6 +112,15 @@ def fmt(files: tuple[Path, ...], check: bool, diff: bool) -> int:
     return _guarded("text", lambda: _fmt(files, check, diff))
 
 
+@cli.command()
+@click.argument("model")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace FILE where it is there already.")
+def init(model: str, file: Path | None, force: bool) -> int:
+    """Write a spec for MODEL that runs, to start from; to FILE, MODEL.patch unless told, or to stdout (`-`)."""
+    return _guarded("text", lambda: _init(model, file, force))
+
+
 # ---- commands
 
 
@@ -202,6 +211,14 @@ def _fmt(files: tuple[Path, ...], check: bool, diff: bool) -> int:
     changed, found = format_files(files, check, diff)
     _say(found)
     return max([d.exit for d in found] + [Exit.SPEC * (changed > 0 and (check or diff))])
+
+
+def _init(model: str, file: Path | None, force: bool) -> int:
+    from patchc.commands.init import write_starter
+
+    if path := write_starter(model, file, force):
+        click.echo(f"{path} written; to run it: patchc run {path}", err=True)
+    return Exit.OK
 
 
 # ---- shared
