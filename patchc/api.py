@@ -46,7 +46,6 @@ from patchc.spec import read_spec
 
 SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
 CALLED_LENGTHS = RULES.add("metric-needs-one-length", "a Python metric needs prompts of one length")
-
 BAD_BUDGET = RULES.add("bad-memory", "an amount of memory that no pass can keep to")
 BAD_TENSOR = RULES.add("bad-tensor", "a tensor given in Python is none, or holds NaN or infinity")
 
@@ -129,6 +128,7 @@ class Model:
         tensors: Mapping[str, Tensor] | None = None,
         metrics: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         *,
+        parameters: Mapping[str, str | int | float] | None = None,
         memory: int = DEFAULT_BUDGET,
     ) -> Compiled:
         """Compile a spec (a path, or its text) against this model; its own `model` statement, if any, is not looked at.
@@ -136,20 +136,21 @@ class Model:
         `data`: records (dicts), a DataFrame, or columns by name, where the spec's own data are not to be used.
         `tensors`: what the spec's `tensor("name")` reads, `[d_model]`. `metrics`: functions of the logits
         `[prompt, pos, d_vocab]` that give one number a prompt, under names that the spec measures.
+        `parameters`: the values of `${NAME}`.
         `memory`: the bytes beyond the model that a pass aims at; one cell is always run. Raises `PatchcError` with
         every error of the spec.
         """
         self.loaded.check_unchanged()
         source, base = read_spec(spec)
-        given = Given(data, _checked_tensors(tensors or {}), dict(metrics or {}))
+        given = Given(data, _checked_tensors(tensors or {}), dict(metrics or {}), dict(parameters or {}))
         if memory <= 0:
             raise BAD_BUDGET.error("a pass needs some memory")
         tree = parse(source)
         study, warnings = pipeline.to_study(tree, source, self.loaded, self.choice, base, given)
-        given = Given(data, _tensors(study, base, given.tensors, self.loaded), given.metrics)
+        given = replace(given, tensors=_tensors(study, base, given.tensors, self.loaded))
         _check_called(study)
         programs = pipeline.to_programs(study, self.loaded, memory)
-        inputs = _inputs(tree, study, source, base, self.choice)
+        inputs = _inputs(tree, study, source, base, given, self.choice)
         return Compiled(self, source, base, study, programs, given, warnings, inputs, memory)
 
 
@@ -224,8 +225,8 @@ class Compiled:
             self.check_files()
         tell = _bars() if progress is True else (progress or (lambda *_: None))
         results = {p.experiment.name: self._run(p, _count(check), tell, per_prompt) for p in self.programs}
-        study, weights = self.study, self.model.loaded.fingerprint
-        out = Results(results, run_record(self.source.text, study.prompts, weights, study.seeds))
+        prompts, seeds, weights = self.study.prompts, self.study.seeds, self.model.loaded.fingerprint
+        out = Results(results, run_record(self.source.text, prompts, weights, seeds, self.given.parameters))
         if write:
             self._write(out)
         return out
@@ -328,9 +329,12 @@ def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _inputs(tree: Spec, study: Study, source: Source, base: Path, choice: ModelChoice) -> tuple[Path, ...]:
+def _inputs(
+    tree: Spec, study: Study, source: Source, base: Path, given: Given, choice: ModelChoice
+) -> tuple[Path, ...]:
     """Every file or directory that a spec's run reads: no result may take its place."""
-    data = [i.file.text for i in tree.items if isinstance(i, Data) and isinstance(i.file, Text)]
+    files = [i.file for i in tree.items if isinstance(i, Data) and i.file is not None]
+    data = [file.text if isinstance(file, Text) else str(given.parameters[file.name]) for file in files]
     tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
     named = [base / name for name in (*data, *tensors, choice.name) if name]
     return (Path(source.name), *(path for path in named if path.exists()))
@@ -351,14 +355,10 @@ def _check_called(study: Study) -> None:
     if len(set(study.prompts.layout.lengths)) == 1:
         return
     report = Report()
-    for experiment in study.experiments:
-        for metric in experiment.metrics:
-            if any(isinstance(leaf, Called) for leaf in reads.leaves(metric.expression)):
-                report.add(
-                    CALLED_LENGTHS.at(
-                        metric.span, f"`{metric.name}` is a Python function, and the prompts differ in length"
-                    )
-                )
+    for metric in (m for experiment in study.experiments for m in experiment.metrics):
+        if any(isinstance(leaf, Called) for leaf in reads.leaves(metric.expression)):
+            message = f"`{metric.name}` is a Python function, and the prompts differ in length"
+            report.add(CALLED_LENGTHS.at(metric.span, message))
     report.raise_errors()
 
 

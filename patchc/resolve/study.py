@@ -21,6 +21,7 @@ from patchc.resolve.indices import Indexer
 from patchc.resolve.loops import Loops
 from patchc.resolve.metrics import Metrics
 from patchc.resolve.model_choice import choose_model, missing_model
+from patchc.resolve.parameters import wrong_parameters
 from patchc.resolve.patches import Patches
 from patchc.resolve.paths import Paths
 from patchc.resolve.places import Places
@@ -72,6 +73,9 @@ def resolve(
     """
     report = Report()
     scope = Scope(report, parameters or {})
+    for diagnostic in wrong_parameters(spec, scope.parameters):
+        report.add(diagnostic)
+    report.raise_errors()
     chosen = choose_model(spec, scope)
     if model is None and chosen is None and not any(isinstance(i, tree.Model) for i in spec.items):
         report.add(missing_model(spec).diagnostics[0].at(_start(source)))
