@@ -35,9 +35,9 @@ from patchc.optimise import reads
 from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.plan import Plan, plan
 from patchc.parse import parse
-from patchc.parse.tree import Data, Spec, Text
 from patchc.pipeline import Given
-from patchc.report.files import refuse_places, save_picture
+from patchc.places import check_places, input_paths, result_path
+from patchc.report.files import save_picture
 from patchc.report.record import run_record
 from patchc.report.results import Check, Result, Results
 from patchc.spec import read_spec
@@ -142,7 +142,7 @@ class Model:
         given = Given(data, _tensors(study, base, given.tensors, self.loaded), given.metrics)
         _check_called(study)
         programs = pipeline.to_programs(study, self.loaded, memory)
-        inputs = _inputs(tree, study, source, base, self.choice)
+        inputs = input_paths(tree, study, source, base, self.choice.name)
         return Compiled(self, source, base, study, programs, given, warnings, inputs)
 
 
@@ -173,13 +173,10 @@ class Compiled:
     def check_files(self) -> None:
         """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`,
         `overwrites-input`."""
-        places = ((self._path(e, line), line.span) for e in self.study.experiments for line in (*e.saves, *e.shows))
-        refuse_places(places, self.inputs)
+        check_places(self.study, self.source, self.base, self.inputs)
 
     def _path(self, experiment: Experiment, line: Save | Show) -> Path:
-        """A picture without a name is called after its spec and experiment."""
-        stem = "" if self.source.name == "<spec>" else Path(self.source.name).stem + "."
-        return self.base / (line.path or f"{stem}{experiment.name}.png")
+        return result_path(self.source, self.base, experiment, line)
 
     # ---- running
     def run(
@@ -298,14 +295,6 @@ def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or not bool(torch.isfinite(value).all()):
             raise BAD_TENSOR.error(f"tensors[{name!r}] is not a torch.Tensor of finite numbers")
     return dict(tensors)
-
-
-def _inputs(tree: Spec, study: Study, source: Source, base: Path, choice: ModelChoice) -> tuple[Path, ...]:
-    """Every file or directory that a spec's run reads: no result may take its place."""
-    data = [i.file.text for i in tree.items if isinstance(i, Data) and isinstance(i.file, Text)]
-    tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
-    named = [base / name for name in (*data, *tensors, choice.name) if name]
-    return (Path(source.name), *(path for path in named if path.exists()))
 
 
 def _tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def plan(spec: Path, output: str, memory: int | None) -> int:
 @click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @FORMAT
 def check(specs: tuple[Path, ...], output: str) -> int:
-    """Report every error of SPECS. Runs nothing."""
+    """Report every error of SPECS. Runs nothing and reads no weights."""
     return _guarded(output, lambda: _check(specs, output))
 
 
@@ -134,13 +134,9 @@ def _plan(spec: Path, output: str, memory: int | None) -> int:
 
 
 def _check(specs: tuple[Path, ...], output: str) -> int:
-    found: list[Diagnostic] = []
-    models: dict[Any, Any] = {}
-    for spec in specs:
-        try:
-            found += _checked(spec, models)
-        except PatchcError as error:
-            found += error.diagnostics
+    from patchc.checking import check
+
+    found = check(*specs)
     if output == "json":
         from patchc.diagnostics.render import to_json
 
@@ -153,24 +149,11 @@ def _check(specs: tuple[Path, ...], output: str) -> int:
     return max((d.exit for d in found if d.is_error), default=Exit.OK)
 
 
-def _checked(spec: Path, models: dict[Any, Any]) -> list[Diagnostic]:
-    """The warnings of a spec; raises its errors. Parsed before torch is imported."""
-    choice, base = _parsed(spec)
-    from patchc import api
-
-    key = (choice.name, choice.options, base)
-    if key not in models:
-        models[key] = api.load(choice, base=base)
-    compiled = models[key].compile(spec)
-    compiled.check_files()
-    return list(compiled.warnings)
-
-
 def _nodes(model: str, output: str) -> int:
-    from patchc import api
+    from patchc.model.outline import outline
     from patchc.report.nodes import nodes_json, nodes_text
 
-    graph = api.load(model).graph
+    graph = outline(model).graph
     click.echo(json.dumps(nodes_json(graph)) if output == "json" else nodes_text(graph))
     return Exit.OK
 
