@@ -37,9 +37,9 @@ from patchc.optimise import reads
 from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.plan import Plan, plan
 from patchc.parse import parse
-from patchc.parse.tree import Data, Spec, Text
 from patchc.pipeline import Given
-from patchc.report.files import refuse_places, save_picture, save_table
+from patchc.places import check_places, input_paths, result_path
+from patchc.report.files import save_picture, save_table
 from patchc.report.record import run_record
 from patchc.report.results import Check, Result, Results
 from patchc.spec import read_spec
@@ -150,7 +150,7 @@ class Model:
         given = replace(given, tensors=_tensors(study, base, given.tensors, self.loaded))
         _check_called(study)
         programs = pipeline.to_programs(study, self.loaded, memory)
-        inputs = _inputs(tree, study, source, base, given, self.choice)
+        inputs = input_paths(tree, study, source, base, given.parameters, self.choice.name)
         return Compiled(self, source, base, study, programs, given, warnings, inputs, memory)
 
 
@@ -191,18 +191,10 @@ class Compiled:
     def check_files(self) -> None:
         """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`,
         `overwrites-input`."""
-        places = (
-            (self._path(e, line), line.span)
-            for e in self.study.experiments
-            for line in (*e.saves, *e.shows)
-            if not (isinstance(line, Show) and line.kind == "table" and line.path is None)
-        )
-        refuse_places(places, self.inputs)
+        check_places(self.study, self.source, self.base, self.inputs)
 
     def _path(self, experiment: Experiment, line: Save | Show) -> Path:
-        """A picture without a name is called after its spec and experiment."""
-        stem = "" if self.source.name == "<spec>" else Path(self.source.name).stem + "."
-        return self.base / (line.path or f"{stem}{experiment.name}.png")
+        return result_path(self.source, self.base, experiment, line)
 
     # ---- running
     def run(
@@ -239,7 +231,7 @@ class Compiled:
                 if show.kind != "table":
                     result.files.append(save_picture(result, self._path(result.experiment, show), show.span, show.kind))
                 elif show.path is not None:
-                    result.files.append(save_table(result, self.base / show.path, show.span))
+                    result.files.append(save_table(result, self._path(result.experiment, show), show.span))
 
     def _run(self, program: Program, count: int | bool | None, tell: Progress, per_prompt: bool) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)
@@ -327,17 +319,6 @@ def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or not bool(torch.isfinite(value).all()):
             raise BAD_TENSOR.error(f"tensors[{name!r}] is not a torch.Tensor of finite numbers")
     return dict(tensors)
-
-
-def _inputs(
-    tree: Spec, study: Study, source: Source, base: Path, given: Given, choice: ModelChoice
-) -> tuple[Path, ...]:
-    """Every file or directory that a spec's run reads: no result may take its place."""
-    files = [i.file for i in tree.items if isinstance(i, Data) and i.file is not None]
-    data = [file.text if isinstance(file, Text) else str(given.parameters[file.name]) for file in files]
-    tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
-    named = [base / name for name in (*data, *tensors, choice.name) if name]
-    return (Path(source.name), *(path for path in named if path.exists()))
 
 
 def _tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:

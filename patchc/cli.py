@@ -95,7 +95,7 @@ def plan(
 @SET
 @FORMAT
 def check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
-    """Report every error of SPECS. Runs nothing."""
+    """Report every error of SPECS. Runs nothing and reads no weights."""
     return _guarded(output, lambda: _check(specs, parameters, output))
 
 
@@ -173,13 +173,9 @@ def _plan(
 
 
 def _check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
-    found: list[Diagnostic] = []
-    models: dict[Any, Any] = {}
-    for spec in specs:
-        try:
-            found += _checked(spec, parameters, models)
-        except PatchcError as error:
-            found += error.diagnostics
+    from patchc.checking import check
+
+    found = check(*specs, parameters=parameters)
     if output == "json":
         from patchc.diagnostics.render import to_json
 
@@ -192,24 +188,11 @@ def _check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
     return max((d.exit for d in found if d.is_error), default=Exit.OK)
 
 
-def _checked(spec: Path, parameters: Parameters, models: dict[Any, Any]) -> list[Diagnostic]:
-    """The warnings of a spec; raises its errors. Parsed before torch is imported."""
-    choice, base = _parsed(spec, parameters)
-    from patchc import api
-
-    key = (choice.name, choice.options, base)
-    if key not in models:
-        models[key] = api.load(choice, base=base)
-    compiled = models[key].compile(spec, parameters=parameters)
-    compiled.check_files()
-    return list(compiled.warnings)
-
-
 def _nodes(model: str, output: str) -> int:
-    from patchc import api
+    from patchc.model.outline import outline
     from patchc.report.nodes import nodes_json, nodes_text
 
-    graph = api.load(model).graph
+    graph = outline(model).graph
     click.echo(json.dumps(nodes_json(graph)) if output == "json" else nodes_text(graph))
     return Exit.OK
 
