@@ -28,8 +28,8 @@ LOWERED = 1000
 def check(*specs: str | Path, parameters: Mapping[str, Literal] | None = None) -> list[Diagnostic]:
     """Every error and warning of some specs (paths, or their texts), in the specs' order; never raises for them.
 
-    `parameters`: the values of `${NAME}`, the same for all specs. Opens every file that a spec names, of tensors the headers alone. Each model's config is read once; its weights are
-    not, and may be missing.
+    `parameters`: the values of `${NAME}`, the same for all specs. Opens every file that a spec names, of tensors the
+    headers alone. Each model's config is read once; its weights are not, and may be missing.
     """
     outlines = _Outlines()
     return [found for spec in specs for found in _checked(spec, parameters or {}, outlines)]
