@@ -234,13 +234,7 @@ class Sources:
 
     def tensor(self, node: tree.Function) -> Given:
         """`tensor("v.safetensors", "key")`, or the name of one given in Python."""
-        texts = [a.text for a in node.arguments if isinstance(a, tree.Text)]
-        if len(texts) != len(node.arguments) or len(texts) not in (1, 2):
-            message = "tensor takes a safetensors file and a key, or the name of a tensor given in Python"
-            raise WRONG_KIND.error(message, fix='tensor("v.safetensors", "key")', span=node.span)
-        if len(texts) == 1:
-            return Given(self._tensors.from_python(texts[0], node.span))
-        return Given(self._tensors.from_file(texts[0], texts[1], node.span))
+        return Given(self._tensors.named(node))
 
 
 def _arguments(node: tree.Function, names: Sequence[str], example: str) -> Arguments:
