@@ -112,9 +112,7 @@ class Odd(nn.Module):
             case "scaled MLP":
                 return out * 0.5
             case "gate behind the MLP":
-                return torch.sigmoid(x[..., :1]) * out + (1 - torch.sigmoid(x[..., :1])) * self.proj(
-                    torch.tanh(self.fc(x))
-                )
+                return out * torch.sigmoid(x[..., :1])
             case _:
                 return out
 
