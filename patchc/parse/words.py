@@ -80,12 +80,6 @@ class Line:
         return self.words[0].kind == "RBRACE"
 
 
-def comments_of(text: str) -> list[str]:
-    """Every comment of a text that parses, in order."""
-    placed = _Placed(text, concrete_parser().parse(text))
-    return [comment.text for comments in placed.after.values() for comment in comments]
-
-
 def lines_of(text: str) -> tuple[tuple[Comment, ...], list[Line]]:
     """The comments before the first word of a text that parses, and its lines."""
     spec = concrete_parser().parse(text)
