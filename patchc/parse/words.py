@@ -108,8 +108,7 @@ class _Placed:
             if match[0] == "\n":
                 breaks += 1
             else:
-                # A row has one comment: a second after the same word is alone wherever it stands.
-                found.append(Comment(match[0].rstrip(), breaks > 0 or word == _START or bool(found), breaks > 1))
+                found.append(Comment(match[0].rstrip(), breaks > 0, breaks > 1))
                 breaks = 0
         self.after[word], self.blank[end] = found, breaks > 1
 
