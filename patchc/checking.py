@@ -6,6 +6,7 @@ the model's weights hold numbers, that patched values differ from the run's own,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,21 @@ from patchc.model.outline import Outline, outline
 from patchc.optimise import reads
 from patchc.parse import parse
 from patchc.resolve import model_choice, resolve
+from patchc.resolve.parameters import Literal
 from patchc.spec import read_spec
 
 LOWERED = 1000
 """Experiments of more cells than this are not lowered, so a patch of theirs that changes nothing is left to the run."""
 
 
-def check(*specs: str | Path) -> list[Diagnostic]:
+def check(*specs: str | Path, parameters: Mapping[str, Literal] | None = None) -> list[Diagnostic]:
     """Every error and warning of some specs (paths, or their texts), in the specs' order; never raises for them.
 
-    Opens every file that a spec names, of tensors the headers alone. Each model's config is read once; its weights are
-    not, and may be missing.
+    `parameters`: the values of `${NAME}`, the same for all specs. Opens every file that a spec names, of tensors the
+    headers alone. Each model's config is read once; its weights are not, and may be missing.
     """
     outlines = _Outlines()
-    return [found for spec in specs for found in _checked(spec, outlines)]
+    return [found for spec in specs for found in _checked(spec, parameters or {}, outlines)]
 
 
 class _Outlines:
@@ -58,24 +60,26 @@ class _Outlines:
             return error
 
 
-def _checked(spec: str | Path, outlines: _Outlines) -> tuple[Diagnostic, ...]:
+def _checked(spec: str | Path, parameters: Mapping[str, Literal], outlines: _Outlines) -> tuple[Diagnostic, ...]:
     try:
-        return _warnings(spec, outlines)
+        return _warnings(spec, parameters, outlines)
     except PatchcError as error:
         return error.diagnostics
 
 
-def _warnings(spec: str | Path, outlines: _Outlines) -> tuple[Diagnostic, ...]:
+def _warnings(spec: str | Path, parameters: Mapping[str, Literal], outlines: _Outlines) -> tuple[Diagnostic, ...]:
     """The warnings of a spec; raises its errors."""
     source, base = read_spec(spec)
     tree = parse(source)
-    choice = model_choice(tree)
+    choice = model_choice(tree, parameters)
     model = outlines.of(choice, base)
-    found = resolve(tree, source, model.graph, model.tokenizer, base=base, model=choice, bos=model.bos)
+    found = resolve(
+        tree, source, model.graph, model.tokenizer, base=base, model=choice, parameters=parameters, bos=model.bos
+    )
     _check_effects(found.study, model.graph)
     from patchc.places import check_places, input_paths  # numpy comes with them: not for a spec that does not parse
 
-    check_places(found.study, source, base, input_paths(tree, found.study, source, base, choice.name))
+    check_places(found.study, source, base, input_paths(tree, found.study, source, base, parameters, choice.name))
     return found.warnings
 
 

@@ -29,7 +29,7 @@ from patchc.model.folders import (
     silent_transformers,
 )
 from patchc.model.pieces import TracedPieces
-from patchc.model.prove import is_causal, prove, prove_parts
+from patchc.model.prove import is_causal, prove, prove_insides, prove_parts
 from patchc.model.state import (
     CHANGED,
     content_fingerprint,
@@ -117,6 +117,7 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         prove(pieces, module, config_layers(module))
         pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
         prove_parts(pieces)
+        prove_insides(pieces)
     fingerprint = content if source.folder is None else files_fingerprint(source.folder)
     return LoadedModel(
         source.name,
