@@ -216,7 +216,7 @@ def test_random_languages_unroll(kind: str, examples: int, tolerance: float) -> 
         except UndefinedError:
             assume(False)
         else:
-            assert difference < tolerance, drawn
+            assert difference < tolerance, some
 
     check()
 
