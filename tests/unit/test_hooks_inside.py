@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -72,9 +73,14 @@ class Model:
         return block.nodes & self.graph.heads
 
 
+@cache
+def model_of(kind: str) -> Model:
+    return Model(kind, prompts(5, 4, 5), tensors={"one": torch.tensor([1.0]), "three": torch.tensor([3.0])})
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> Model:
-    return Model(request.param, prompts(5, 4, 5))
+    return model_of(request.param)
 
 
 @pytest.mark.parametrize("site", [Site.SCORES, Site.PATTERN])
@@ -171,7 +177,7 @@ WITH_MLP = [kind for kind in MODELS if kind != "native-attn-only"]
 
 @pytest.mark.parametrize("kind", WITH_MLP)
 def test_all_neurons_are_the_output_and_so_is_the_input(kind: str) -> None:
-    model = Model(kind, prompts(4, 5))
+    model = model_of(kind)
     mlps = model.graph.mlps
     by_out = model.logits(model.start(mlps, Site.OUT, CORRUPT))
     assert largest_difference(model.logits(model.start(mlps, Site.POST, CORRUPT)), by_out) < TOLERANCE
@@ -186,7 +192,7 @@ def test_all_neurons_are_the_output_and_so_is_the_input(kind: str) -> None:
 @pytest.mark.parametrize("kind", WITH_MLP)
 def test_a_neuron_writes_its_row_of_the_output_matrix(kind: str) -> None:
     """The last MLP, written as a difference of outputs: linear in the neuron."""
-    model = Model(kind, prompts(4, 5), tensors={"one": torch.tensor([1.0]), "three": torch.tensor([3.0])})
+    model = model_of(kind)
     mlp = model.graph.node(Kind.MLP, model.graph.n_layers - 1)
     assert mlp is not None
     probe = Probe(1 << mlp.id)
@@ -203,7 +209,7 @@ def test_a_neuron_writes_its_row_of_the_output_matrix(kind: str) -> None:
 
 
 def test_an_mlps_input_is_no_part_of_the_stream() -> None:
-    model = Model("gpt2-sdpa", prompts(4, 5))
+    model = model_of("gpt2-sdpa")
     mlp = model.graph.node(Kind.MLP, 0)
     assert mlp is not None
     start = model.start(1 << mlp.id, Site.IN, CORRUPT)
@@ -218,7 +224,7 @@ def test_an_mlps_input_is_no_part_of_the_stream() -> None:
 
 @pytest.mark.parametrize(("site", "kind"), [(Site.OUT, Kind.EMBED), (Site.OUT, Kind.HEAD), (Site.Q, Kind.HEAD)])
 def test_noise_is_added_number_by_number(site: Site, kind: Kind) -> None:
-    model = Model("gpt2-sdpa", prompts(4, 5, 4))
+    model = model_of("gpt2-sdpa")
     node = next(n for n in model.graph.nodes if n.kind is kind)
     noise, probe = Noise(0.5, 3), Probe(1 << node.id, site)
     name = {Site.OUT: node.name, Site.Q: f"{node.name}.q"}[site]
@@ -245,7 +251,7 @@ def test_noise_of_a_prompt_is_its_own() -> None:
 
 
 def test_another_tokens_value_is_that_value() -> None:
-    model = Model("gpt2-sdpa", prompts(4, 5))
+    model = model_of("gpt2-sdpa")
     layout, node = model.data.layout, model.graph.nodes[0]
     tokens = tuple(layout.token(layout.place(t)[0], 0) for t in range(layout.n_tokens))
     got = model.read(Probe(1), Patch(Step(1 << node.id), Value(((1.0, Moved(FromWorld("corrupt"), tokens)),))))
@@ -278,7 +284,7 @@ def test_a_model_that_hides_its_pattern_is_refused_by_the_cell_that_needs_it(mon
 
 
 def test_two_values_meet_only_where_both_enter() -> None:
-    model = Model("gpt2-sdpa", prompts(4, 5))
+    model = model_of("gpt2-sdpa")
     layout, node = model.data.layout, 1 << model.head().id
 
     def start(value: Value, tokens: int, sources: int) -> Patch:
