@@ -7,20 +7,22 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity
-from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, PromptDim, Save, Show
+from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, PromptDim, Save, Show, Value
 from patchc.ir.graph import ResidualGraph
+from patchc.ir.paths import Path
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
 from patchc.resolve.by_prompt import ByPrompt, is_over_prompts, misused, over_prompts
 from patchc.resolve.data import Dataset
 from patchc.resolve.dims import axes_of, distinct
+from patchc.resolve.ends import Ends, ends_of
 from patchc.resolve.expects import Expects, Places, Table
 from patchc.resolve.loops import Loops, label_of
 from patchc.resolve.metrics import BAD_INTERVAL, Metrics
 from patchc.resolve.outputs import check_drawn, save, show
 from patchc.resolve.patches import WORLDS_EQUAL, OneExperiment, Patches
+from patchc.resolve.places import names_in
 from patchc.resolve.scope import NAME_CLASH, NOT_SUPPORTED_YET, WRONG_KIND, Scope, collecting
-from patchc.resolve.sets import names_in
 from patchc.resolve.sweeps import Sweep, sweep
 
 MISSING_CLAUSE = RULES.add("missing-clause", "an experiment without `run`, `patch` or `measure`")
@@ -53,14 +55,15 @@ class Experiments:
         saves, shows = self._saves(node), self._shows(node)
         run = self._run(node)
         swept = self._sweep(node)
+        measured = sum(len(clause.items) for clause in _clauses(node, tree.Measure))
+        ends = ends_of(metrics, certain=len(metrics) == measured)
         if run is None or swept is None:
-            self._try_patches(node, swept and swept[0], run or self.dataset.base)
+            self._try_patches(node, swept and swept[0], run or self.dataset.base, ends)
             return None
-        found = self._cells(node, run, swept[0])
+        found = self._cells(node, run, swept[0], ends)
         if found is None:
             return None
         table = self._table(found, swept[1])
-        measured = sum(len(clause.items) for clause in _clauses(node, tree.Measure))
         expects = self._expects(node, [m.name for m in metrics], table) if len(metrics) == measured else ()
         self._check_shape(metrics, shows, found.dims, table.by_prompt)
         title = node.title.text if node.title else None
@@ -154,19 +157,19 @@ class Experiments:
             return False
         return True
 
-    def _try_patches(self, node: tree.Experiment, swept: Sweep | None, run: str) -> None:
+    def _try_patches(self, node: tree.Experiment, swept: Sweep | None, run: str, ends: Ends) -> None:
         """Where there can be no cells: at least the errors of the patches that can be looked at."""
         clauses = _clauses(node, tree.Patch)
         if swept is None:
             variables = {b.name.text for clause in _clauses(node, tree.For) for b in clause.bindings}
             clauses = [c for c in clauses if not variables & set(names_in(c))]
-        self._is_sound(clauses, {} if swept is None else _first(swept), run)
+        self._is_sound(clauses, {} if swept is None else _first(swept), run, ends)
 
-    def _cells(self, node: tree.Experiment, run: str, swept: Sweep) -> _Cells | None:
+    def _cells(self, node: tree.Experiment, run: str, swept: Sweep, ends: Ends) -> _Cells | None:
         clauses = _clauses(node, tree.Patch)
-        if not self._is_sound(clauses, _first(swept), run):
+        if not self._is_sound(clauses, _first(swept), run, ends):
             return None
-        one = self.patches.cells(clauses, run)
+        one = self.patches.cells(clauses, run, ends)
         axes = [
             axes_of(self.graph, b.name.text, u, self._tokens())
             for b, u in zip(swept.bindings, swept.universes, strict=True)
@@ -196,17 +199,24 @@ class Experiments:
             prompts.dim(sum(found.counts[:at]), found.dims),
         )
 
-    def _is_sound(self, clauses: Sequence[tree.Patch], env: Env, run: str) -> bool:
+    def _is_sound(self, clauses: Sequence[tree.Patch], env: Env, run: str, ends: Ends) -> bool:
         """Report every clause's errors in one cell, so that one clause does not hide another's."""
-        sound = 0
-        for clause in clauses:
+        sound = [self._is_sound_clause(clause, env, run, ends) for clause in clauses]
+        return all(sound)
+
+    def _is_sound_clause(self, clause: tree.Patch, env: Env, run: str, ends: Ends) -> bool:
+        targets: list[Path | None] = []
+        values: list[Value] = []
+        with collecting(self.report):
+            targets.append(self.patches.target(clause.target, env, ends))
+        with collecting(self.report):
+            values.append(self.patches.value(clause.value, env, run))
+        for path in targets if values else ():
             with collecting(self.report):
-                self.patches.target(clause.target, env)
-                sound += 1
-            with collecting(self.report):
-                self.patches.value(clause.value, env, run)
-                sound += 1
-        return sound == 2 * len(clauses)
+                if path is not None:
+                    self.patches.check_value(path, values[0], clause.value.span)
+                return True
+        return False
 
     def _tokens(self) -> tuple[str, ...] | None:
         """The first prompt's tokens, where all prompts have one length."""
