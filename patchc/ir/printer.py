@@ -249,7 +249,7 @@ class _Expressions:
 
     def _probe(self, probe: Probe) -> str:
         if probe.site is Site.STREAM:
-            return f"stream below rank {probe.rank}"
+            return self._graph.stream_name(probe.rank)
         node = self._graph.members(probe.nodes)[0]
         if probe.site is Site.ATTN_OUT:
             return f"attn_out[{node.layer}]"
