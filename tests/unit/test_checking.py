@@ -139,9 +139,9 @@ def test_files_that_a_spec_names_are_opened() -> None:
 
 
 def test_places_for_results_are_looked_at(run: Run) -> None:
-    Path("in.json").write_text('{"clean": "a b c", "corrupt": "a b d", "answer": " d", "wrong": " e"}')
-    for place, code in (("no/out.csv", "no-such-directory"), ("in.json", "overwrites-input")):
-        name = spec(MODEL, 'data "in.json"', HEADS.replace("kl(clean)", f'kl(clean)\n  save "{place}"'))
+    Path("in.csv").write_text("clean,corrupt,answer,wrong\na b c,a b d, d, e\n")
+    for place, code in (("no/out.csv", "no-such-directory"), ("in.csv", "overwrites-input")):
+        name = spec(MODEL, 'data "in.csv"', HEADS.replace("kl(clean)", f'kl(clean)\n  save "{place}"'))
         assert codes(name) == [code]
         ran = run("check", "--format", "json", name)
         assert (ran.exit, [d["code"] for d in ran.json["diagnostics"]]) == (1, [code])
