@@ -35,7 +35,8 @@ from tests.unit.oracle_models import (
     largest_difference,
     prompts,
 )
-from tests.unit.oracle_unrolling import UndefinedError, Unrolled, steps_of
+from tests.unit.oracle_unrolling import UndefinedError, Unrolled
+from tests.unit.oracle_words import steps_of
 
 SMALL = prompts(3, 2, seed=3)
 EARLY = 0b01001  # the first token of either prompt
