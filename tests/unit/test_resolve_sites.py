@@ -128,7 +128,9 @@ def test_a_model_without_mlps_has_no_neurons() -> None:
 def test_many_neurons_are_taken_from_many() -> None:
     steps = starts("patch node mlp[11].post[*] - mlp[11].post[0..3070] with zero", GPT2)
     assert [s.neurons for s in steps] == [1 << 3071]
-    with_other = errors("experiment e { run clean patch node mlp[..1].post[*] - mlp.post[*] with zero measure diff }", GPT2)
+    with_other = errors(
+        "experiment e { run clean patch node mlp[..1].post[*] - mlp.post[*] with zero measure diff }", GPT2
+    )
     assert [d.code for d in with_other] == ["empty-set"]
 
 
