@@ -63,7 +63,7 @@ def start(found: Experiment, cell: int = 0, patch: int = 0) -> Step:
         ("l in layers, p in positions", "mlp[l] @ p", {"layer": 12, "position": 14}),
         ("l in layers, p in {end}, i in heads", "head[l, i].z @ p", {"layer": 12, "position": 1, "head": 12}),
         ("h in head", "h.q", {"layer": 12, "head": 12}),
-        ("h in head, p in 3..5", "h.pattern @ p", {"layer": 12, "head": 12, "position": 3}),
+        ("h in head, p in s1..s1_next", "h.pattern @ p", {"layer": 12, "head": 12, "position": 2}),
         ("h in head.{z, q, k, v, pattern}", "h", {"layer": 12, "head": 12, "site": 5}),
         ("n in attn_out | mlp | embed | pos_embed, p in positions", "n @ p", {"n": 26, "position": 14}),
         ("h in head[9, *], p in {end, s2, io}", "h.v @ p", {"layer": 1, "head": 12, "position": 3}),
@@ -212,8 +212,8 @@ def test_knocked_out_attention() -> None:
 
 
 def test_composition_of_every_pair() -> None:
-    body = "for a in head[..3, *], b in head[..3, *].{q, k, v} run clean patch path a -> b -> any* -> logits with zero measure diff"
-    found = only(body)
+    pairs = "for a in head[..3, *], b in head[..3, *].{q, k, v}"
+    found = only(f"{pairs} run clean patch path a -> b -> any* -> logits with zero measure diff")
     assert dims(found) == {"a.layer": 4, "a.head": 12, "b.layer": 4, "b.head": 12, "b.site": 3}
     assert len(found.cells) == 144 * 3 * 6  # 6 pairs of layers
 
