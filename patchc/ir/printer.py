@@ -14,19 +14,23 @@ from patchc.ir.experiment import (
     Called,
     Cell,
     Constant,
+    Continuation,
     Dim,
     Expect,
     Experiment,
     Expression,
     FromWorld,
     Given,
+    Interval,
     Itself,
     Kl,
     Mean,
     Metric,
     Moved,
+    NodeRead,
     Noise,
     Patch,
+    Probe,
     Product,
     Prompts,
     Quotient,
@@ -67,10 +71,12 @@ def print_path(path: Path, graph: ResidualGraph, layout: Layout) -> str:
 
 
 def _prompts(prompts: Prompts) -> Iterator[str]:
-    yield f"prompts {prompts.layout.n_prompts}, of {_ranges(prompts.layout.lengths)} tokens"
+    yield f"prompts {prompts.n}, of {_ranges(prompts.own_lengths)} tokens"
+    if prompts.own:
+        yield f"  copies {prompts.copies}, of {_ranges(prompts.layout.lengths)} tokens with what follows"
     for world in prompts.worlds:
-        elsewhere = "" if world.layout is None else f", {_count(len(world.ids), 'prompt')} of other data"
-        yield f"  world {world.name}{elsewhere}"
+        own = world.layout and f", of {world.layout.n_prompts} prompts of {_ranges(world.layout.lengths)} tokens"
+        yield f"  world {world.name}{own or ''}"
     for i, text in enumerate(prompts.texts[:ITEMS]):
         yield f"  {i}: {'|'.join(text)}"
     yield from _more(prompts.texts, ITEMS, "  ")
@@ -87,10 +93,9 @@ def _experiment(experiment: Experiment, graph: ResidualGraph, prompts: Prompts) 
     title = f' "{experiment.title}"' if experiment.title else ""
     cells = _count(len(experiment.cells), "cell")
     yield f"experiment {experiment.name}{title}: run {experiment.run}, {cells}"
-    for dim in experiment.dims:
-        yield f"  dim {_dim(dim)}"
+    yield from (f"  dim {dim}" for dim in _dims(experiment))
     for metric in experiment.metrics:
-        yield f"  measure {_metric(metric, prompts.layout)}"
+        yield f"  measure {_metric(metric, prompts, graph)}"
     for cell in experiment.cells[:CELLS]:
         yield from _cell(cell, graph, prompts.layout)
     yield from _more(experiment.cells, CELLS, "  ")
@@ -100,6 +105,13 @@ def _experiment(experiment: Experiment, graph: ResidualGraph, prompts: Prompts) 
         yield f"  show {show.kind}" + (f" {show.path!r}" if show.path else "")
     for save in experiment.saves:
         yield f"  save {save.path!r}"
+
+
+def _dims(experiment: Experiment) -> list[str]:
+    dims = [_dim(dim) for dim in experiment.dims]
+    if (by := experiment.by_prompt) is not None:
+        dims.insert(by.axis, f"{by.name} ({len(by.prompts)}): {_shortened(list(map(str, by.prompts)))}, by prompt")
+    return dims
 
 
 def _dim(dim: Dim) -> str:
@@ -122,7 +134,10 @@ def _patch(patch: Patch, graph: ResidualGraph, layout: Layout) -> str:
 
 def _expect(expect: Expect) -> str:
     shown = _shortened([f"[{', '.join(map(str, i))}]" for i in expect.indices])
-    return f"{expect.metric} at {shown} {expect.op} {expect.bound:g}"
+    if expect.top:
+        return f"{expect.metric} top({expect.top}) includes {shown}"
+    within = "" if expect.tolerance is None else f" within {expect.tolerance:g}"
+    return f"{expect.metric} at {shown} {expect.op} {expect.bound:g}{within}"
 
 
 # ---- values
@@ -174,41 +189,89 @@ def _spots(places: Iterable[tuple[int, int]], layout: Layout) -> str:
 # ---- metrics
 
 
-def _metric(metric: Metric, layout: Layout) -> str:
-    text = f"{metric.name} = {_expression(metric.expression, layout)}"
-    if metric.zero is None:
-        return text
-    return f"{text} from {metric.zero} to {metric.one}" + (" per prompt" if metric.per_prompt else "")
+def _metric(metric: Metric, prompts: Prompts, graph: ResidualGraph) -> str:
+    text = f"{metric.name} = {_Expressions(prompts, graph).written(metric.expression)}"
+    if metric.zero is not None:
+        text += f" from {metric.zero} to {metric.one}" + (" per prompt" if metric.per_prompt else "")
+    return text + (_interval(metric.interval) if metric.interval else "")
 
 
-def _expression(expression: Expression, layout: Layout) -> str:
-    match expression:
-        case Read(measure, answers, tokens):
-            ids = ", ".join(dict.fromkeys("|".join(map(str, a)) for a in answers))
-            return f"{measure}({ids}) @ {_tokens_of(tokens, layout)}"
-        case Kl(world, tokens):
-            return f"kl({world}) @ {_tokens_of(tokens, layout)}"
-        case Called(name):
-            return f"{name}()"
-        case Constant(number):
-            return f"{number:g}"
-        case Sum(terms):
-            return _sum([(c, _expression(e, layout)) for c, e in terms])
-        case Product(factors):
-            return "(" + " * ".join(_expression(e, layout) for e in factors) + ")"
-        case Quotient(over, under):
-            return f"({_expression(over, layout)} / {_expression(under, layout)})"
+def _interval(interval: Interval) -> str:
+    return f" with interval {interval.level:g} seed={interval.seed} resamples={interval.resamples}"
+
+
+class _Expressions:
+    """Expressions in the words of a spec; answers are token ids."""
+
+    def __init__(self, prompts: Prompts, graph: ResidualGraph):
+        self._prompts = prompts
+        self._graph = graph
+
+    def written(self, expression: Expression) -> str:
+        match expression:
+            case Read(measure, answers, tokens):
+                return f"{measure}({_each('|', answers)}) @ {self._places(tokens)}"
+            case Continuation():
+                return self._continuation(expression)
+            case Kl(world, tokens):
+                return f"kl({world}) @ {self._places(tokens)}"
+            case NodeRead():
+                return self._node_read(expression)
+            case Called(name):
+                return f"{name}()"
+            case Constant(number):
+                return f"{number:g}"
+            case Sum(terms):
+                return _sum([(c, self.written(e)) for c, e in terms])
+            case Product(factors):
+                return "(" + " * ".join(map(self.written, factors)) + ")"
+            case Quotient(over, under):
+                return f"({self.written(over)} / {self.written(under)})"
+
+    def _continuation(self, read: Continuation) -> str:
+        copy = self._prompts.layout.place(read.tokens[0][0])[0] // self._prompts.n
+        where = f" of copy {copy}" if self._prompts.copies > 1 else ""
+        spans = dict.fromkeys(self._span(tokens) for tokens in read.tokens)
+        return f"logprob({_each(' ', read.answers)}) @ {', '.join(spans)}{where}"
+
+    def _span(self, tokens: tuple[int, ...]) -> str:
+        first, last = (self._prompts.layout.place(t)[1] for t in (tokens[0], tokens[-1]))
+        return str(first) if first == last else f"{first}..{last}"
+
+    def _node_read(self, read: NodeRead) -> str:
+        probe = self._probe(read.probe)
+        if read.sources:
+            both = zip(read.tokens, read.sources, strict=True)
+            return f"{probe}[{_or([f'{self._places([t])}, {self._places([s])}' for t, s in both])}]"
+        neuron = "" if read.neuron < 0 else f"[{read.neuron}]"
+        at = f"{probe}{neuron} @ {self._places(read.tokens)}"
+        return at if read.key is None else f"dot({at}, tensor({read.key!r}))"
+
+    def _probe(self, probe: Probe) -> str:
+        if probe.site is Site.STREAM:
+            return self._graph.stream_name(probe.rank)
+        node = self._graph.members(probe.nodes)[0]
+        if probe.site is Site.ATTN_OUT:
+            return f"attn_out[{node.layer}]"
+        return node.name if probe.site is Site.OUT else f"{node.name}.{probe.site}"
+
+    def _places(self, tokens: Iterable[int]) -> str:
+        """The position in each prompt, told once where it is one."""
+        return ", ".join(dict.fromkeys(str(self._prompts.layout.place(t)[1]) for t in tokens))
+
+
+def _each(separator: str, answers: Iterable[tuple[int, ...]]) -> str:
+    return ", ".join(dict.fromkeys(separator.join(map(str, ids)) for ids in answers))
+
+
+def _or(texts: list[str]) -> str:
+    return " or ".join(dict.fromkeys(texts))
 
 
 def _sum(terms: list[tuple[float, str]]) -> str:
     """`(a - 2 * b)`."""
     text = "".join(f" {'-' if c < 0 else '+'} " + (e if abs(c) == 1 else f"{abs(c):g} * {e}") for c, e in terms)
     return "(" + (text[3:] if text.startswith(" + ") else f"-{text[3:]}") + ")"
-
-
-def _tokens_of(tokens: Iterable[int], layout: Layout) -> str:
-    """The position in each prompt, told once where it is one."""
-    return ", ".join(dict.fromkeys(str(layout.place(t)[1]) for t in tokens))
 
 
 # ---- paths

@@ -44,9 +44,10 @@ class Ends:
     certain: bool = True
 
     def told(self, graph: ResidualGraph) -> str:
-        """`the logits and head[3, 1].pattern`."""
+        """`the logits, mlp[2] and head[3, 1].pattern`."""
         names = [*(["the logits"] if self.logits else []), *(probe_name(graph, p) for p in self.probes)]
-        return " and ".join(dict.fromkeys(names))
+        *most, last = dict.fromkeys(names)
+        return f"{', '.join(most)} and {last}" if most else last
 
     def steps(self, graph: ResidualGraph) -> tuple[Step, ...]:
         """The last steps of every path: the logits and each place that is read."""

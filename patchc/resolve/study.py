@@ -11,6 +11,8 @@ from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Sou
 from patchc.ir.experiment import Experiment, ModelChoice, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
+from patchc.resolve.answers import AnswerReader
+from patchc.resolve.continuations import Continuations
 from patchc.resolve.data import Dataset
 from patchc.resolve.encode import Encoder
 from patchc.resolve.expects import Expects
@@ -23,6 +25,7 @@ from patchc.resolve.patches import Patches
 from patchc.resolve.paths import Paths
 from patchc.resolve.places import Places
 from patchc.resolve.positions import Positions
+from patchc.resolve.probes import Probes
 from patchc.resolve.records import EMPTY_DATA, Given, read_records
 from patchc.resolve.scope import BUILT_IN, NAME_CLASH, NOT_SUPPORTED_YET, Scope, collecting
 from patchc.resolve.selectors import Selectors
@@ -82,8 +85,9 @@ def resolve(
     choice = model or chosen or ModelChoice("")
     prompts = study.dataset.prompts()
     prompts = replace(prompts, worlds=(*prompts.worlds, *study.values.other.worlds.values()))
-    seeds = tuple(study.values.sources.seeds)
-    found = Study(choice, prompts, experiments, tuple(study.tensors.sources.items()), seeds)
+    sources = tuple(study.tensors.sources.items())
+    seeds = (*study.values.sources.seeds, *_seeds(experiments))
+    found = Study(choice, prompts, experiments, sources, seeds)
     return Resolved(found, tuple(_in_order(report.diagnostics, source)))
 
 
@@ -94,6 +98,12 @@ def _in_order(diagnostics: Sequence[Diagnostic], source: Source) -> list[Diagnos
         return d.span.start if d.span is not None and d.span.source == source else -1
 
     return sorted(diagnostics, key=start)
+
+
+def _seeds(experiments: Sequence[Experiment]) -> tuple[tuple[str, int], ...]:
+    """What is random, with its seed, each once."""
+    intervals = (m.interval for e in experiments for m in e.metrics if m.interval is not None)
+    return tuple(dict.fromkeys(("interval", i.seed) for i in intervals))
 
 
 def _start(source: Source) -> Span:
@@ -132,7 +142,11 @@ class _Study:
         difference = Difference(graph, lambda: dataset.layout.all)
         places = Places(self.positions)
         self.sets = Sets(scope, graph, Selectors(graph, Indexer(scope), places), places, difference)
-        self.metrics = Metrics(scope, dataset, self.positions)
+        answers = AnswerReader(dataset)
+        continuations = Continuations(self.spec, dataset, answers)
+        dataset.following = lambda: continuations.endings
+        probes = Probes(graph, dataset, self.positions, self.sets, Indexer(scope), self.tensors)
+        self.metrics = Metrics(scope, dataset, self.positions, probes, answers, continuations)
         self.values = Values(scope, dataset, self.tensors, places)
         self._resolve = Experiments(
             self.report,

@@ -84,7 +84,7 @@ def test_an_entry_that_looks_ahead_in_some_prompts_alone_is_none_of_them() -> No
     found = experiment(body, data=rows).cells[0].patches[0].path
     assert isinstance(found, Seq)
     rows[0]["b"] = 3
-    assert error(body, data=rows).code == "looks-ahead"
+    assert error(body, data=rows).code == "hidden-entry"
 
 
 def test_a_cell_of_a_sweep_may_look_ahead() -> None:
@@ -113,7 +113,7 @@ def test_neurons_are_one_start_however_they_are_written() -> None:
 
 
 def test_a_tensor_for_one_neuron_can_be_one_number() -> None:
-    tensors = {"one": (1,), "all": (64,), "stream": (32,)}
+    tensors = {"one": (1,), "all": (128,), "stream": (32,)}
     assert starts('patch node mlp[1].post[3] with tensor("one")', tensors=tensors)
     assert starts('patch node mlp[1].post[3..4] with tensor("all")', tensors=tensors)
     assert error('run clean patch node mlp[1].post[3..4] with tensor("one")', tensors=tensors).code == "tensor-shape"
