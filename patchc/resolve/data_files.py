@@ -130,7 +130,7 @@ def _json(path: Path, name: str, span: Span | None) -> list[Row]:
     start = text.skip(0)
     found, end = text.value(start)
     if text.skip(end) < len(text.source.text):
-        raise text.fault("something stands after the end", text.skip(end))
+        raise text.fault("something stands after the end (a prompt a line is called .jsonl)", text.skip(end))
     match found:
         case list():
             return [_row(text, *item) for item in text.items(start)]

@@ -49,6 +49,16 @@ class Ends:
         *most, last = dict.fromkeys(names)
         return f"{', '.join(most)} and {last}" if most else last
 
+    def example(self, graph: ResidualGraph) -> str:
+        """What a path can end with: `logits`, `head[3, 1].{q, k}`."""
+        if self.logits:
+            return "logits"
+        probe = self.probes[0]
+        name = probe_name(graph, probe)
+        if probe.site in (Site.PATTERN, Site.SCORES):
+            return name.removesuffix(str(probe.site)) + "{q, k}"
+        return name.removesuffix(f".{probe.site}") if probe.site in (Site.Z, Site.IN, Site.POST) else name
+
     def steps(self, graph: ResidualGraph) -> tuple[Step, ...]:
         """The last steps of every path: the logits and each place that is read."""
         found = [Step(graph.logits_set)] if self.logits else []

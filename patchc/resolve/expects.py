@@ -21,7 +21,7 @@ NOT_MEASURED = RULES.add("not-measured", "an expect names a metric that the expe
 BAD_TOLERANCE = RULES.add("bad-tolerance", "a tolerance that a comparison has no use for")
 BAD_TOP = RULES.add("bad-top", "an expectation about the top cells that holds always, or never")
 
-Places = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+Cells = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 """(place of each variable's value in its universe, the index along the dims) of each cell."""
 
 
@@ -34,7 +34,7 @@ class Table:
 
     names: tuple[str, ...]
     universes: tuple[tuple[Binding, ...], ...]
-    cells: Places
+    cells: Cells
     at: int = -1
     by_prompt: PromptDim | None = None
 

@@ -69,7 +69,7 @@ class Patches:
         term = self._sets.term(node.what, env)
         path = self._path(node, term, ends)
         if not self._sets.locals_of(node.what, env):
-            self._check(node, term, path)
+            self._check(node, term, path, ends)
         return path if self._is_legal(node, term, path, ends) else None
 
     def _path(self, node: tree.Target, term: Term, ends: Ends) -> Path:
@@ -95,11 +95,13 @@ class Patches:
             return False
         return self._legality.lowest(self._path(node, term, LOGITS)) is not None
 
-    def _check(self, node: tree.Target, term: Term, path: Path) -> None:
+    def _check(self, node: tree.Target, term: Term, path: Path, ends: Ends) -> None:
         """The rank rule for every alternative as written, and that some position takes every step."""
         span = node.what.span if node.what else node.span
         if fault := self.fault(node, term):
             raise PatchcError([fault])
+        if not starts(path):
+            raise self._paths.not_an_end(None, span, ends)
         constants = self._graph.of(Kind.ATTN_BIAS)
         if all(not step.nodes & ~constants for step in starts(path)):
             raise BAD_START.error("a bias is the same in every run: no value changes it", span=term.span)

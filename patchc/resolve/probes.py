@@ -109,6 +109,8 @@ class Probes:
         if member.site in INNER.values():
             raise WRONG_KIND.error(f"write {member.name} itself, not by a name for it", span=node.span)
         if member.site is Site.OUT:
+            if member.kv >= 0:
+                raise WRONG_KIND.error(f"{member.name} has .k and .v, and no output", span=node.span)
             self._check_output(member, node)
         return Probe(member.nodes, member.site, member.rank)
 

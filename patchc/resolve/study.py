@@ -21,6 +21,7 @@ from patchc.resolve.indices import Indexer
 from patchc.resolve.loops import Loops
 from patchc.resolve.metrics import Metrics
 from patchc.resolve.model_choice import choose_model, missing_model
+from patchc.resolve.parameters import wrong_parameters
 from patchc.resolve.patches import Patches
 from patchc.resolve.paths import Paths
 from patchc.resolve.places import Places
@@ -72,6 +73,9 @@ def resolve(
     """
     report = Report()
     scope = Scope(report, parameters or {})
+    for diagnostic in wrong_parameters(spec, scope.parameters):
+        report.add(diagnostic)
+    report.raise_errors()
     chosen = choose_model(spec, scope)
     if model is None and chosen is None and not any(isinstance(i, tree.Model) for i in spec.items):
         report.add(missing_model(spec).diagnostics[0].at(_start(source)))
@@ -85,9 +89,8 @@ def resolve(
     choice = model or chosen or ModelChoice("")
     prompts = study.dataset.prompts()
     prompts = replace(prompts, worlds=(*prompts.worlds, *study.values.other.worlds.values()))
-    sources = tuple(study.tensors.sources.items())
     seeds = (*study.values.sources.seeds, *_seeds(experiments))
-    found = Study(choice, prompts, experiments, sources, seeds)
+    found = Study(choice, prompts, experiments, tuple(study.tensors.sources.items()), seeds)
     return Resolved(found, tuple(_in_order(report.diagnostics, source)))
 
 
@@ -141,11 +144,12 @@ class _Study:
         self.positions = Positions(dataset)
         difference = Difference(graph, lambda: dataset.layout.all)
         places = Places(self.positions)
-        self.sets = Sets(scope, graph, Selectors(graph, Indexer(scope), places), places, difference)
+        indexer = Indexer(scope)
+        self.sets = Sets(scope, graph, Selectors(graph, indexer, places), places, difference)
         answers = AnswerReader(dataset)
         continuations = Continuations(self.spec, dataset, answers)
         dataset.following = lambda: continuations.endings
-        probes = Probes(graph, dataset, self.positions, self.sets, Indexer(scope), self.tensors)
+        probes = Probes(graph, dataset, self.positions, self.sets, indexer, self.tensors)
         self.metrics = Metrics(scope, dataset, self.positions, probes, answers, continuations)
         self.values = Values(scope, dataset, self.tensors, places)
         self._resolve = Experiments(

@@ -14,10 +14,10 @@ from patchc.ir.printer import print_study
 from tests.unit.resolving import SMALL, resolved, short
 
 EXTRA = {
-    "tensors": {"direction": (32,), "narrow": (8,), "square": (8, 8), "wide": (128,)},
+    "tensors": {"direction": (32,), "narrow": (8,), "square": (8, 8), "wide": (64,)},
     "metrics": ("mine",),
-    "parameters": {"K": 2},
 }
+PARAMETERS = {"K": 2}
 
 
 @pytest.mark.parametrize("case", cases("resolve"), ids=str)
@@ -26,8 +26,9 @@ def test_resolve(case: Case, golden: Golden) -> None:
 
 
 def outcome(text: str) -> dict[str, str]:
+    parameters = {name: value for name, value in PARAMETERS.items() if f"${{{name}}}" in text}
     try:
-        found = resolved(text, SMALL, **EXTRA)
+        found = resolved(text, SMALL, **EXTRA, parameters=parameters)
     except PatchcError as error:
         return {"errors": "\n".join(map(short, error.diagnostics))}
     printed = print_study(found.study, SMALL)

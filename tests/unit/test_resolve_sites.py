@@ -113,7 +113,7 @@ def test_neurons_are_one_start_however_they_are_written() -> None:
 
 
 def test_a_tensor_for_one_neuron_can_be_one_number() -> None:
-    tensors = {"one": (1,), "all": (128,), "stream": (32,)}
+    tensors = {"one": (1,), "all": (64,), "stream": (32,)}
     assert starts('patch node mlp[1].post[3] with tensor("one")', tensors=tensors)
     assert starts('patch node mlp[1].post[3..4] with tensor("all")', tensors=tensors)
     assert error('run clean patch node mlp[1].post[3..4] with tensor("one")', tensors=tensors).code == "tensor-shape"
@@ -128,9 +128,8 @@ def test_a_model_without_mlps_has_no_neurons() -> None:
 def test_many_neurons_are_taken_from_many() -> None:
     steps = starts("patch node mlp[11].post[*] - mlp[11].post[0..3070] with zero", GPT2)
     assert [s.neurons for s in steps] == [1 << 3071]
-    with_other = errors(
-        "experiment e { run clean patch node mlp[..1].post[*] - mlp.post[*] with zero measure diff }", GPT2
-    )
+    nothing = "experiment e { run clean patch node mlp[..1].post[*] - mlp.post[*] with zero measure diff }"
+    with_other = errors(nothing, GPT2)
     assert [d.code for d in with_other] == ["empty-set"]
 
 

@@ -93,7 +93,7 @@ def test_the_mean_of_another_file_is_of_a_world_of_its_own(tmp_path: Path) -> No
     assert third.name == "abc.jsonl:abc"
     first, second = (p.value.terms[0][1] for p in found.experiments[0].cells[0].patches)
     assert (first, second) == (Mean("abc.jsonl:clean"), Mean("abc.jsonl:abc"))
-    assert "world abc.jsonl:abc, of 2 prompts" in print_study(found, SMALL)
+    assert "world abc.jsonl:abc, of 2 prompts of" in print_study(found, SMALL)
 
 
 def test_without_the_runs_column_the_first_of_texts_is_taken(tmp_path: Path) -> None:
