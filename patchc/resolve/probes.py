@@ -15,6 +15,7 @@ from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS
 from patchc.resolve.data import Dataset
 from patchc.resolve.indices import Axis, Indexer
+from patchc.resolve.legality import HIDDEN_ENTRY
 from patchc.resolve.positions import ONE_POSITION, Positions
 from patchc.resolve.scope import WRONG_KIND, written
 from patchc.resolve.selectors import UNKNOWN_SITE
@@ -23,7 +24,6 @@ from patchc.resolve.tensors import TENSOR_SHAPE, Tensors
 from patchc.resolve.terms import Member
 
 NOT_A_NUMBER = RULES.add("not-a-number", "a metric reads a vector, or several nodes, where one number is needed")
-HIDDEN_ENTRY = RULES.add("hidden-entry", "an entry of an attention pattern that the model's mask hides")
 
 ENTRIES = (Site.PATTERN, Site.SCORES)
 IN_HEADS = (Site.PATTERN, Site.SCORES)

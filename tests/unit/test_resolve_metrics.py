@@ -293,7 +293,7 @@ metric along = dot(resid_post[9] @ end, tensor("probe.safetensors", "w"))
 experiment attends {
   for h in head[..8, *]
   run clean
-  patch node h with corrupt
+  patch path h -> mlp* -> head[9, 9].q @ end with corrupt
   measure to_io, along, to_io from corrupt to clean as share, mlp[9].post[7] @ io as neuron
 }
 """,
