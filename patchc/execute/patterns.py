@@ -68,8 +68,10 @@ class PlainRows:
     def _source(self, port: int, source: Source, tokens: Tensor, width: int) -> Tensor:
         match source:
             case FromWorld(world):
-                scores = self.scores(self.stored.runs[world], tokens, width)
-                return scores if port == SCORES else pattern_of(scores)
+                # A token of a longer prompt looks at more than this many positions: its softmax is over all of them.
+                longest = max(width, max(self.stored.layout.lengths))
+                scores = self.scores(self.stored.runs[world], tokens, longest)
+                return (scores if port == SCORES else pattern_of(scores))[:, :width]
             case Mean():
                 return self._mean(port, source, tokens, width)
             case Moved(of, places):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 from unittest.mock import patch as mocked
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from patchc.codegen.emit import compiled_graph
+from patchc.codegen.saved import load_saved, save_graph
 from patchc.ir.bits import bitset
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import (
@@ -359,6 +361,17 @@ def test_graph_equals_sweep(kind: str) -> None:
         (gradient,) = torch.autograd.grad(graph(*ids, masks)[0][:, -1, 3].sum(), masks)
         assert bool(gradient.isfinite().all())
         assert at == 1 or bool((gradient.abs() > 1e-7).all())  # what is blocked already cannot be set to zero
+
+
+@pytest.mark.parametrize("kind", ["gpt2-sdpa", "gpt2-eager", "llama-eager", "native-rms-rotary", "neox-parallel"])
+def test_a_graph_with_insides_can_be_saved(tmp_path: Path, kind: str) -> None:
+    m, data = loaded_model(kind), prompts(Random(kind), (5, 5))
+    e, tensors = experiment(cells_of(m.graph, data)), {"post": torch.linspace(-1, 1, m.graph.d_mlp)}
+    graph = compiled_graph(lower_masked(e, data, m.graph), m.pieces, ("clean", "corrupt"), tensors)
+    again = load_saved(save_graph(graph, tmp_path / "graph", m), m)
+    args = *(torch.tensor(w.ids) for w in data.worlds[:2]), torch.linspace(0, 1, len(e.cells))
+    with torch.no_grad():
+        assert torch.equal(again(*args)[0], graph(*args)[0])
 
 
 def test_everything_blocked_in_the_graph_is_no_attention() -> None:
