@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,8 +77,8 @@ class Expects:
         if node.op != "==":
             message = f"`within` belongs to ==, and this is {node.op}, which needs no tolerance"
             raise BAD_TOLERANCE.error(message, fix=f"== {written(node.bound)} within {tolerance:g}", span=node.span)
-        if tolerance < 0:
-            raise BAD_TOLERANCE.error(f"a tolerance is not negative: {tolerance:g}", span=node.tolerance.span)
+        if not 0 <= tolerance < math.inf:
+            raise BAD_TOLERANCE.error(f"a tolerance is a number from 0 on, not {tolerance:g}", span=node.tolerance.span)
         return tolerance
 
     def _top(self, node: tree.ExpectTop, name: str, table: Table) -> Expect:

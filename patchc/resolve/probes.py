@@ -112,6 +112,8 @@ class Probes:
             if member.kv >= 0:
                 raise WRONG_KIND.error(f"{member.name} has .k and .v, and no output", span=node.span)
             self._check_output(member, node)
+        if member.site not in (Site.STREAM, Site.ATTN_OUT):
+            self._check_one(member, node)
         return Probe(member.nodes, member.site, member.rank)
 
     def _check_output(self, member: Member, node: tree.Ref) -> None:
@@ -121,6 +123,8 @@ class Probes:
         if kinds == {Kind.ATTN_BIAS}:
             message = f"{member.name} is a constant: it is the same in every run"
             raise WRONG_KIND.error(message, fix=member.name.replace("attn_bias", "attn_out"), span=node.span)
+
+    def _check_one(self, member: Member, node: tree.Ref) -> None:
         if member.nodes.bit_count() != 1:
             names = ", ".join(n.name for n in self.graph.members(member.nodes)[:3])
             fix = "resid_pre[0]" if member.nodes == self.graph.input else "name one of them"
