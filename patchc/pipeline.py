@@ -84,7 +84,8 @@ def to_graph(
 ) -> CompiledGraph:
     """One experiment as one differentiable fx graph with a mask a cell."""
     cells = lower_masked(experiment, prompts, model.graph)
-    return compiled_graph(cells, model.pieces, reads.worlds(experiment, prompts), tensors)
+    inputs = tuple(w for w in reads.worlds(experiment, prompts) if prompts.world(w).layout is None)
+    return compiled_graph(cells, model.pieces, inputs, tensors)
 
 
 def execute(

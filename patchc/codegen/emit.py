@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from patchc.codegen.sources import ONE_LENGTH
+from patchc.codegen.stored import StoredNodes
 from patchc.codegen.worlds import Worlds, aten
-from patchc.diagnostics import RULES
 from patchc.ir.bits import bits
 from patchc.ir.dag import (
     Const,
@@ -32,17 +33,15 @@ from patchc.ir.dag import (
     VariantId,
     children,
 )
-from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Value
-from patchc.ir.graph import PORTS, BlockKind
+from patchc.ir.graph import PORTS
 from patchc.ir.tokens import Tokens
 from patchc.lower.masked import MaskedCells
 from patchc.model.pieces import TracedPieces
 
-ONE_LENGTH = RULES.add("graph-needs-one-length", "a compiled graph names positions, and its prompts differ in length")
-
 
 class CompiledGraph(fx.GraphModule):
     """`forward(ids of each world [batch, pos], masks) -> (logits [batch, pos, d_vocab], captures by name)`.
+    The batch is free, unless a value is of certain prompts (`sources` says which are).
 
     `worlds`: the inputs' names in order, the base world first. `mask_shape`: the shape of `masks`, one number a cell of
     the experiment. Captures are `stream`, the final stream, and what each node that is run again writes.
@@ -62,7 +61,8 @@ class Emitter:
         self.shape = cells.shape
         self.worlds = Worlds(cells.dag.graph, pieces, worlds)
         self.call = self.worlds.call
-        self.tensors, self.base = tensors, worlds[0]
+        self.stored = StoredNodes(self.worlds, cells.prompts, tensors)
+        self.base = worlds[0]
         masks = self.worlds.argument("masks")
         self.masks = self.call(aten.reshape.default, masks, [-1])
         self.values: dict[VariantId, fx.Node] = {}
@@ -102,11 +102,10 @@ class Emitter:
     def _variant(self, i: VariantId) -> fx.Node:
         op = self.dag.ops[i]
         match op:
-            case Const(block, members, value, tokens):
-                return self._at(tokens, self._const(block, members, self.dag.values[value]))
+            case Const(block, members, value, tokens, site):
+                return self._at(tokens, self.stored.node(block, members, self.dag.values[value], site))
             case Stream(rank, value, tokens):
-                sources = {w: self.worlds.stream(w, rank) for w in self.worlds.ids}
-                return self._at(tokens, self._difference(self.dag.values[value], sources, None))
+                return self._at(tokens, self.stored.stream(rank, self.dag.values[value]))
             case Sum(parts):
                 return self._sum([self.values[p] for p in parts])
             case Mix(parts):
@@ -167,9 +166,8 @@ class Emitter:
         return self.worlds.module(f"layer{layer}_attend", *ports, name=f"z_{layer}")
 
     def _replaced(self, block: int, replaced: Replaced, now: fx.Node) -> fx.Node:
-        sources = {w: self.worlds.projection(w, block, replaced.port) for w in self.worlds.ids}
-        value = self._combination(self.dag.values[replaced.value], sources, now)
-        gap = self._minus(value, now)
+        value = self.dag.values[replaced.value]
+        gap = self._minus(self.stored.projection(block, replaced.port, replaced.heads, value, now), now)
         gap = self.call(operator.mul, gap, self._mask_of(replaced.mask)) if replaced.mask >= 0 else gap
         one_hot = torch.zeros(1, 1, self.dag.graph.n_heads, 1)
         one_hot[:, :, list(bits(replaced.heads))] = 1
@@ -184,65 +182,10 @@ class Emitter:
         if core not in self._written:
             self._written[core] = self.worlds.module(f"layer{layer}_write", self.values[core])
         now = self._written[core]
-        written = self._chosen(now, heads)
+        written = self.worlds.chosen(now, heads)
         chosen = ", ".join(map(str, bits(heads)))
         self._capture(f"head[{layer}, {chosen}]" if heads.bit_count() == 1 else f"head[{layer}, {{{chosen}}}]", written)
-        return self.call(operator.sub, written, self._chosen(self.worlds.heads(self.base, op.block), heads))
-
-    def _chosen(self, heads: fx.Node, members: int) -> fx.Node:
-        """The sum of some heads of `[b, s, head, d_model]`."""
-        chosen = list(bits(members))
-        if len(chosen) == 1:
-            return self.call(aten.select.int, heads, 2, chosen[0])
-        if len(chosen) < self.dag.graph.n_heads:
-            index = torch.tensor(chosen, device=self.worlds.pieces.device)
-            heads = self.call(aten.index_select.default, heads, 2, self.worlds.buffer("heads", index))
-        return self.call(aten.sum.dim_IntList, heads, [2])
-
-    # ---- stored values
-    def _const(self, block: int, members: int, value: Value) -> fx.Node:
-        graph = self.dag.graph
-        n_heads = graph.n_heads if graph.blocks[block].kind is BlockKind.ATTENTION else 0
-        parts: list[fx.Node] = []
-        if n_heads:
-            heads = members & ((1 << n_heads) - 1)
-            if heads:
-                sources = {w: self._chosen(self.worlds.heads(w, block), heads) for w in self.worlds.ids}
-                parts.append(self._difference(value, sources, None))
-            bias = self.worlds.bias(block) if members >> n_heads else None
-            if bias is not None:  # the same in every world; a given tensor already stands for the whole
-                share = sum(factor for factor, source in value.terms if not isinstance(source, Given)) - 1.0
-                parts.append(self.call(operator.mul, bias, share))
-        elif graph.blocks[block].kind is BlockKind.MLP:
-            sources = {w: self.worlds.written(w, block) for w in self.worlds.ids}
-            parts.append(self._difference(value, sources, None))
-        else:
-            for i in bits(members):
-                sources = {w: self.worlds.embed(w, graph.blocks[block].first + i) for w in self.worlds.ids}
-                parts.append(self._difference(value, sources, None))
-        return self._sum(parts)
-
-    def _difference(self, value: Value, sources: dict[str, fx.Node], own: fx.Node | None) -> fx.Node:
-        return self._minus(self._combination(value, sources, own), sources[self.base])
-
-    def _combination(self, value: Value, sources: dict[str, fx.Node], own: fx.Node | None) -> fx.Node | None:
-        """A value; None where it is zero."""
-        out: fx.Node | None = None
-        for factor, source in value.terms:
-            match source:
-                case FromWorld(world):
-                    term = sources[world]
-                case Mean(world, over_positions):
-                    axes = [0, 1] if over_positions else [0]
-                    term = self.call(aten.mean.dim, sources[world], axes, True)
-                case Given(key):
-                    term = self.worlds.buffer("given", self.tensors[key])
-                case Itself():
-                    assert own is not None
-                    term = own
-            term = term if factor == 1.0 else self.call(operator.mul, term, factor)
-            out = term if out is None else self.call(operator.add, out, term)
-        return out
+        return self.call(operator.sub, written, self.worlds.chosen(self.worlds.heads(self.base, op.block), heads))
 
     # ---- small things
     def _changed_stream(self, x: VariantId, rank: int) -> fx.Node:

@@ -1,7 +1,7 @@
 """What `Noise` means, number by number: a definition, which both the compiled run and the hooks backend go by.
 
-Each site and each prompt has a stream of numbers of its own, so that noise does not depend on what else is run or on how
-the work is cut; a longer prompt's noise begins with a shorter one's.
+Each site and each prompt has a stream of numbers of its own, so that noise does not depend on what else is run or on
+how the work is cut; a longer prompt's noise begins with a shorter one's.
 """
 
 from __future__ import annotations

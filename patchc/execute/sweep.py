@@ -59,14 +59,14 @@ class Sweep:
             program.measured,
             program.columns,
             self.functions,
-            {w: self.runs[w].stream[-1] for w in program.worlds},
+            {w: self.runs[w].stream[-1] for w in program.aligned},
         )
         metrics = program.experiment.metrics
         values = {m.name: self._of_base(m, len(program.roots)) for m in metrics}
         silent: list[int] = []
         done = len(program.no_effect)
         progress(done)
-        stored = Stored(self.pieces, program.prompts.layout, program.base, self.runs, self.tensors)
+        stored = Stored(self.pieces, program.prompts, program.base, self.runs, self.tensors)
         for work in program.passes:
             walk = Walk(program.dag, self.pieces, self.tables, stored, program.measured)
             streams = walk.streams([program.roots[c] for c in work.cells])
@@ -79,8 +79,10 @@ class Sweep:
     def _plain_runs(self) -> None:
         for world in self.program.worlds:
             if world not in self.runs:
-                prompts = self.program.prompts
-                self.runs[world] = run_world(self.pieces, prompts.world(world), prompts.layout, self.tables)
+                data = self.program.prompts.world(world)
+                layout = data.layout or self.program.prompts.layout
+                tables = self.tables if data.layout is None else self.pieces.tables(layout)
+                self.runs[world] = run_world(self.pieces, data, layout, tables)
 
     def _of_base(self, metric: Metric, n_cells: int) -> Tensor:
         """`[cell, prompt]`, the base run's number everywhere: what a cell without effect keeps."""
@@ -122,7 +124,7 @@ class Sweep:
         return float(1 / (1 / apart.abs()).mean())
 
     def _baselines(self, metric: Metric) -> dict[str, float]:
-        return {w: float(self.readout.summary(metric, self._world(metric, w)).mean[0]) for w in self.program.worlds}
+        return {w: float(self.readout.summary(metric, self._world(metric, w)).mean[0]) for w in self.program.aligned}
 
     def _world(self, metric: Metric, world: str) -> Tensor:
         return self.readout.per_prompt(metric.expression, self.readout.logits(self.readout.of_world(world)))

@@ -109,8 +109,8 @@ class Walk:
     def _make(self, i: VariantId) -> Tensor:
         tokens = self.demand.tokens[i]
         match self.dag.ops[i]:
-            case Const(block, members, value, _):
-                return self.stored.node(block, members, self.dag.values[value], rows(tokens))
+            case Const(block, members, value, _, site):
+                return self.stored.node(block, members, self.dag.values[value], rows(tokens), site)
             case Stream(rank, value, _):
                 return self.stored.stream(rank, self.dag.values[value], rows(tokens))
             case Sum(parts):

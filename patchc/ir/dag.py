@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from patchc.ir.experiment import Value
+from patchc.ir.experiment import Given, Noise, Value
 from patchc.ir.graph import BlockKind, ResidualGraph
+from patchc.ir.paths import Site
 from patchc.ir.tokens import Layout, Tokens
 
 ValueId = int
@@ -23,12 +24,14 @@ NEVER = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Const:
-    """The stored value of some members of a block (bits, counted from the block's first node) at `tokens`."""
+    """The stored value of some members of a block (bits, counted from the block's first node) at `tokens`. `site` is
+    `OUT` unless a value has another effect elsewhere: noise on heads' z, noise or a tensor for all attention output."""
 
     block: int
     members: int
     value: ValueId
     tokens: Tokens
+    site: Site = Site.OUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +173,10 @@ class Dag:
             self.low.append(low)
         return found
 
-    def const(self, block: int, members: int, value: Value, tokens: Tokens) -> VariantId:
-        return self.make(Const(block, members, self.value(value), tokens), tokens, NEVER)
+    def const(self, block: int, members: int, value: Value, tokens: Tokens, site: Site = Site.OUT) -> VariantId:
+        if not any(isinstance(source, Noise | Given) for _, source in value.terms):
+            site = Site.OUT  # sums of a node's parts: one value, wherever it is said to enter
+        return self.make(Const(block, members, self.value(value), tokens, site), tokens, NEVER)
 
     def stream(self, rank: int, value: Value, tokens: Tokens) -> VariantId:
         return self.make(Stream(rank, self.value(value), tokens), tokens, NEVER)

@@ -44,5 +44,10 @@ class Program:
         return self.worlds[0]
 
     @property
+    def aligned(self) -> tuple[str, ...]:
+        """The worlds of the study's own prompts: all but those of other data."""
+        return tuple(w for w in self.worlds if self.prompts.world(w).layout is None)
+
+    @property
     def n_passes(self) -> int:
         return len(self.passes)

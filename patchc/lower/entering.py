@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from patchc.diagnostics import RULES, Diagnostic, Note
 from patchc.ir.bits import bits
 from patchc.ir.dag import Dag, Replaced, VariantId
 from patchc.ir.experiment import Patch, Prompts, Value
 from patchc.ir.graph import Kind
-from patchc.ir.paths import EVERYWHERE, Step
+from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
 from patchc.lower.automaton import PORT_SITES, Atoms, Automaton, Start
 from patchc.lower.changes import Changes, relative
@@ -51,14 +52,14 @@ class Entering:
         where = self.dag.layout.all if tokens == EVERYWHERE else tokens
         return Entry(tokens, stored(value, where), own, start)
 
-    def _stored(self, index: int, members: int, value: Value, tokens: Tokens) -> VariantId:
+    def _stored(self, index: int, members: int, site: Site, value: Value, tokens: Tokens) -> VariantId:
         """The stored difference of a block's members; members that cannot differ are left out."""
         block = self.graph.blocks[index]
         by_tokens: dict[Tokens, int] = {}
         for i in bits(members):
             here = self.changes.at_node(value, self.graph.nodes[block.first + i].kind) & tokens
             by_tokens[here] = by_tokens.get(here, 0) | 1 << i
-        return self.dag.sum(self.dag.const(index, some, value, here) for here, some in by_tokens.items() if here)
+        return self.dag.sum(self.dag.const(index, some, value, here, site) for here, some in by_tokens.items() if here)
 
     def _enter(self, x: VariantId, entries: list[Entry]) -> VariantId:
         """`x` with values put in its place at their tokens."""
@@ -124,10 +125,7 @@ class Entering:
         """A layer's whole attention output, set where such a value starts."""
         block = self.graph.blocks[index]
         members = (1 << block.size) - 1
-
-        def stored(value: Value, tokens: Tokens) -> VariantId:
-            return self._stored(index, members, value, tokens)
-
+        stored = partial(self._stored, index, members, Site.ATTN_OUT)
         entries = [
             self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored)
             for i in bits(c & self.automaton.attn_out_atoms)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from patchc.diagnostics import Diagnostic
 from patchc.ir.bits import bits
@@ -220,9 +221,7 @@ class Fold(Entering):
             if step.site in PORT_SITES:
                 replaced += self._replaced(index, members, step, start)
             else:
-                entries.append(
-                    self._entry(step.tokens, start, lambda value, tokens: self._stored(index, members, value, tokens))
-                )
+                entries.append(self._entry(step.tokens, start, partial(self._stored, index, members, step.site)))
         # A value that takes the node's place everywhere leaves nothing to compute; one that equals the base run's still
         # bites where it undoes another patch, so there the node is looked at.
         everywhere = any(e.tokens == EVERYWHERE and not e.own and e.stored for e in entries) and self.masked is None

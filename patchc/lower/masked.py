@@ -27,6 +27,7 @@ class MaskedCells:
     dag: Dag
     root: VariantId
     shape: tuple[int, ...]
+    prompts: Prompts
 
 
 def lower_masked(experiment: Experiment, prompts: Prompts, graph: ResidualGraph) -> MaskedCells:
@@ -44,7 +45,7 @@ def lower_masked(experiment: Experiment, prompts: Prompts, graph: ResidualGraph)
         masks += [_flat(cell.index, experiment.shape)] * len(cell.patches)
     dag = Dag(graph, prompts.layout)
     fold = Fold(dag, prompts, experiment.run, masked=lambda start: masks[start.patch])
-    return MaskedCells(dag, fold.cell(tuple(patches)).root, experiment.shape)
+    return MaskedCells(dag, fold.cell(tuple(patches)).root, experiment.shape, prompts)
 
 
 def _flat(index: tuple[int, ...], shape: tuple[int, ...]) -> int:

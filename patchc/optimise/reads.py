@@ -16,10 +16,12 @@ from patchc.ir.experiment import (
     Mean,
     Measure,
     Metric,
+    Moved,
     Product,
     Prompts,
     Quotient,
     Read,
+    Source,
     Sum,
 )
 from patchc.ir.tokens import Layout, Tokens
@@ -63,6 +65,16 @@ def columns(metrics: tuple[Metric, ...]) -> tuple[int, ...] | None:
     return tuple(sorted(found))
 
 
+def _world_of(source: Source) -> str | None:
+    match source:
+        case FromWorld(world) | Mean(world):
+            return world
+        case Moved(inner, _):
+            return inner.world
+        case _:
+            return None
+
+
 def worlds(experiment: Experiment, prompts: Prompts) -> tuple[str, ...]:
     """The worlds that must be run: the base world first, then those of values and metrics, in the data's order."""
     used = {experiment.run}
@@ -70,5 +82,5 @@ def worlds(experiment: Experiment, prompts: Prompts) -> tuple[str, ...]:
         used |= {w for w in (metric.zero, metric.one) if w is not None}
         used |= {leaf.world for leaf in leaves(metric.expression) if isinstance(leaf, Kl)}
     for value in {patch.value for cell in experiment.cells for patch in cell.patches}:
-        used |= {source.world for _, source in value.terms if isinstance(source, FromWorld | Mean)}
+        used |= {world for _, source in value.terms if (world := _world_of(source)) is not None}
     return (experiment.run, *(w.name for w in prompts.worlds if w.name in used and w.name != experiment.run))

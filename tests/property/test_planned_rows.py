@@ -34,7 +34,7 @@ class Counting(Toy):
 def run_rows(c: Case, dag: Dag, root: int, measured: int) -> Counter[int]:
     toy = Counting(c.graph, c.toy.seed)
     toy.rows = Counter()
-    stored = Stored(toy, c.prompts.layout, "clean", plain_runs(c), {})
+    stored = Stored(toy, c.prompts, "clean", plain_runs(c), {})
     Walk(dag, toy, toy.tables(c.prompts.layout), stored, measured).streams([root])
     return toy.rows
 
