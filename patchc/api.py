@@ -370,7 +370,7 @@ def _result(program: Program, outcome: Outcome) -> Result:
         experiment=experiment,
         values={name: shaped(v) for name, v in outcome.mean.items()},
         stderr={name: shaped(v) for name, v in outcome.stderr.items()},
-        n=program.prompts.layout.n_prompts,
+        n=program.prompts.n,
         baselines=outcome.baselines,
         passes=program.n_passes,
         unfused_passes=len(program.roots),

@@ -21,18 +21,22 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    HeadZ,
     Masked,
     Mix,
     Out,
+    Projected,
     Replaced,
     Run,
     Scale,
+    StoredZ,
     Stream,
     Sum,
     Tokenwise,
     VariantId,
     children,
 )
+from patchc.ir.experiment import Probe
 from patchc.ir.graph import PORTS
 from patchc.ir.tokens import Tokens
 from patchc.lower.masked import MaskedCells
@@ -44,7 +48,8 @@ class CompiledGraph(fx.GraphModule):
     The batch is free, unless a value is of certain prompts (`sources` says which are).
 
     `worlds`: the inputs' names in order, the base world first. `mask_shape`: the shape of `masks`, one number a cell of
-    the experiment. Captures are `stream`, the final stream, and what each node that is run again writes.
+    the experiment. Captures are `stream`, the final stream, what each node that is run again writes, and as `read NAME`
+    what a metric reads inside the model.
     `parameters()` are the model's own: nothing is copied, so give an optimiser the masks, not these."""
 
     worlds: tuple[str, ...]
@@ -57,6 +62,7 @@ class Emitter:
     def __init__(
         self, cells: MaskedCells, pieces: TracedPieces, worlds: tuple[str, ...], tensors: Mapping[str, Tensor]
     ):
+        self.cells = cells
         self.dag: Dag = cells.dag
         self.shape = cells.shape
         self.worlds = Worlds(cells.dag.graph, pieces, worlds)
@@ -71,12 +77,15 @@ class Emitter:
         self._streams: dict[tuple[VariantId, int], fx.Node] = {}
         self._mask: dict[int, fx.Node] = {}
 
-    def module(self, root: VariantId) -> CompiledGraph:
-        """The finished graph. `root` is the final stream's variant."""
+    def module(self) -> CompiledGraph:
+        """The finished graph."""
         length = len(self.dag)
-        root = self.dag.explicit(root)
-        for i in sorted(self._below(root)):
+        root = self.dag.explicit(self.cells.root)
+        probes = [(probe, self.dag.explicit(r)) for probe, r in self.cells.probes]
+        for i in sorted(self._below([root, *(r for _, r in probes)])):
             self.values[i] = self._variant(i)
+        for probe, r in probes:
+            self._read(probe, r)
         stream = self._changed_stream(root, self.dag.graph.top)
         logits = self.worlds.module("unembed", stream, name="logits")
         self.worlds.graph.output((logits, {"stream": stream, **self.captures}))
@@ -88,9 +97,15 @@ class Emitter:
         module.recompile()
         return module
 
-    def _below(self, root: VariantId) -> set[VariantId]:
+    def _read(self, probe: Probe, root: VariantId) -> None:
+        """Captures what a metric reads."""
+        name, base = self.stored.probe(probe)
+        new = self.values.get(root)
+        self._capture(f"read {name}", base if new is None else self.call(operator.add, base, new))
+
+    def _below(self, roots: list[VariantId]) -> set[VariantId]:
         seen: set[VariantId] = {0}
-        todo = [root]
+        todo = list(roots)
         while todo:
             i = todo.pop()
             if i not in seen:
@@ -120,6 +135,16 @@ class Emitter:
                 return self._out(core, heads)
             case Tokenwise(block, x):
                 return self._tokenwise(block, x)
+            case Projected(block, port, head, x, replaced):
+                now = self._port(block, port, x, replaced)
+                return self._of_head(now, self.worlds.projection(self.base, block, port), head)
+            case HeadZ(core, head):
+                at = self.dag.ops[core]
+                assert isinstance(at, Core)
+                return self._of_head(self.values[core], self.worlds.z(self.base, at.block), head)
+            case StoredZ(block, head, value, tokens):
+                z = self.stored.z(block, 1 << head, self.dag.values[value])
+                return self._at(tokens, self.call(aten.select.int, z, 2, head))
             case Run():
                 raise AssertionError("suffixes are written out before anything is emitted")
 
@@ -150,20 +175,25 @@ class Emitter:
         return self.call(operator.sub, new, self.worlds.written(self.base, block))
 
     def _core(self, core: Core) -> fx.Node:
-        ports: list[fx.Node] = []
-        for port in range(3):
-            x = core.input(port)
-            if x == 0:
-                now = self.worlds.projection(self.base, core.block, port)
-            else:
-                rank = self.dag.graph.blocks[core.block].rank
-                now = self.worlds.project(core.block, port, self._changed_stream(x, rank), PORTS[port])
-            for replaced in core.replaced:
-                if replaced.port == port:
-                    now = self._replaced(core.block, replaced, now)
-            ports.append(now)
+        ports = [self._port(core.block, port, core.input(port), core.replaced) for port in range(3)]
         layer = self.dag.graph.blocks[core.block].layer
         return self.worlds.module(f"layer{layer}_attend", *ports, name=f"z_{layer}")
+
+    def _port(self, block: int, port: int, x: VariantId, sets: tuple[Replaced, ...]) -> fx.Node:
+        """q, k or v of every head, `[b, s, head, d_head]`."""
+        if x == 0:
+            now = self.worlds.projection(self.base, block, port)
+        else:
+            rank = self.dag.graph.blocks[block].rank
+            now = self.worlds.project(block, port, self._changed_stream(x, rank), PORTS[port])
+        for replaced in sets:
+            if replaced.port == port:
+                now = self._replaced(block, replaced, now)
+        return now
+
+    def _of_head(self, now: fx.Node, base: fx.Node, head: int) -> fx.Node:
+        """What one head has more than in the base run, of `[b, s, head, d_head]`."""
+        return self.call(aten.select.int, self.call(operator.sub, now, base), 2, head)
 
     def _replaced(self, block: int, replaced: Replaced, now: fx.Node) -> fx.Node:
         value = self.dag.values[replaced.value]
@@ -236,4 +266,4 @@ def compiled_graph(
     cells: MaskedCells, pieces: TracedPieces, worlds: tuple[str, ...], tensors: Mapping[str, Tensor]
 ) -> CompiledGraph:
     """The graph of an experiment's cells; `worlds` are its inputs in order, the base world first."""
-    return Emitter(cells, pieces, worlds, tensors).module(cells.root)
+    return Emitter(cells, pieces, worlds, tensors).module()

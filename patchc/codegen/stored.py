@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from patchc.codegen.sources import Seen, Sources
 from patchc.codegen.worlds import Worlds, aten
-from patchc.execute.places import Place, attn_out_place, node_place, stream_place
+from patchc.execute.places import Place, attn_out_place, node_place, probe_place, stream_place
 from patchc.ir.bits import bits
-from patchc.ir.experiment import Given, Noise, Prompts, Value
+from patchc.ir.experiment import Given, Noise, Probe, Prompts, Value
 from patchc.ir.graph import BlockKind, Kind
 from patchc.ir.paths import Site
 
@@ -59,6 +59,26 @@ class StoredNodes:
             out = self._sum(out, self._difference(value, seen), self.sources.noise(value, place, seen.of(self.base)))
         assert out is not None
         return out
+
+    def probe(self, probe: Probe) -> tuple[str, fx.Node]:
+        """The name of a place that a metric reads, and what the base run has there, `[b, s, width]`."""
+        name = probe_place(self.worlds.pieces, probe).name
+        if probe.site is Site.STREAM:
+            return name, self.worlds.stream(self.base, probe.rank)
+        node = self.graph.members(probe.nodes)[0]
+        if probe.site is Site.ATTN_OUT or node.kind is Kind.MLP:
+            return name, self.worlds.written(self.base, node.block)
+        if node.head is None:
+            return name, self._writer(node.id)[1].of(self.base)
+        if probe.site is Site.OUT:
+            return name, self._written(node.block, 1 << node.head).of(self.base)
+        port = None if probe.site is Site.Z else PORT_SITES.index(probe.site)
+        whole = (
+            self.worlds.z(self.base, node.block)
+            if port is None
+            else self.worlds.projection(self.base, node.block, port)
+        )
+        return name, self.worlds.call(aten.select.int, whole, 2, node.head)
 
     # ---- attention
     def _attention(self, block: int, members: int, value: Value, site: Site) -> fx.Node:

@@ -35,6 +35,10 @@ def node_place(pieces: Pieces, node: Node, site: Site) -> Place:
     graph, block, layer = pieces.graph, node.block, node.layer
     if node.kind is Kind.MLP:
         return Place(node.name, graph.d_model, lambda run: run.mlp[block])
+    if node.kind is Kind.ATTN_BIAS and layer is not None:
+        bias = pieces.attn_bias(layer)
+        assert bias is not None
+        return Place(node.name, graph.d_model, lambda run: bias.expand_as(run.stream[0]))
     if node.head is None or layer is None:
         member = node.id - graph.blocks[block].first
         return Place(node.name, graph.d_model, lambda run: run.embed[member])

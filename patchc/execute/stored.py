@@ -18,6 +18,7 @@ from patchc.ir.bits import bits
 from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Prompts, Source, Value
 from patchc.ir.graph import BlockKind
 from patchc.ir.paths import Site
+from patchc.ir.tokens import Layout
 from patchc.model.pieces import Pieces
 
 Field = Callable[[PlainRun], Tensor]
@@ -38,6 +39,10 @@ class Stored:
     tensors: Mapping[str, Tensor]
     _averages: dict[Mean, Average] = field(default_factory=dict[Mean, Average])
     _noise: dict[tuple[Noise, str], Tensor] = field(default_factory=dict[tuple[Noise, str], Tensor])
+
+    @property
+    def layout(self) -> Layout:
+        return self.prompts.layout
 
     @property
     def base_run(self) -> PlainRun:

@@ -56,10 +56,11 @@ class Sweep:
         self.readout = Readout(
             self.pieces,
             program.prompts,
-            program.measured,
+            program.ends,
             program.columns,
             self.functions,
-            {w: self.runs[w].stream[-1] for w in program.aligned},
+            self.tensors,
+            {w: self.runs[w] for w in program.aligned},
         )
         metrics = program.experiment.metrics
         values = {m.name: self._of_base(m, len(program.roots)) for m in metrics}
@@ -67,11 +68,12 @@ class Sweep:
         done = len(program.no_effect)
         progress(done)
         stored = Stored(self.pieces, program.prompts, program.base, self.runs, self.tensors)
+        ends = [(self.readout.at_end(end, program.base), end.tokens) for end in program.ends]
         for work in program.passes:
-            walk = Walk(program.dag, self.pieces, self.tables, stored, program.measured)
-            streams = walk.streams([program.roots[c] for c in work.cells])
+            walk = Walk(program.dag, self.pieces, self.tables, stored)
+            found = walk.read([program.roots[c] for c in work.cells], ends)
             silent += [c for c, unfelt in zip(work.cells, walk.unfelt, strict=True) if unfelt]
-            self._measure(work.cells, streams, values)
+            self._measure(work.cells, found, values)
             done += len(work.cells)
             progress(done)
         return self._outcome(values, tuple(silent))
@@ -86,18 +88,16 @@ class Sweep:
 
     def _of_base(self, metric: Metric, n_cells: int) -> Tensor:
         """`[cell, prompt]`, the base run's number everywhere: what a cell without effect keeps."""
-        logits = self.readout.logits(self.readout.of_world(self.program.base))
-        return self.readout.per_prompt(metric.expression, logits).repeat(n_cells, 1)
+        return self._world(metric, self.program.base).repeat(n_cells, 1)
 
-    def _measure(self, cells: Sequence[int], streams: list[Tensor], values: dict[str, Tensor]) -> None:
-        """Reads the metrics of a pass's cells, some at a time."""
+    def _measure(self, cells: Sequence[int], found: list[list[Tensor]], values: dict[str, Tensor]) -> None:
+        """The metrics of a pass's cells, some at a time, from what each has at each end."""
         step = max(1, UNEMBED_ROWS // max(1, self.program.measured.bit_count()))
         for first in range(0, len(cells), step):
-            logits = self.readout.logits(torch.stack(streams[first : first + step]))
+            some = slice(first, first + step)
+            read = self.readout.readings([torch.stack(x) for x in zip(*found[some], strict=True)])
             for metric in self.program.experiment.metrics:
-                values[metric.name][list(cells[first : first + step])] = self.readout.per_prompt(
-                    metric.expression, logits
-                )
+                values[metric.name][list(cells[some])] = self.readout.per_prompt(metric.expression, read)
 
     def _outcome(self, values: dict[str, Tensor], silent: tuple[int, ...]) -> Outcome:
         mean: dict[str, Tensor] = {}
@@ -127,4 +127,4 @@ class Sweep:
         return {w: float(self.readout.summary(metric, self._world(metric, w)).mean[0]) for w in self.program.aligned}
 
     def _world(self, metric: Metric, world: str) -> Tensor:
-        return self.readout.per_prompt(metric.expression, self.readout.logits(self.readout.of_world(world)))
+        return self.readout.per_prompt(metric.expression, self.readout.of_world(world))

@@ -123,7 +123,36 @@ class Run:
     input: VariantId
 
 
-Op = Const | Stream | Core | Out | Tokenwise | Sum | Scale | Mix | Masked | Run
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """A head's q, k or v before rotary, `[token, d_head]`: for a metric that reads it, no stream value."""
+
+    block: int
+    port: int
+    head: int
+    input: VariantId
+    replaced: tuple[Replaced, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadZ:
+    """A head's z, `[token, d_head]`, likewise."""
+
+    core: VariantId
+    head: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredZ:
+    """The stored z of a head at `tokens`, likewise."""
+
+    block: int
+    head: int
+    value: ValueId
+    tokens: Tokens
+
+
+Op = Const | Stream | Core | Out | Tokenwise | Sum | Scale | Mix | Masked | Run | Projected | HeadZ | StoredZ
 
 
 @dataclass
@@ -208,6 +237,21 @@ class Dag:
         rank = self.graph.blocks[block].rank
         return self.make(Tokenwise(block, input), self.changed[input], min(rank, self.low[input]))
 
+    def projected(
+        self, block: int, port: int, head: int, input: VariantId, replaced: tuple[Replaced, ...]
+    ) -> VariantId:
+        changed = self.changed[input]
+        for r in replaced:
+            changed |= r.tokens
+        rank = self.graph.blocks[block].rank
+        return self.make(Projected(block, port, head, input, replaced), changed, min(rank, self.low[input]))
+
+    def head_z(self, core: VariantId, head: int) -> VariantId:
+        return self.make(HeadZ(core, head), self.changed[core], self.low[core])
+
+    def stored_z(self, block: int, head: int, value: Value, tokens: Tokens) -> VariantId:
+        return self.make(StoredZ(block, head, self.value(value), tokens), tokens, NEVER)
+
     def sum(self, parts: Iterable[VariantId]) -> VariantId:
         """A part that stands twice counts twice."""
         kept = sorted(p for p in parts if p)
@@ -285,9 +329,9 @@ def children(op: Op) -> Iterator[VariantId]:
             yield from parts
         case Core(_, q, k, v, _):
             yield from (q, k, v)
-        case Out(core, _):
+        case Out(core, _) | HeadZ(core, _):
             yield core
-        case Tokenwise(_, x) | Scale(_, x) | Run(_, x):
+        case Tokenwise(_, x) | Scale(_, x) | Run(_, x) | Projected(_, _, _, x):
             yield x
         case Mix(parts):
             for _, x in parts:
@@ -296,5 +340,5 @@ def children(op: Op) -> Iterator[VariantId]:
             yield x
             for _, _, value in starts:
                 yield value
-        case Const() | Stream():
+        case Const() | Stream() | StoredZ():
             pass

@@ -13,13 +13,16 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    HeadZ,
     Masked,
     Mix,
     Op,
     Out,
+    Projected,
     Replaced,
     Run,
     Scale,
+    StoredZ,
     Stream,
     Sum,
     Tokenwise,
@@ -66,6 +69,16 @@ def _op(dag: Dag, op: Op) -> str:
             block = dag.ops[core]
             assert isinstance(block, Core)
             return f"{_members(dag, block.block, heads)} of {_name(core)}"
+        case Projected(block, port, head, x, replaced):
+            return f"{_members(dag, block, 1 << head)}.{PORTS[port]}({_name(x)})" + "".join(
+                _replaced(dag, r) for r in replaced
+            )
+        case HeadZ(core, head):
+            block = dag.ops[core]
+            assert isinstance(block, Core)
+            return f"{_members(dag, block.block, 1 << head)}.z of {_name(core)}"
+        case StoredZ(block, head, value, _):
+            return f"stored {_members(dag, block, 1 << head)}.z of {value_text(dag.values[value])}"
         case Tokenwise(block, x):
             return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})"
         case Sum(parts):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from patchc.ir.dag import Dag, VariantId
-from patchc.ir.experiment import Experiment, Prompts
+from patchc.ir.experiment import Experiment, Probe, Prompts
 from patchc.ir.tokens import Tokens
 
 
@@ -24,15 +24,24 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """Where metrics read a run: the logits (`probe` None) or a node, at these tokens."""
+
+    probe: Probe | None
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
-    """`roots[cell]` is the cell's final stream; `measured` the tokens that the metrics read; `columns` the token ids
-    whose logits they read (None: the whole vocabulary); `worlds` the worlds that must be run, the base world first."""
+    """`roots[cell]` are what is read of the cell, one for each of `ends` (the logits' is its final stream); `columns`
+    the token ids whose logits are read (None: the whole vocabulary); `worlds` the worlds that must be run, the base
+    world first."""
 
     experiment: Experiment
     prompts: Prompts
     dag: Dag
-    roots: tuple[VariantId, ...]
-    measured: Tokens
+    roots: tuple[tuple[VariantId, ...], ...]
+    ends: tuple[End, ...]
     columns: tuple[int, ...] | None
     worlds: tuple[str, ...]
     passes: tuple[Pass, ...]
@@ -47,6 +56,11 @@ class Program:
     def aligned(self) -> tuple[str, ...]:
         """The worlds of the study's own prompts: all but those of other data."""
         return tuple(w for w in self.worlds if self.prompts.world(w).layout is None)
+
+    @property
+    def measured(self) -> Tokens:
+        """The tokens at which logits are read."""
+        return next((end.tokens for end in self.ends if end.probe is None), 0)
 
     @property
     def n_passes(self) -> int:

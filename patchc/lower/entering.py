@@ -61,6 +61,10 @@ class Entering:
             by_tokens[here] = by_tokens.get(here, 0) | 1 << i
         return self.dag.sum(self.dag.const(index, some, value, here, site) for here, some in by_tokens.items() if here)
 
+    def _stored_z(self, index: int, head: int, value: Value, tokens: Tokens) -> VariantId:
+        """The same of one head's z, as a metric reads it."""
+        return self.dag.stored_z(index, head, value, self.changes.at_node(value, Kind.HEAD) & tokens)
+
     def _enter(self, x: VariantId, entries: list[Entry]) -> VariantId:
         """`x` with values put in its place at their tokens."""
         if not entries:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from patchc.ir.dag import Dag
-from patchc.ir.graph import BlockKind
+from patchc.ir.experiment import Probe
+from patchc.ir.graph import BlockKind, ResidualGraph
+from patchc.ir.paths import Site
 from patchc.ir.program import Program
 
 KINDS = {
@@ -18,6 +20,9 @@ KINDS = {
     "Sum": "sums",
     "Scale": "multiples",
     "Mix": "mixes by position",
+    "Projected": "projections of heads, read by metrics",
+    "HeadZ": "heads' z, read by metrics",
+    "StoredZ": "stored z of heads, read by metrics",
     "Run": "suffixes: the plain model from some layer up",
 }
 
@@ -38,7 +43,10 @@ class Plan:
     """Token rows that a block computes in one plain run: a cell run alone costs this at every block."""
     columns: int | None
     measured: int
+    """Tokens whose logits are read."""
     bytes: int
+    probes: dict[str, int] = field(default_factory=dict[str, int])
+    """Tokens read at each place in the model."""
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -53,7 +61,9 @@ class Plan:
         most = self.n_cells * self.plain_rows
         lines += [f"  rows        {n:>8,}  {block} (one pass a cell: {most:,})" for block, n in self.rows.items()]
         columns = "the whole vocabulary" if self.columns is None else f"{self.columns} answer columns"
-        lines.append(f"  unembed     {columns} at {self.measured} tokens")
+        if self.measured:
+            lines.append(f"  unembed     {columns} at {self.measured} tokens")
+        lines += [f"  reads       {place} at {n} tokens" for place, n in self.probes.items()]
         lines.append(f"  memory      {self.bytes / 2**20:,.1f} MiB at most in a pass, estimated")
         return lines
 
@@ -77,7 +87,18 @@ def plan(program: Program) -> Plan:
         None if program.columns is None else len(program.columns),
         program.measured.bit_count(),
         max((work.bytes for work in program.passes), default=0),
+        {place_name(dag.graph, e.probe): e.tokens.bit_count() for e in program.ends if e.probe is not None},
     )
+
+
+def place_name(graph: ResidualGraph, probe: Probe) -> str:
+    """A place that a metric reads, as a spec writes it."""
+    if probe.site is Site.STREAM:
+        return f"the stream below rank {probe.rank}"
+    node = graph.members(probe.nodes)[0]
+    if probe.site is Site.ATTN_OUT:
+        return f"attn_out[{node.layer}]"
+    return node.name if probe.site is Site.OUT else f"{node.name}.{probe.site}"
 
 
 def _block_name(dag: Dag, index: int) -> str:

@@ -9,14 +9,18 @@ from patchc.ir.bits import bitset
 from patchc.ir.experiment import (
     Called,
     Constant,
+    Continuation,
     Experiment,
     Expression,
     FromWorld,
     Kl,
+    Leaf,
     Mean,
     Measure,
     Metric,
     Moved,
+    NodeRead,
+    Probe,
     Product,
     Prompts,
     Quotient,
@@ -24,13 +28,14 @@ from patchc.ir.experiment import (
     Source,
     Sum,
 )
-from patchc.ir.tokens import Layout, Tokens
+from patchc.ir.program import End
+from patchc.ir.tokens import Tokens
 
 
-def leaves(expression: Expression) -> Iterator[Read | Kl | Called]:
-    """Everything that an expression reads from the logits."""
+def leaves(expression: Expression) -> Iterator[Leaf]:
+    """Everything that an expression reads from a run."""
     match expression:
-        case Read() | Kl() | Called():
+        case Read() | Continuation() | Kl() | NodeRead() | Called():
             yield expression
         case Sum(terms):
             for _, term in terms:
@@ -45,13 +50,24 @@ def leaves(expression: Expression) -> Iterator[Read | Kl | Called]:
             pass
 
 
-def measured_tokens(metrics: tuple[Metric, ...], layout: Layout) -> Tokens:
-    """Every token that a metric reads; a Python function reads all."""
-    out = 0
+def ends(metrics: tuple[Metric, ...], prompts: Prompts) -> tuple[End, ...]:
+    """Where metrics read: the logits, if any does, then each probe; a Python function reads every prompt's tokens."""
+    found: dict[Probe | None, Tokens] = {}
     for metric in metrics:
         for leaf in leaves(metric.expression):
-            out |= layout.all if isinstance(leaf, Called) else bitset(leaf.tokens)
-    return out
+            probe = leaf.probe if isinstance(leaf, NodeRead) else None
+            found[probe] = found.get(probe, 0) | _tokens(leaf, prompts)
+    return tuple(End(probe, found[probe]) for probe in sorted(found, key=lambda p: p is not None))
+
+
+def _tokens(leaf: Leaf, prompts: Prompts) -> Tokens:
+    match leaf:
+        case Called():
+            return prompts.alone
+        case Continuation(_, tokens):
+            return bitset(t for some in tokens for t in some)
+        case Read() | Kl() | NodeRead():
+            return bitset(leaf.tokens)
 
 
 def columns(metrics: tuple[Metric, ...]) -> tuple[int, ...] | None:
@@ -59,6 +75,8 @@ def columns(metrics: tuple[Metric, ...]) -> tuple[int, ...] | None:
     found: set[int] = set()
     for metric in metrics:
         for leaf in leaves(metric.expression):
+            if isinstance(leaf, NodeRead):
+                continue
             if not isinstance(leaf, Read) or leaf.measure is not Measure.LOGIT:
                 return None
             found.update(i for answers in leaf.answers for i in answers)
