@@ -1,5 +1,7 @@
-"""From what cells have at the ends of their paths to metrics: logits where they are read, numbers a prompt, means and
-normalisation in float64."""
+"""From what cells have at the ends of their paths to metrics: logits where they are read, a number a prompt, float64.
+
+What is reported of these numbers is for `statistics`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from patchc.diagnostics import RULES
 from patchc.execute.base import PlainRun
 from patchc.execute.indices import rows
 from patchc.execute.places import probe_place
+from patchc.execute.statistics import Ends, Numbers, numbers
 from patchc.ir.experiment import (
     Called,
     Constant,
@@ -41,14 +44,6 @@ UNEMBED_ROWS = 480
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """A metric over prompts: mean and standard error (NaN where there is none to tell), each `[cell]`."""
-
-    mean: Tensor
-    stderr: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Readings:
     """What was read of some cells, in float64: `logits` `[cell, measured token, column or d_vocab]` (empty where no
     metric reads them), and `nodes[probe]` `[cell, its token, width]`."""
@@ -60,19 +55,19 @@ class Readings:
 
 @dataclass
 class Readout:
-    """Evaluates an experiment's metrics on what its cells have at `ends`: for the logits the final stream, `[measured
-    token, d_model]`. `runs` are the plain runs of the study's worlds."""
+    """Evaluates an experiment's metrics on what its cells have at the ends `read_at`: for the logits the final stream,
+    `[measured token, d_model]`. `runs` are the plain runs of the study's worlds."""
 
     pieces: Pieces
     prompts: Prompts
-    ends: tuple[End, ...]
+    read_at: tuple[End, ...]
     columns: tuple[int, ...] | None
     functions: Mapping[str, MetricFunction]
     tensors: Mapping[str, Tensor]
     runs: Mapping[str, PlainRun]
 
     def __post_init__(self) -> None:
-        self.row_of = {end.probe: {int(t): i for i, t in enumerate(rows(end.tokens))} for end in self.ends}
+        self.row_of = {end.probe: {int(t): i for i, t in enumerate(rows(end.tokens))} for end in self.read_at}
         self.places = self.row_of.get(None, {})
         self.column_of = {c: i for i, c in enumerate(self.columns or ())}
         self._log_probs: dict[str, Tensor] = {}
@@ -82,7 +77,7 @@ class Readout:
     # ---- what is read
     def readings(self, at_ends: Sequence[Tensor]) -> Readings:
         """From what some cells have at each end, `[cell, token, width]`."""
-        found = {end.probe: x for end, x in zip(self.ends, at_ends, strict=True)}
+        found = {end.probe: x for end, x in zip(self.read_at, at_ends, strict=True)}
         final = found.pop(None, None)
         logits = torch.empty(0) if final is None else self._logits(final)
         return Readings(len(at_ends[0]), logits, {p: x.double() for p, x in found.items() if p is not None})
@@ -102,7 +97,7 @@ class Readout:
 
     def of_world(self, world: str) -> Readings:
         """A plain run, as one cell."""
-        return self.readings([self.at_end(end, world)[None] for end in self.ends])
+        return self.readings([self.at_end(end, world)[None] for end in self.read_at])
 
     # ---- numbers
     def per_prompt(self, expression: Expression, read: Readings) -> Tensor:
@@ -205,17 +200,21 @@ class Readout:
             raise METRIC_FAILED.error(f"the Python metric `{name}` failed: {type(error).__name__}: {error}") from error
 
     # ---- means
-    def summary(self, metric: Metric, values: Tensor) -> Summary:
-        """Mean and standard error of `values` `[cell, prompt]`, normalised as the metric says. The ends of a ratio of
-        means count as known numbers in its standard error."""
-        if metric.zero is not None and metric.one is not None:
-            zero, one = (self.per_prompt(metric.expression, self.of_world(w))[0] for w in (metric.zero, metric.one))
-            if not metric.per_prompt:
-                zero, one = zero.mean(), one.mean()
-            values = (values - zero) / (one - zero)
-        n = values.shape[-1]
-        known = n > 1 and not any(
-            isinstance(leaf, Called) and leaf.name in self._of_all_prompts for leaf in leaves(metric.expression)
-        )
-        stderr = values.std(-1) / n**0.5 if known else torch.full_like(values[:, 0], float("nan"))
-        return Summary(values.mean(-1), stderr)
+    def numbers(self, metric: Metric, values: Tensor) -> Numbers:
+        """What is reported of `values` `[cell, prompt]`."""
+        return numbers(metric, values, self.ends(metric), self._is_together(metric))
+
+    def ends(self, metric: Metric) -> Ends | None:
+        """The metric in the two worlds between which it is normalised, if it is."""
+        if metric.zero is None or metric.one is None:
+            return None
+        zero, one = (self._unpatched(metric, world) for world in (metric.zero, metric.one))
+        return Ends(zero[0], one[0])
+
+    def _unpatched(self, metric: Metric, world: str) -> Tensor:
+        """`[1, prompt]`: the metric in a plain run."""
+        return self.per_prompt(metric.expression, self.of_world(world))
+
+    def _is_together(self, metric: Metric) -> bool:
+        """Whether a part of the metric is one number for all prompts."""
+        return any(isinstance(x, Called) and x.name in self._of_all_prompts for x in leaves(metric.expression))
