@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from patchc import pipeline
 from patchc.codegen.emit import CompiledGraph
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
+from patchc.execute.analyse import Analysis, analyse
 from patchc.execute.base import PlainRun
 from patchc.execute.check import SAMPLE, check
 from patchc.execute.sweep import Outcome
 from patchc.ir.experiment import Called, Experiment, ModelChoice, PromptDim, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
-from patchc.ir.program import Program
+from patchc.ir.program import Program, Rates
 from patchc.lower import NO_EFFECT
 from patchc.model.load import LoadedModel
 from patchc.model.load import load as load_model
+from patchc.model.rates import rates
 from patchc.optimise import reads
 from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.plan import Plan, plan
@@ -115,6 +117,11 @@ class Model:
         """The residual graph: nodes, ports, ranks. `graph.to_networkx()` for algorithms and pictures."""
         return self.loaded.graph
 
+    @cached_property
+    def rates(self) -> Rates:
+        """What the model's pieces cost, in FLOPs."""
+        return rates(self.loaded.pieces)
+
     def compile(
         self,
         spec: str | Path,
@@ -143,7 +150,7 @@ class Model:
         _check_called(study)
         programs = pipeline.to_programs(study, self.loaded, memory)
         inputs = _inputs(tree, study, source, base, self.choice)
-        return Compiled(self, source, base, study, programs, given, warnings, inputs)
+        return Compiled(self, source, base, study, programs, given, warnings, inputs, memory)
 
 
 @dataclass(repr=False)
@@ -159,6 +166,7 @@ class Compiled:
     given: Given
     warnings: tuple[Diagnostic, ...] = ()
     inputs: tuple[Path, ...] = ()
+    memory: int = DEFAULT_BUDGET
     _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
 
     def __repr__(self) -> str:
@@ -168,7 +176,16 @@ class Compiled:
     # ---- before anything runs
     def plan(self) -> Plans:
         """What each experiment will run."""
-        return Plans(plan(p) for p in self.programs)
+        element = self.model.loaded.pieces.dtype.itemsize
+        return Plans(plan(p, self.model.rates, self.memory, element) for p in self.programs)
+
+    def analyse(self) -> tuple[Analysis, ...]:
+        """Run each experiment twice, from its plain runs on, and measure what `plan` foretells."""
+        self.model.loaded.check_unchanged()
+        device = self.model.loaded.pieces.device
+        return tuple(
+            analyse(lambda p=p: pipeline.execute(p, self.model.loaded, self.given, {}), device) for p in self.programs
+        )
 
     def check_files(self) -> None:
         """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`,

@@ -82,9 +82,11 @@ def run(
 @SPEC
 @FORMAT
 @MEMORY
-def plan(spec: Path, output: str, memory: int | None) -> int:
-    """Print what SPEC will run: variants, rows, passes. Runs nothing."""
-    return _guarded(output, lambda: _plan(spec, output, memory))
+@click.option("--analyze", "analyse", is_flag=True, help="Run it, and set what is measured beside what is planned.")
+@THREADS
+def plan(spec: Path, output: str, memory: int | None, analyse: bool, threads: int | None) -> int:
+    """Print what SPEC will run and what it costs: variants, rows, passes, FLOPs, memory. Runs nothing."""
+    return _guarded(output, lambda: _plan(spec, output, memory, analyse, threads))
 
 
 @cli.command()
@@ -127,14 +129,17 @@ def _run(
     return Exit.EXPECT if failed else Exit.OK
 
 
-def _plan(spec: Path, output: str, memory: int | None) -> int:
-    plans = _compile(spec, memory, None).plan()
-    if output == "json":
-        from dataclasses import asdict
+def _plan(spec: Path, output: str, memory: int | None, analyse: bool, threads: int | None) -> int:
+    compiled = _compile(spec, memory, threads)
+    from patchc.report.plans import plan_json, plan_text
 
-        click.echo(json.dumps({"format_version": 1, "plans": [asdict(p) for p in plans]}))
+    plans = compiled.plan()
+    measured = compiled.analyse() if analyse else [None] * len(plans)
+    if output == "json":
+        found = [plan_json(p, m) for p, m in zip(plans, measured, strict=True)]
+        click.echo(json.dumps({"format_version": 1, "plans": found}))
     else:
-        click.echo(str(plans))
+        click.echo("\n\n".join(plan_text(p, m) for p, m in zip(plans, measured, strict=True)))
     return Exit.OK
 
 

@@ -13,11 +13,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from patchc.codegen.inside import Insides
 from patchc.codegen.sources import ONE_LENGTH
 from patchc.codegen.stored import StoredNodes
 from patchc.codegen.worlds import Worlds, aten
 from patchc.ir.bits import bits
 from patchc.ir.dag import (
+    PATTERN,
+    SCORES,
     Const,
     Core,
     Dag,
@@ -69,6 +72,7 @@ class Emitter:
         self.call = self.worlds.call
         self.stored = StoredNodes(self.worlds, cells.prompts, tensors)
         self.base = worlds[0]
+        self.insides = Insides(self.worlds, self.dag.values, self.stored, self._mask_of, self._rows)
         masks = self.worlds.argument("masks")
         self.masks = self.call(aten.reshape.default, masks, [-1])
         self.values: dict[VariantId, fx.Node] = {}
@@ -119,8 +123,8 @@ class Emitter:
         match op:
             case Const(block, members, value, tokens, site):
                 return self._at(tokens, self.stored.node(block, members, self.dag.values[value], site))
-            case Stream(rank, value, tokens):
-                return self._at(tokens, self.stored.stream(rank, self.dag.values[value]))
+            case Stream(rank, value, tokens, block):
+                return self._at(tokens, self.stored.stream(rank, self.dag.values[value], block))
             case Sum(parts):
                 return self._sum([self.values[p] for p in parts])
             case Mix(parts):
@@ -133,8 +137,6 @@ class Emitter:
                 return self._core(op)
             case Out(core, heads):
                 return self._out(core, heads)
-            case Tokenwise(block, x):
-                return self._tokenwise(block, x)
             case Projected(block, port, head, x, replaced):
                 now = self._port(block, port, x, replaced)
                 return self._of_head(now, self.worlds.projection(self.base, block, port), head)
@@ -145,6 +147,8 @@ class Emitter:
             case StoredZ(block, head, value, tokens):
                 z = self.stored.z(block, 1 << head, self.dag.values[value])
                 return self._at(tokens, self.call(aten.select.int, z, 2, head))
+            case Tokenwise():
+                return self._tokenwise(op)
             case Run():
                 raise AssertionError("suffixes are written out before anything is emitted")
 
@@ -168,14 +172,17 @@ class Emitter:
             return one
         return self.call(operator.neg, other) if one is None else self.call(operator.sub, one, other)
 
-    def _tokenwise(self, block: int, x: VariantId) -> fx.Node:
-        layer, rank = self.dag.graph.blocks[block].layer, self.dag.graph.blocks[block].rank
-        new = self.worlds.module(f"layer{layer}_mlp", self._changed_stream(x, rank), name=f"mlp_{layer}")
+    def _tokenwise(self, op: Tokenwise) -> fx.Node:
+        layer, rank = self.dag.graph.blocks[op.block].layer, self.dag.graph.blocks[op.block].rank
+        x, name = self._changed_stream(op.input, rank), f"mlp_{layer}"
+        new = self.insides.mlp(op, x, name) if op.replaced else self.worlds.module(f"layer{layer}_mlp", x, name=name)
         self._capture(f"mlp[{layer}]", new)
-        return self.call(operator.sub, new, self.worlds.written(self.base, block))
+        return self.call(operator.sub, new, self.worlds.written(self.base, op.block))
 
     def _core(self, core: Core) -> fx.Node:
         ports = [self._port(core.block, port, core.input(port), core.replaced) for port in range(3)]
+        if core.replaced_at(SCORES, PATTERN):
+            return self.insides.z(core, ports)
         layer = self.dag.graph.blocks[core.block].layer
         return self.worlds.module(f"layer{layer}_attend", *ports, name=f"z_{layer}")
 
@@ -239,10 +246,18 @@ class Emitter:
 
     def _at(self, tokens: Tokens, x: fx.Node, extra_axes: int = 1) -> fx.Node:
         """`x` at these tokens, zero elsewhere."""
+        rows = self._rows(tokens)
+        if rows is None:
+            return x
+        place = self.worlds.buffer("at", rows.view(*rows.shape, *[1] * extra_axes))
+        return self.call(operator.mul, x, place)
+
+    def _rows(self, tokens: Tokens) -> Tensor | None:
+        """One at these tokens and zero elsewhere, `[prompt or 1, pos]`; None for every token."""
         layout = self.dag.layout
         tokens &= layout.all
         if tokens == layout.all:
-            return x
+            return None
         lengths = set(layout.lengths)
         if len(lengths) > 1:
             raise ONE_LENGTH.error("a compiled graph with named positions needs prompts of one length")
@@ -250,9 +265,7 @@ class Emitter:
         for t in bits(tokens):
             rows[layout.place(t)] = 1
         rows = rows[:1] if bool((rows == rows[:1]).all()) else rows
-        rows = rows.to(self.worlds.pieces.device, self.worlds.pieces.dtype)
-        place = self.worlds.buffer("at", rows.view(*rows.shape, *[1] * extra_axes))
-        return self.call(operator.mul, x, place)
+        return rows.to(self.worlds.pieces.device, self.worlds.pieces.dtype)
 
     def _capture(self, name: str, node: fx.Node) -> None:
         n = 2

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -24,15 +25,20 @@ from patchc.ir.bits import bits
 from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Prompts, Source, Value
 
 ONE_LENGTH = RULES.add("graph-needs-one-length", "a compiled graph names positions, and its prompts differ in length")
+NOT_IN_A_GRAPH = RULES.add("not-in-a-graph", "a value that a compiled graph cannot hold; `run` has no such limit")
+TINY = 1e-30
+"""Less than any share of prompts: what is visible nowhere has mean 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One site in the graph: `of` a world, `[b, s, *shape]`, and `read` from a plain run, `[token, *shape]`."""
+    """One site in the graph: `of` a world, `[b, s, *shape]`, and `read` from a plain run, `[token, *shape]` (None where
+    plain runs do not keep it). What equals `hidden` does not count in a mean."""
 
     shape: tuple[int, ...]
     of: Callable[[str], fx.Node]
-    read: Callable[[PlainRun], Tensor]
+    read: Callable[[PlainRun], Tensor] | None
+    hidden: float | None = None
 
 
 @dataclass
@@ -54,15 +60,15 @@ class Sources:
                 out = self.worlds.plus(out, term)
         return out
 
-    def noise(self, value: Value, place: Place, base: fx.Node) -> fx.Node | None:
-        """The noise in a value at a place, `[b, s, width]`; `base` is what the base run has there."""
+    def noise(self, value: Value, place: Place, base: Callable[[], fx.Node]) -> fx.Node | None:
+        """The noise in a value at a place, `[b, s, width]`; `base` gives what the base run has there."""
         out: fx.Node | None = None
         for factor, source in value.terms:
             if isinstance(source, Noise):
                 numbers = torch.from_numpy(token_noise(source, place.name, self.prompts, place.width))
                 term = self._constant("noise", self._by_prompt(numbers * source.std * factor))
                 if source.relative:
-                    term = self.worlds.call(aten.mul.Tensor, term, self._spread(base, place.width))
+                    term = self.worlds.call(aten.mul.Tensor, term, self._spread(base()))
                 out = self.worlds.plus(out, term)
         return out
 
@@ -70,7 +76,7 @@ class Sources:
         """Noise by head, `[b, s, head, d_head]`, with zeros for heads that have none; None where no head has any."""
         if not any(part is not None for part in parts):
             return None
-        zero = self._constant("zero", torch.zeros(self.prompts.layout.n_prompts, self._length(), *shape))
+        zero = self._constant("zero", torch.zeros(self.prompts.layout.n_prompts, self.length(), *shape))
         return self.worlds.call(aten.stack.default, [zero if p is None else p for p in parts], 2)
 
     # ---- one source
@@ -91,13 +97,33 @@ class Sources:
                 raise AssertionError(f"{source} is no number of a run")
 
     def _mean(self, mean: Mean, site: Seen) -> fx.Node:
-        data = self.prompts.world(mean.world)
-        if data.layout is not None:
-            values = average(mean, self.prompts)(site.read(self._run(mean.world)))
+        if site.hidden is not None:
+            return self._mean_of_visible(mean, site, site.hidden)
+        if self.prompts.world(mean.world).layout is not None:
+            values = self._of_other_data(mean, site)
             return self._constant("mean", values[None, :1] if mean.over_positions else self._by_prompt(values)[:1])
         if mean.groups is None and not self.prompts.own:
             return self.worlds.call(aten.mean.dim, site.of(mean.world), [0, 1] if mean.over_positions else [0], True)
         return self._restored(self._averaged(average(mean, self.prompts), site.of(mean.world)), site)
+
+    def _mean_of_visible(self, mean: Mean, site: Seen, hidden: float) -> fx.Node:
+        """The sum of what is visible by how often it is."""
+
+        def shown(world: str, ones: bool) -> fx.Node:
+            x = site.of(world)
+            numbers = self.worlds.call(aten.ones_like.default, x) if ones else x
+            return self.worlds.call(aten.masked_fill.Scalar, numbers, self.worlds.call(aten.eq.Scalar, x, hidden), 0.0)
+
+        total, count = (
+            self._mean(mean, replace(site, of=partial(shown, ones=ones), hidden=None)) for ones in (False, True)
+        )
+        return self.worlds.call(operator.truediv, total, self.worlds.call(aten.clamp_min.default, count, TINY))
+
+    def _of_other_data(self, mean: Mean, site: Seen) -> Tensor:
+        """A mean over other data, at every token of the study."""
+        if site.read is None:
+            raise NOT_IN_A_GRAPH.error("a compiled graph has no mean of other data's attention patterns or scores")
+        return average(mean, self.prompts)(site.read(self._run(mean.world)))
 
     def _averaged(self, how: Average, x: fx.Node) -> fx.Node:
         """Every token's mean, `[token, -1]`."""
@@ -108,16 +134,17 @@ class Sources:
         return self._picked(sums, how.of)
 
     def _moved(self, source: FromWorld | Mean, tokens: tuple[int, ...], site: Seen) -> fx.Node:
+        if site.hidden is not None:
+            raise NOT_IN_A_GRAPH.error("a compiled graph has no attention scores of other tokens")
         if isinstance(source, FromWorld):
             rows = self._by_token(site.of(source.world))
         elif self.prompts.world(source.world).layout is not None:
-            values = average(source, self.prompts)(site.read(self._run(source.world)))
-            rows = self._constant("mean", values.flatten(1))
+            rows = self._constant("mean", self._of_other_data(source, site).flatten(1))
         else:
             rows = self._averaged(average(source, self.prompts), site.of(source.world))
         return self._restored(self._picked(rows, tokens), site)
 
-    def _spread(self, base: fx.Node, width: int) -> fx.Node:
+    def _spread(self, base: fx.Node) -> fx.Node:
         """The standard deviation of a site's numbers in the base run."""
         rows = self._by_token(base)
         if self.prompts.alone != self.prompts.layout.all:
@@ -125,7 +152,8 @@ class Sources:
         return self.worlds.call(aten.sqrt.default, self.worlds.call(aten.var.default, rows, False))
 
     # ---- tokens of the study
-    def _length(self) -> int:
+    def length(self) -> int:
+        """The one length of the study's prompts."""
         lengths = set(self.prompts.layout.lengths)
         if len(lengths) > 1:
             raise ONE_LENGTH.error("a compiled graph with values of certain tokens needs prompts of one length")
@@ -133,19 +161,19 @@ class Sources:
 
     def _by_token(self, x: fx.Node) -> fx.Node:
         """`[b, s, ...]` to `[token, -1]`."""
-        self._length()
+        self.length()
         return self.worlds.call(aten.reshape.default, x, [self.prompts.layout.n_tokens, -1])
 
     def _restored(self, x: fx.Node, site: Seen) -> fx.Node:
         """`[token, -1]` to `[b, s, *shape]`."""
-        return self.worlds.call(aten.reshape.default, x, [self.prompts.layout.n_prompts, self._length(), *site.shape])
+        return self.worlds.call(aten.reshape.default, x, [self.prompts.layout.n_prompts, self.length(), *site.shape])
 
     def _picked(self, x: fx.Node, rows: tuple[int, ...]) -> fx.Node:
         index = torch.tensor(rows, device=self.worlds.pieces.device)
         return self.worlds.call(aten.index_select.default, x, 0, self.worlds.buffer("tokens", index))
 
     def _by_prompt(self, x: Tensor) -> Tensor:
-        return x.reshape(self.prompts.layout.n_prompts, self._length(), *x.shape[1:])
+        return x.reshape(self.prompts.layout.n_prompts, self.length(), *x.shape[1:])
 
     def _constant(self, name: str, x: Tensor) -> fx.Node:
         return self.worlds.buffer(name, x.to(self.worlds.pieces.device, self.worlds.pieces.dtype))

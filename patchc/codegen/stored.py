@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, fx
 
@@ -16,6 +18,8 @@ from patchc.ir.experiment import Given, Noise, Probe, Prompts, Value
 from patchc.ir.graph import BlockKind, Kind
 from patchc.ir.paths import Site
 
+HIDDEN = float("-inf")
+"""The score of what the mask hides."""
 PORT_SITES = (Site.Q, Site.K, Site.V)
 
 
@@ -26,11 +30,12 @@ class StoredNodes:
         self.worlds, self.graph, self.base = worlds, worlds.residual, worlds.base
         self.sources = Sources(worlds, prompts, tensors)
 
-    def stream(self, rank: int, value: Value) -> fx.Node:
-        """The stream below `rank` under `value`, less the base run's, `[b, s, d_model]`."""
-        place = stream_place(self.worlds.pieces, rank)
+    def stream(self, rank: int, value: Value, block: int = -1) -> fx.Node:
+        """The stream below `rank` under `value`, less the base run's, `[b, s, d_model]`; its noise is that of the MLP
+        of `block`, if one is given."""
+        place = stream_place(self.worlds.pieces, rank) if block < 0 else self._place(block, 0, Site.IN)
         seen = Seen((place.width,), lambda w: self.worlds.stream(w, rank), place.read)
-        return self._sum(self._difference(value, seen), self.sources.noise(value, place, seen.of(self.base)))
+        return self._sum(self._difference(value, seen), self.sources.noise(value, place, partial(seen.of, self.base)))
 
     def projection(self, block: int, port: int, heads: int, value: Value, now: fx.Node) -> fx.Node | None:
         """q, k or v of every head under `value`, `[b, s, head, d_head]`, its noise on `heads` alone; `now` is what the
@@ -44,6 +49,27 @@ class StoredNodes:
         noise = self._noise_by_head(block, heads, value, PORT_SITES[port], seen)
         return self.worlds.plus(self.sources.combination(value, seen, now), noise)
 
+    def neurons(self, block: int, value: Value, now: fx.Node) -> fx.Node | None:
+        """All neurons of an MLP under `value`, `[b, s, d_mlp]`; `now` is what the run itself has there."""
+        place = self._place(block, 0, Site.POST)
+        seen = Seen((place.width,), lambda w: self.worlds.post(w, block), place.read)
+        noise = self.sources.noise(value, place, partial(seen.of, self.base))
+        return self.worlds.plus(self.sources.combination(value, seen, now), noise)
+
+    def entries(self, block: int, site: Site, heads: int, value: Value, now: fx.Node) -> fx.Node | None:
+        """Scores or patterns of every head under `value`, `[b, head, s, s]`, with noise on `heads` alone; `now` is what
+        the run itself has there."""
+        read = self.worlds.scores if site is Site.SCORES else self.worlds.pattern
+
+        def turned(x: fx.Node) -> fx.Node:
+            return self.worlds.call(aten.transpose.int, x, 1, 2)
+
+        hidden = HIDDEN if site is Site.SCORES else None
+        seen = Seen((self.graph.n_heads, -1), lambda w: turned(read(w, block)), None, hidden)
+        noise = self._noise_by_head(block, heads, value, site, seen)
+        out = self.worlds.plus(self.sources.combination(value, seen, turned(now)), noise)
+        return None if out is None else turned(out)
+
     def z(self, block: int, heads: int, value: Value) -> fx.Node:
         """The z of every head under `value`, less the base run's, `[b, s, head, d_head]`; noise on `heads` alone."""
         seen = self._z(block)
@@ -56,7 +82,9 @@ class StoredNodes:
         out: fx.Node | None = None
         for i in bits(members):
             place, seen = self._writer(self.graph.blocks[block].first + i)
-            out = self._sum(out, self._difference(value, seen), self.sources.noise(value, place, seen.of(self.base)))
+            out = self._sum(
+                out, self._difference(value, seen), self.sources.noise(value, place, partial(seen.of, self.base))
+            )
         assert out is not None
         return out
 
@@ -96,13 +124,13 @@ class StoredNodes:
         """The noise in what heads write: on their sum, on each one's output, or on each one's z."""
         if site is Site.ATTN_OUT:
             place = attn_out_place(self.worlds.pieces, block)
-            return [self.sources.noise(value, place, self.worlds.written(self.base, block))]
+            return [self.sources.noise(value, place, partial(self.worlds.written, self.base, block))]
         if site is Site.Z:
             z = self._noise_by_head(block, heads, value, site, self._z(block))
             layer = self.graph.blocks[block].layer
             return [] if z is None else [self.worlds.chosen(self.worlds.module(f"layer{layer}_write", z), heads)]
         return [
-            self.sources.noise(value, self._place(block, h, site), self._written(block, 1 << h).of(self.base))
+            self.sources.noise(value, self._place(block, h, site), partial(self._written(block, 1 << h).of, self.base))
             for h in bits(heads)
         ]
 
@@ -110,12 +138,17 @@ class StoredNodes:
         """The noise in heads' z, q, k or v, `[b, s, head, d_head]`, 0 for other heads; None where there is none."""
         if not any(isinstance(source, Noise) for _, source in value.terms):
             return None
-        base = seen.of(self.base)
         parts: list[fx.Node | None] = [None] * self.graph.n_heads
+        width = 0
         for h in bits(heads):
-            own = self.worlds.call(aten.select.int, base, 2, h)
-            parts[h] = self.sources.noise(value, self._place(block, h, site), own)
-        return self.sources.stacked(parts, (self.graph.d_head,))
+            place = self._place(block, h, site)
+            width = place.width or self.sources.length()
+            own = partial(self._of_head, seen, h)
+            parts[h] = self.sources.noise(value, replace(place, width=width), own)
+        return self.sources.stacked(parts, (width,))
+
+    def _of_head(self, seen: Seen, head: int) -> fx.Node:
+        return self.worlds.call(aten.select.int, seen.of(self.base), 2, head)
 
     def _place(self, block: int, head: int, site: Site) -> Place:
         return node_place(self.worlds.pieces, self.graph.nodes[self.graph.blocks[block].first + head], site)

@@ -21,6 +21,10 @@ class Average:
     of: tuple[int, ...]
     n: int
 
+    def with_token(self, token: int) -> list[int]:
+        """The tokens of the world over which the mean at a token of the study is taken."""
+        return [t for t, c in zip(self.counted, self.into, strict=True) if c == self.of[token]]
+
     def __call__(self, values: Tensor) -> Tensor:
         """The mean at every token of the study, of `values` `[token of the world, ...]`."""
         at, into, of = (torch.tensor(x, device=values.device) for x in (self.counted, self.into, self.of))

@@ -23,7 +23,7 @@ PORT_SITES = (Site.Q, Site.K, Site.V)
 @dataclass(frozen=True, slots=True)
 class Place:
     """One site of one node, or of the stream. `read` gives it at every token, `[token, width]`; `name` is the one that
-    `execute.noise` goes by."""
+    `execute.noise` goes by. Attention scores and patterns are as wide as their prompt: width 0."""
 
     name: str
     width: int
@@ -33,7 +33,11 @@ class Place:
 def node_place(pieces: Pieces, node: Node, site: Site) -> Place:
     """A site of a node that writes."""
     graph, block, layer = pieces.graph, node.block, node.layer
-    if node.kind is Kind.MLP:
+    if node.kind is Kind.MLP and layer is not None:
+        if site is Site.IN:
+            return Place(f"{node.name}.in", graph.d_model, lambda run: run.stream[node.rank])
+        if site is Site.POST:
+            return Place(f"{node.name}.post", graph.d_mlp, lambda run: pieces.mlp_post(layer, run.stream[node.rank]))
         return Place(node.name, graph.d_model, lambda run: run.mlp[block])
     if node.kind is Kind.ATTN_BIAS and layer is not None:
         bias = pieces.attn_bias(layer)
@@ -49,7 +53,13 @@ def node_place(pieces: Pieces, node: Node, site: Site) -> Place:
         )
     if site is Site.Z:
         return Place(f"{node.name}.z", graph.d_head, lambda run: run.attention[block].z[:, head])
+    if site in (Site.SCORES, Site.PATTERN):
+        return Place(f"{node.name}.{site}", 0, _not_kept)
     return port_place(pieces, node, PORT_SITES.index(site))
+
+
+def _not_kept(run: PlainRun) -> Tensor:
+    raise AssertionError("plain runs keep no attention scores: `patterns` computes the rows that are asked for")
 
 
 def port_place(pieces: Pieces, node: Node, port: int) -> Place:

@@ -4,7 +4,7 @@ given tensors and noise."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -61,9 +61,10 @@ class Stored:
         assert layer is not None
         return self._heads(block, layer, members, value, at, site)
 
-    def stream(self, rank: int, value: Value, at: Tensor) -> Tensor:
-        """The stream below `rank` under `value`, less the base run's: `[n, d_model]`."""
-        place = stream_place(self.pieces, rank)
+    def stream(self, rank: int, value: Value, at: Tensor, block: int = -1) -> Tensor:
+        """The stream below `rank` under `value`, less the base run's: `[n, d_model]`. Noise is that of the MLP of
+        `block`, if one is given: it alone reads this."""
+        place = stream_place(self.pieces, rank) if block < 0 else self._first(block, Site.IN)
         return self.replaced(place, value, at, None) - place.read(self.base_run)[at]
 
     def projection(self, block: int, port: int, head: int, value: Value, at: Tensor, computed: Tensor) -> Tensor:
@@ -77,6 +78,10 @@ class Stored:
         place = node_place(self.pieces, self.pieces.graph.nodes[self.pieces.graph.blocks[block].first + head], Site.Z)
         return self.replaced(place, value, at, None) - place.read(self.base_run)[at]
 
+    def _first(self, block: int, site: Site) -> Place:
+        """A site of a block's first node."""
+        return node_place(self.pieces, self.pieces.graph.nodes[self.pieces.graph.blocks[block].first], site)
+
     def replaced(self, place: Place, value: Value, at: Tensor, computed: Tensor | None) -> Tensor:
         """What stands at a place under `value`, `[n, width]`; `computed` is what the run itself has there."""
         out = torch.zeros(len(at), place.width, device=self.pieces.device, dtype=self.pieces.dtype)
@@ -88,6 +93,24 @@ class Stored:
             else:
                 out = out + factor * self._source(source, at, place.read)
         return self._with(out, beside, [place], at)
+
+    def neurons(self, block: int, value: Value, at: Tensor, computed: Tensor) -> Tensor:
+        """All neurons of an MLP under `value`; `computed` is what the run itself has there: `[n, d_mlp]`."""
+        place = self._first(block, Site.POST)
+        return self.replaced(replace(place, read=lambda run: self.post(run, block)), value, at, computed)
+
+    def post(self, run: PlainRun, block: int) -> Tensor:
+        """The neurons of an MLP in a run, `[token, d_mlp]`: computed when first asked for, kept till `forget`."""
+        if block not in run.post:
+            layer, rank = self.pieces.graph.blocks[block].layer, self.pieces.graph.blocks[block].rank
+            assert layer is not None
+            run.post[block] = self.pieces.mlp_post(layer, run.stream[rank])
+        return run.post[block]
+
+    def forget(self, block: int) -> None:
+        """Drop what was computed of a block's inside."""
+        for run in self.runs.values():
+            run.post.pop(block, None)
 
     def _heads(self, block: int, layer: int, members: int, value: Value, at: Tensor, site: Site) -> Tensor:
         n_heads = self.pieces.graph.n_heads
@@ -135,10 +158,14 @@ class Stored:
         assert isinstance(source, Given)
         return self.tensors[source.key]
 
-    def _mean(self, mean: Mean, read: Field) -> Tensor:
+    def average(self, mean: Mean) -> Average:
+        """How a mean is taken on this study's prompts."""
         if mean not in self._averages:
             self._averages[mean] = average(mean, self.prompts)
-        return self._averages[mean](read(self.runs[mean.world]))
+        return self._averages[mean]
+
+    def _mean(self, mean: Mean, read: Field) -> Tensor:
+        return self.average(mean)(read(self.runs[mean.world]))
 
     def _noise_at(self, noise: Noise, place: Place, at: Tensor) -> Tensor:
         key = (noise, place.name)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from patchc.ir.bits import bits
 from patchc.ir.dag import (
+    SCORES,
     Const,
     Core,
     Dag,
@@ -20,6 +21,7 @@ from patchc.ir.dag import (
     Out,
     Projected,
     Replaced,
+    ReplacedNeurons,
     Run,
     Scale,
     StoredZ,
@@ -79,8 +81,8 @@ def _op(dag: Dag, op: Op) -> str:
             return f"{_members(dag, block.block, 1 << head)}.z of {_name(core)}"
         case StoredZ(block, head, value, _):
             return f"stored {_members(dag, block, 1 << head)}.z of {value_text(dag.values[value])}"
-        case Tokenwise(block, x):
-            return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})"
+        case Tokenwise(block, x, replaced):
+            return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
         case Sum(parts):
             return " + ".join(map(_name, parts))
         case Scale(factor, x):
@@ -99,8 +101,19 @@ def _members(dag: Dag, block: int, members: int) -> str:
 
 
 def _replaced(dag: Dag, r: Replaced) -> str:
-    heads = ",".join(map(str, bits(r.heads)))
-    return f" with {PORTS[r.port]} of heads {heads} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}"
+    site = f"{(*PORTS, 'scores', 'pattern')[r.port]} of heads {_numbers(r.heads)}"
+    looking = f", looking at {positions(dag, r.sources)}" if r.port >= SCORES else ""
+    return f" with {site} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}{looking}"
+
+
+def _neurons(dag: Dag, r: ReplacedNeurons) -> str:
+    every = r.neurons == (1 << dag.graph.d_mlp) - 1
+    which = "all neurons" if every else f"neurons {_numbers(r.neurons)}"
+    return f" with {which} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}"
+
+
+def _numbers(members: int) -> str:
+    return ",".join(map(str, bits(members)))
 
 
 def value_text(value: Value) -> str:

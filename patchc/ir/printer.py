@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from patchc.ir.bits import bits
 from patchc.ir.experiment import (
+    Blocked,
     Called,
     Cell,
     Constant,
@@ -23,6 +24,8 @@ from patchc.ir.experiment import (
     Kl,
     Mean,
     Metric,
+    Moved,
+    Noise,
     Patch,
     Product,
     Prompts,
@@ -48,6 +51,7 @@ def print_study(study: Study, graph: ResidualGraph) -> str:
     lines = [f"model {study.model.name!r}" + "".join(f" {k}={v}" for k, v in study.model.options)]
     lines += _prompts(study.prompts)
     lines += [f"tensor {key} from {source}" for key, source in study.tensors]
+    lines += [f"seed {seed} of {what}" for what, seed in study.seeds]
     for experiment in study.experiments:
         lines += ["", *_experiment(experiment, graph, study.prompts)]
     return "\n".join(lines) + "\n"
@@ -65,7 +69,8 @@ def print_path(path: Path, graph: ResidualGraph, layout: Layout) -> str:
 def _prompts(prompts: Prompts) -> Iterator[str]:
     yield f"prompts {prompts.layout.n_prompts}, of {_ranges(prompts.layout.lengths)} tokens"
     for world in prompts.worlds:
-        yield f"  world {world.name}"
+        elsewhere = "" if world.layout is None else f", {_count(len(world.ids), 'prompt')} of other data"
+        yield f"  world {world.name}{elsewhere}"
     for i, text in enumerate(prompts.texts[:ITEMS]):
         yield f"  {i}: {'|'.join(text)}"
     yield from _more(prompts.texts, ITEMS, "  ")
@@ -112,7 +117,7 @@ def _cell(cell: Cell, graph: ResidualGraph, layout: Layout) -> Iterator[str]:
 
 def _patch(patch: Patch, graph: ResidualGraph, layout: Layout) -> str:
     but = "all except " if patch.complement else ""
-    return f"{but}{print_path(patch.path, graph, layout)} with {_value(patch.value)}"
+    return f"{but}{print_path(patch.path, graph, layout)} with {_value(patch.value, layout)}"
 
 
 def _expect(expect: Expect) -> str:
@@ -123,22 +128,47 @@ def _expect(expect: Expect) -> str:
 # ---- values
 
 
-def _value(value: Value) -> str:
+def _value(value: Value, layout: Layout) -> str:
     if not value.terms:
         return "zero"
-    return " + ".join(_source(s) if c == 1 else f"{c:g} * {_source(s)}" for c, s in value.terms)
+    shown = [(c, _source(s, layout)) for c, s in value.terms]
+    return " + ".join(text if c == 1 else f"{c:g} * {text}" for c, text in shown)
 
 
-def _source(source: Source) -> str:
+def _source(source: Source, layout: Layout) -> str:
     match source:
         case FromWorld(world):
             return world
-        case Mean(world, over_positions):
-            return f"mean({world}{', over=positions' if over_positions else ''})"
+        case Mean(world, over_positions, groups):
+            by = "" if groups is None else f", by groups {_shortened([str(g) for g in groups])}"
+            return f"mean({world}{', over=positions' if over_positions else ''}{by})"
+        case Moved(inner, tokens):
+            return f"{_source(inner, layout)} {_moved(tokens, layout)}"
+        case Noise(std, seed, relative):
+            return f"noise({'sigma' if relative else 'std'}={std:g}, seed={seed})"
+        case Blocked():
+            return "blocked"
         case Itself():
             return "self"
         case Given(key):
             return f"tensor({key!r})"
+
+
+def _moved(tokens: tuple[int, ...], layout: Layout) -> str:
+    """`@ {9}`: of one token of each prompt; `of prompts 2, 0, 1`: at the same position of another prompt."""
+    rows = [tokens[start : start + n] for start, n in zip(layout.offsets, layout.lengths, strict=False)]
+    places = [[layout.place(t) for t in row] for row in rows]
+    if all(len(set(row)) == 1 for row in rows):
+        return f"@ {_spots([row[0] for row in places], layout)}"
+    if all(p == i for row in places for i, (_, p) in enumerate(row)):
+        return f"of prompts {_shortened([str(row[0][0]) for row in places])}"
+    return f"of tokens {_shortened([f'{i}:{p}' for row in places for i, p in row])}"
+
+
+def _spots(places: Iterable[tuple[int, int]], layout: Layout) -> str:
+    """`{0, 3}`, or `{0:3, 1:4}` (prompt:position) where there are several prompts."""
+    alone = layout.n_prompts == 1
+    return "{" + _shortened([str(p) if alone else f"{i}:{p}" for i, p in places]) + "}"
 
 
 # ---- metrics
@@ -213,17 +243,30 @@ class _Paths:
         return step.tokens == EVERYWHERE and step.via is None and " " not in self.nodes(step.nodes)
 
     def _step(self, step: Step, first: bool) -> str:
-        at = "" if step.tokens == EVERYWHERE else f" @ {self._tokens(step.tokens)}"
         via = "" if step.via is None else f" via {self._edges(step.via)}"
-        if first:
-            return self._start(step, at + via)
+        if first or step.site is Site.STREAM:
+            return self._start(step, via)
+        at = "" if step.tokens == EVERYWHERE else f" @ {self._tokens(step.tokens)}"
         return self._suffixed(self.nodes(step.nodes), self._ports(step.ports) + at + via)
 
-    def _start(self, step: Step, rest: str) -> str:
-        if step.site is Site.STREAM:
-            return f"stream below rank {step.rank}{rest}"
-        site = "" if step.site is Site.OUT else f".{step.site}"
-        return self._suffixed(self.nodes(step.nodes), site + rest)
+    def _start(self, step: Step, via: str) -> str:
+        at = "" if step.tokens == EVERYWHERE else f" @ {self._tokens(step.tokens)}"
+        match step.site:
+            case Site.OUT:
+                return self._suffixed(self.nodes(step.nodes), at + via)
+            case Site.STREAM:
+                return self._graph.stream_name(step.rank) + at + via
+            case Site.ATTN_OUT:
+                return f"attn_out[{self._graph.nodes[next(bits(step.nodes))].layer}]{at}{via}"
+            case Site.PATTERN | Site.SCORES if step.sources != EVERYWHERE:
+                rows = "*" if step.tokens == EVERYWHERE else self._tokens(step.tokens)
+                site = f".{step.site}[{rows}, {self._tokens(step.sources)}]"
+                return self._suffixed(self.nodes(step.nodes), site + via)
+            case Site.POST if step.neurons >= 0:
+                site = f".post[{_ranges_of(list(bits(step.neurons)))}]"
+                return self._suffixed(self.nodes(step.nodes), site + at + via)
+            case _:
+                return self._suffixed(self.nodes(step.nodes), f".{step.site}{at}{via}")
 
     def _suffixed(self, names: str, suffix: str) -> str:
         is_union = " | " in names or " - " in names
@@ -236,10 +279,7 @@ class _Paths:
         return f".{ports[0]}" if len(ports) == 1 else f".{{{', '.join(ports)}}}"
 
     def _tokens(self, tokens: Tokens) -> str:
-        """`{0, 3}`, or `{0:3, 1:4}` (prompt:position) where there are several prompts."""
-        places = [self._layout.place(t) for t in bits(tokens & self._layout.all)]
-        alone = self._layout.n_prompts == 1
-        return "{" + _shortened([str(p) if alone else f"{i}:{p}" for i, p in places]) + "}"
+        return _spots((self._layout.place(t) for t in bits(tokens & self._layout.all)), self._layout)
 
     def _edges(self, edges: Edges) -> str:
         joined: dict[tuple[int, Nodes], int] = {}
@@ -289,6 +329,18 @@ class _Paths:
 
 
 # ---- lists
+
+
+def _ranges_of(numbers: list[int]) -> str:
+    """`3`, or `{1, 5..9}`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    shown = [str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs]
+    return shown[0] if len(shown) == 1 else "{" + _shortened(shown) + "}"
 
 
 def _shortened(items: list[str]) -> str:

@@ -6,6 +6,7 @@ A pass is one walk over the model's blocks; every matrix product in it takes the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from patchc.ir.dag import Dag, VariantId
@@ -32,6 +33,18 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """A model's FLOPs: of an MLP a token row (by block), of a q, k or v projection and of W_O a head row, of attention
+    a (query, key, head) triple, of the unembedding a logit."""
+
+    mlp: dict[int, int]
+    projection: int
+    write: int
+    triple: int
+    logit: int
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """`roots[cell]` are what is read of the cell, one for each of `ends` (the logits' is its final stream); `columns`
     the token ids whose logits are read (None: the whole vocabulary); `worlds` the worlds that must be run, the base
@@ -51,6 +64,10 @@ class Program:
     @property
     def base(self) -> str:
         return self.worlds[0]
+
+    def reads(self, cells: Iterable[int]) -> list[tuple[VariantId, Tokens]]:
+        """The roots of some cells, each with the tokens at which it is read."""
+        return [(root, end.tokens) for c in cells for root, end in zip(self.roots[c], self.ends, strict=True)]
 
     @property
     def aligned(self) -> tuple[str, ...]:

@@ -11,12 +11,12 @@ from functools import partial
 
 from patchc.diagnostics import RULES, Diagnostic, Note
 from patchc.ir.bits import bits
-from patchc.ir.dag import Dag, Replaced, VariantId
+from patchc.ir.dag import SCORES, Dag, Replaced, ReplacedNeurons, VariantId
 from patchc.ir.experiment import Patch, Prompts, Value
 from patchc.ir.graph import Kind
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
-from patchc.lower.automaton import PORT_SITES, Atoms, Automaton, Start
+from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start
 from patchc.lower.changes import Changes, relative
 
 TWO_VALUES = RULES.add("two-values", "two patches give one start two different values")
@@ -137,24 +137,84 @@ class Entering:
         ]
         return [self._enter(self.dag.sum(parts), entries)] if entries else parts
 
-    def _replaced(self, index: int, members: int, step: Step, start: Start) -> list[tuple[Replaced, Start]]:
-        tokens = self.dag.layout.all if step.tokens == EVERYWHERE else step.tokens
-        return [(Replaced(PORT_SITES.index(step.site), members, self.dag.value(start.value), tokens), start)]
+    # ---- values that enter inside a node
+    def _replaced(self, members: int, step: Step, start: Start) -> tuple[Replaced, Start]:
+        """A start at a head's port, scores or pattern; of entries those that the model's direction shows."""
+        layout = self.dag.layout
+        tokens = step.tokens & layout.all
+        port, sources = INNER_SITES.index(step.site), 0
+        if port >= SCORES:
+            sources = step.sources & layout.all
+            tokens &= self.dag.spread(sources)
+        return Replaced(port, members, self.dag.value(start.value), tokens, sources=sources), start
 
     def _agreed(
         self, replaced: list[tuple[Replaced, Start]], inputs: tuple[VariantId, VariantId, VariantId]
     ) -> tuple[Replaced, ...]:
-        """The projections that are set, at the tokens where that can change something."""
-        out: dict[tuple[int, int, int, int], Tokens] = {}
-        for i, (one, start) in enumerate(replaced):
+        """What is set inside a head, at the tokens where that can change something; q, k and v first, then scores, then
+        the pattern."""
+        changed = [self.dag.changed[x] for x in inputs]
+        entries = changed[0] | self.dag.spread(changed[1])
+        out: dict[tuple[int, int, int, int, Tokens], Tokens] = {}
+        for i, (one, start) in sorted(enumerate(replaced), key=lambda item: item[1][0].port):
             for other, earlier in replaced[:i] if self.masked is None else ():
-                if one.port == other.port and one.tokens & other.tokens and one.value != other.value:
+                if one.value != other.value and self._overlap(one, other):
                     self._conflict(earlier, start)
-            value, own = relative(start.value, self.run)
-            computed = self.dag.changed[inputs[one.port]] if own != 1.0 else 0
-            tokens = one.tokens & (self.changes.at_node(value, Kind.HEAD) | computed)
+            tokens = one.tokens & self._differs(start, entries if one.port >= SCORES else changed[one.port])
             if tokens:
                 self.biting.add(start.patch)
-                key = (one.port, one.heads, one.value, -1 if self.masked is None else self.masked(start))
+                key = (one.port, one.heads, one.value, self._mask_number(start), one.sources)
                 out[key] = out.get(key, 0) | tokens
-        return tuple(Replaced(p, heads, value, tokens, mask) for (p, heads, value, mask), tokens in sorted(out.items()))
+                entries |= self.dag.spread(tokens) if one.port == 1 else tokens if one.port != 2 else 0
+        return tuple(Replaced(p, h, v, tokens, mask, s) for (p, h, v, mask, s), tokens in sorted(out.items()))
+
+    def _overlap(self, one: Replaced, other: Replaced) -> bool:
+        both = one.tokens & other.tokens
+        if one.port != other.port or one.port < SCORES:
+            return one.port == other.port and both != 0
+        return both & self.dag.spread(one.sources & other.sources) != 0
+
+    def _mlp(self, index: int, x: VariantId, inner: list[tuple[Step, Start]]) -> VariantId:
+        """An MLP with values in the place of its input, then of neurons."""
+        rank = self.graph.blocks[index].rank
+        neurons = [(step, start) for step, start in inner if step.site is Site.POST]
+        inputs = [(step, start) for step, start in inner if step.site is Site.IN]
+        shortcut = self.masked is None and not neurons and all(start.value.world for _, start in inputs)
+
+        def stored(value: Value, tokens: Tokens) -> VariantId:
+            """The stream that it reads, or where that is a world's own, what the MLP wrote there."""
+            if shortcut:
+                return self._stored(index, 1, Site.OUT, value, tokens)
+            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens, index)
+
+        entries = [self._entry(step.tokens, start, stored) for step, start in inputs]
+        if shortcut:
+            return self._enter(self.dag.tokenwise(index, x) if x else x, entries)
+        x = self._enter(x, entries)
+        sets = self._agreed_neurons(neurons, x)
+        return self.dag.tokenwise(index, x, sets) if x or sets else x
+
+    def _agreed_neurons(self, members: list[tuple[Step, Start]], input: VariantId) -> tuple[ReplacedNeurons, ...]:
+        """An MLP's neurons that are set, at the tokens where that can change something."""
+        out: dict[tuple[int, int, int], Tokens] = {}
+        every = (1 << self.graph.d_mlp) - 1
+        for i, (step, start) in enumerate(members):
+            for other, earlier in members[:i] if self.masked is None else ():
+                both = step.tokens & other.tokens & self.dag.layout.all
+                if both and step.neurons & other.neurons & every and start.value != earlier.value:
+                    self._conflict(earlier, start)
+            tokens = step.tokens & self._differs(start, self.dag.changed[input])
+            if tokens:
+                self.biting.add(start.patch)
+                key = (step.neurons & every, self.dag.value(start.value), self._mask_number(start))
+                out[key] = out.get(key, 0) | tokens
+        return tuple(ReplacedNeurons(n, value, tokens, mask) for (n, value, mask), tokens in sorted(out.items()))
+
+    def _differs(self, start: Start, own_changes: Tokens) -> Tokens:
+        """Where a value put inside a node can differ from the base run's: there the stored value does, or it undoes
+        what the node itself would have."""
+        value, own = relative(start.value, self.run)
+        return self.changes.at_node(value, Kind.HEAD) | (own_changes if own != 1.0 else 0)
+
+    def _mask_number(self, start: Start) -> int:
+        return -1 if self.masked is None else self.masked(start)

@@ -13,18 +13,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from patchc.diagnostics import Diagnostic
+from patchc.diagnostics import RULES, Diagnostic
 from patchc.ir.bits import bits
-from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, Replaced, VariantId
+from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, VariantId
 from patchc.ir.experiment import Patch, Probe, Prompts
 from patchc.ir.graph import Block, BlockKind, Node, Reader
-from patchc.ir.paths import EVERYWHERE, Site
+from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
-from patchc.lower.automaton import PORT_SITES, Atoms, Automaton, Start
+from patchc.lower.automaton import INNER_SITES, PORT_SITES, Atoms, Automaton, Start
 from patchc.lower.entering import Entering, Entry
 
 NOWHERE = -1
 """The number of a reader that is no node: no relation of edges names it."""
+
+PART_OF_A_NODE = RULES.add(
+    "complement-of-a-part", "a complement leaves out a part of a node that has no edges of its own"
+)
+
+INSIDE = (*INNER_SITES, Site.IN, Site.POST)
+"""Sites of starts after which the node is still computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,14 @@ class Fold(Entering):
         self.streams: dict[tuple[int, Atoms], VariantId] = {}
         self.nodes: dict[tuple[int, Atoms, int], list[VariantId]] = {}
         self.biting: set[int] = set()
-        self.faults: list[Diagnostic] = []
+        self.faults: list[Diagnostic] = [
+            PART_OF_A_NODE.at(
+                patches[i].span,
+                "all paths but those from some entries of a pattern or from some neurons cannot be patched",
+                fix="leave out the whole head, its `.q`, `.k` or `.v`, or the whole MLP",
+            )
+            for i in self.automaton.partial
+        ]
         self._find_live_atoms()
         roots = tuple(self._end(probe) for probe in ends)
         return Folded(roots, frozenset(self.biting), tuple(self.faults))
@@ -97,17 +111,17 @@ class Fold(Entering):
             (replace(step, site=site) if self.patches[start.patch].complement else step, start)
             for step, start in self.automaton.active_starts(matched)
         ]
-        inner = [r for s in starts if s[0].site in PORT_SITES for r in self._replaced(node.block, 1 << member, *s)]
+        inner = [s for s in starts if s[0].site in INSIDE]
         settled = self.automaton.settled(matched)
         if site is Site.Z:
-            z = self.dag.head_z(self._core(node.block, settled, node, inner), member)
+            z = self.dag.head_z(self._core(node.block, settled, node, 1 << member, inner), member)
             stored = partial(self._stored_z, node.block, member)
             return self._enter(
                 z, [self._entry(step.tokens, start, stored) for step, start in starts if step.site is site]
             )
         port = PORT_SITES.index(site)
         x = self._input(settled, Reader(node, port))
-        sets = self._agreed([(r, start) for r, start in inner if r.port == port], (x, x, x))
+        sets = self._agreed([self._replaced(1 << member, *s) for s in inner if s[0].site is site], (x, x, x))
         return self.dag.projected(node.block, port, member, x, sets)
 
     # ---- which atoms can make a difference, and where
@@ -269,40 +283,40 @@ class Fold(Entering):
     def _variant(self, index: int, m: Atoms, members: int) -> VariantId:
         automaton = self.automaton
         entries: list[Entry] = []
-        replaced: list[tuple[Replaced, Start]] = []
+        inner: list[tuple[Step, Start]] = []
         for step, start in automaton.active_starts(m):
-            if step.site in PORT_SITES:
-                replaced += self._replaced(index, members, step, start)
+            if step.site in INSIDE:
+                inner.append((step, start))
             else:
                 entries.append(self._entry(step.tokens, start, partial(self._stored, index, members, step.site)))
         # A value that takes the node's place everywhere leaves nothing to compute; one that equals the base run's still
         # bites where it undoes another patch, so there the node is looked at.
         everywhere = any(e.tokens == EVERYWHERE and not e.own and e.stored for e in entries) and self.masked is None
-        computed = EQUAL_TO_BASE if everywhere else self._computed(index, automaton.settled(m), members, replaced)
+        computed = EQUAL_TO_BASE if everywhere else self._computed(index, automaton.settled(m), members, inner)
         return self._enter(computed, entries)
 
-    def _computed(self, index: int, m: Atoms, members: int, replaced: list[tuple[Replaced, Start]]) -> VariantId:
-        """The members run again on what their ports read."""
+    def _computed(self, index: int, m: Atoms, members: int, inner: list[tuple[Step, Start]]) -> VariantId:
+        """The members run again on what their ports read, with what is set inside them."""
         block = self.graph.blocks[index]
         node = self.graph.nodes[block.first + members.bit_length() - 1]
         match block.kind:
             case BlockKind.EMBED:
                 return EQUAL_TO_BASE
             case BlockKind.MLP:
-                x = self._input(m, Reader(node))
-                return self.dag.tokenwise(index, x) if x else EQUAL_TO_BASE
+                return self._mlp(index, self._input(m, Reader(node)), inner)
             case BlockKind.ATTENTION:
-                return self.dag.out(self._core(index, m, node, replaced), members)
+                return self.dag.out(self._core(index, m, node, members, inner), members)
 
-    def _core(self, index: int, m: Atoms, head: Node, replaced: list[tuple[Replaced, Start]]) -> VariantId:
-        """Attention of heads, of which one is `head`, on what their ports read."""
+    def _core(self, index: int, m: Atoms, head: Node, members: int, inner: list[tuple[Step, Start]]) -> VariantId:
+        """Attention of members of a block, of which one is `head`, on what their ports read."""
         if not m & ~self.automaton.plain:
             q = k = v = self._input(m, Reader(head, 0))
             if self.automaton.upstream(m) & self.automaton.via:
                 k, v = self._input(m, Reader(head, 1)), self._input(m, Reader(head, 2))
         else:
             q, k, v = (self._input(m, Reader(head, p)) for p in range(3))
-        return self.dag.core(index, q, k, v, self._agreed(replaced, (q, k, v)))
+        sets = self._agreed([self._replaced(members, *s) for s in inner], (q, k, v))
+        return self.dag.core(index, q, k, v, sets)
 
     def _input(self, m: Atoms, reader: Reader) -> VariantId:
         if not m:

@@ -22,7 +22,7 @@ from patchc.diagnostics import RULES, nearest
 from patchc.ir.graph import ResidualGraph
 from patchc.model.export import export
 from patchc.model.pieces import TracedPieces
-from patchc.model.prove import is_causal, prove, prove_parts
+from patchc.model.prove import is_causal, prove, prove_insides, prove_parts
 from patchc.model.state import (
     CHANGED,
     content_fingerprint,
@@ -120,6 +120,7 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         prove(pieces, module, _number(config, LAYER_COUNTS))
         pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
         prove_parts(pieces)
+        prove_insides(pieces)
     fingerprint = content if source.folder is None else files_fingerprint(source.folder)
     return LoadedModel(
         source.name,

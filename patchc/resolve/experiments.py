@@ -8,18 +8,20 @@ from pathlib import PurePath
 from typing import TypeVar
 
 from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity, nearest
-from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, Save, Show
+from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, Save, Show, Value
 from patchc.ir.graph import ResidualGraph
+from patchc.ir.paths import Path
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
 from patchc.resolve.data import Dataset
 from patchc.resolve.dims import axes_of, distinct
+from patchc.resolve.ends import Ends, ends_of
 from patchc.resolve.expects import Cells, Expects
 from patchc.resolve.loops import Loops, label_of
 from patchc.resolve.metrics import Metrics
 from patchc.resolve.patches import WORLDS_EQUAL, OneExperiment, Patches
+from patchc.resolve.places import names_in
 from patchc.resolve.scope import NAME_CLASH, NOT_SUPPORTED_YET, WRONG_KIND, Scope, collecting
-from patchc.resolve.sets import names_in
 from patchc.resolve.sweeps import Sweep, sweep
 
 MISSING_CLAUSE = RULES.add("missing-clause", "an experiment without `run`, `patch` or `measure`")
@@ -57,14 +59,15 @@ class Experiments:
         saves, shows = self._saves(node), self._shows(node)
         run = self._run(node)
         swept = self._sweep(node)
+        measured = sum(len(clause.items) for clause in _clauses(node, tree.Measure))
+        ends = ends_of(metrics, certain=len(metrics) == measured)
         if run is None or swept is None:
-            self._try_patches(node, swept, run or self.dataset.base)
+            self._try_patches(node, swept, run or self.dataset.base, ends)
             return None
-        found = self._cells(node, run, swept)
+        found = self._cells(node, run, swept, ends)
         if found is None:
             return None
         dims, cells, places = found
-        measured = sum(len(clause.items) for clause in _clauses(node, tree.Measure))
         expects = self._expects(node, [m.name for m in metrics], swept, places) if len(metrics) == measured else ()
         title = node.title.text if node.title else None
         return Experiment(node.name.text, title, run, dims, cells, tuple(metrics), expects, saves, shows, node.span)
@@ -135,21 +138,21 @@ class Experiments:
             return False
         return True
 
-    def _try_patches(self, node: tree.Experiment, swept: Sweep | None, run: str) -> None:
+    def _try_patches(self, node: tree.Experiment, swept: Sweep | None, run: str, ends: Ends) -> None:
         """Where there can be no cells: at least the errors of the patches that can be looked at."""
         clauses = _clauses(node, tree.Patch)
         if swept is None:
             variables = {b.name.text for clause in _clauses(node, tree.For) for b in clause.bindings}
             clauses = [c for c in clauses if not variables & set(names_in(c))]
-        self._is_sound(clauses, {} if swept is None else _first(swept), run)
+        self._is_sound(clauses, {} if swept is None else _first(swept), run, ends)
 
     def _cells(
-        self, node: tree.Experiment, run: str, swept: Sweep
+        self, node: tree.Experiment, run: str, swept: Sweep, ends: Ends
     ) -> tuple[tuple[Dim, ...], tuple[Cell, ...], Cells] | None:
         clauses = _clauses(node, tree.Patch)
-        if not self._is_sound(clauses, _first(swept), run):
+        if not self._is_sound(clauses, _first(swept), run, ends):
             return None
-        one = self.patches.cells(clauses, run)
+        one = self.patches.cells(clauses, run, ends)
         axes = [
             axes_of(self.graph, b.name.text, u, self._tokens())
             for b, u in zip(swept.bindings, swept.universes, strict=True)
@@ -166,17 +169,24 @@ class Experiments:
             return distinct(axes), tuple(cells), places
         return None
 
-    def _is_sound(self, clauses: Sequence[tree.Patch], env: Env, run: str) -> bool:
+    def _is_sound(self, clauses: Sequence[tree.Patch], env: Env, run: str, ends: Ends) -> bool:
         """Report every clause's errors in one cell, so that one clause does not hide another's."""
-        sound = 0
-        for clause in clauses:
+        sound = [self._is_sound_clause(clause, env, run, ends) for clause in clauses]
+        return all(sound)
+
+    def _is_sound_clause(self, clause: tree.Patch, env: Env, run: str, ends: Ends) -> bool:
+        targets: list[Path | None] = []
+        values: list[Value] = []
+        with collecting(self.report):
+            targets.append(self.patches.target(clause.target, env, ends))
+        with collecting(self.report):
+            values.append(self.patches.value(clause.value, env, run))
+        for path in targets if values else ():
             with collecting(self.report):
-                self.patches.target(clause.target, env)
-                sound += 1
-            with collecting(self.report):
-                self.patches.value(clause.value, env, run)
-                sound += 1
-        return sound == 2 * len(clauses)
+                if path is not None:
+                    self.patches.check_value(path, values[0], clause.value.span)
+                return True
+        return False
 
     def _tokens(self) -> tuple[str, ...] | None:
         """The first prompt's tokens, where all prompts have one length."""

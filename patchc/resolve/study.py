@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from patchc.resolve.metrics import Metrics
 from patchc.resolve.model_choice import choose_model, missing_model
 from patchc.resolve.patches import Patches
 from patchc.resolve.paths import Paths
+from patchc.resolve.places import Places
 from patchc.resolve.positions import Positions
 from patchc.resolve.records import EMPTY_DATA, Given, read_records
 from patchc.resolve.scope import BUILT_IN, NAME_CLASH, NOT_SUPPORTED_YET, Scope, collecting
@@ -79,7 +80,10 @@ def resolve(
         raise PatchcError(_in_order(report.diagnostics, source))
     study.dataset.check_unused(report)  # only now: what has an error uses less than it will
     choice = model or chosen or ModelChoice("")
-    found = Study(choice, study.dataset.prompts(), experiments, tuple(study.tensors.sources.items()))
+    prompts = study.dataset.prompts()
+    prompts = replace(prompts, worlds=(*prompts.worlds, *study.values.other.worlds.values()))
+    seeds = tuple(study.values.sources.seeds)
+    found = Study(choice, prompts, experiments, tuple(study.tensors.sources.items()), seeds)
     return Resolved(found, tuple(_in_order(report.diagnostics, source)))
 
 
@@ -126,16 +130,17 @@ class _Study:
         scope, dataset = self.scope, self.dataset
         self.positions = Positions(dataset)
         difference = Difference(graph, lambda: dataset.layout.all)
-        self.sets = Sets(scope, graph, Selectors(graph, Indexer(scope)), self.positions, difference)
+        places = Places(self.positions)
+        self.sets = Sets(scope, graph, Selectors(graph, Indexer(scope), places), places, difference)
         self.metrics = Metrics(scope, dataset, self.positions)
-        values = Values(scope, dataset, self.tensors)
+        self.values = Values(scope, dataset, self.tensors, places)
         self._resolve = Experiments(
             self.report,
             scope,
             graph,
             dataset,
             Loops(scope, graph, dataset, self.positions, self.sets),
-            Patches(graph, dataset, self.sets, Paths(graph, self.report), values, self.tensors),
+            Patches(graph, dataset, self.sets, Paths(graph, self.report), self.values, self.tensors),
             self.metrics,
             Expects(scope, self.positions, self.sets),
         )

@@ -1,0 +1,119 @@
+"""Attention scores and patterns of plain runs, row by row: only the rows that some variant reads are ever computed.
+
+A row is what one token's query makes of every position of its prompt, `[position]`; values at rows are combined here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchc.execute.base import PlainRun, token_numbers
+from patchc.execute.noise import prompt_noise
+from patchc.execute.stored import Stored
+from patchc.ir.dag import PATTERN, SCORES
+from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Source, Value
+from patchc.ir.paths import Site
+from patchc.ir.tokens import Layout
+from patchc.model.pieces import Tables
+
+HIDDEN = float("-inf")
+SITES = {SCORES: Site.SCORES, PATTERN: Site.PATTERN}
+
+
+def pattern_of(scores: Tensor) -> Tensor:
+    """The softmax over the last axis; zero in rows of which nothing is visible."""
+    dead = (scores == HIDDEN).all(-1, keepdim=True)
+    return scores.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Rows of one head of one attention block in the plain runs."""
+
+    stored: Stored
+    tables: Tables
+    block: int
+    layer: int
+    head: int
+
+    def scores(self, run: PlainRun, tokens: Tensor, width: int) -> Tensor:
+        """Scores of queries at `tokens` `[n]` -> `[n, width]`: minus infinity where hidden, and beyond a prompt."""
+        return self._scores(run, self.stored.layout, self.tables, tokens, width)
+
+    def _scores(self, run: PlainRun, layout: Layout, tables: Tables, tokens: Tensor, width: int) -> Tensor:
+        chosen, back = torch.unique(tokens, return_inverse=True)
+        out = torch.full((len(chosen), width), HIDDEN, device=tokens.device, dtype=self.stored.pieces.dtype)
+        prompts = [layout.place(t)[0] for t in chosen.tolist()]
+        for prompt in sorted(set(prompts)):
+            mine = torch.tensor([i for i, p in enumerate(prompts) if p == prompt], device=tokens.device)
+            length = layout.lengths[prompt]
+            shown = self._of_prompt(run, layout, tables, prompt, chosen[mine])[:, :width]
+            out[mine[:, None], torch.arange(min(length, width), device=tokens.device)] = shown
+        return out[back]
+
+    def _of_prompt(self, run: PlainRun, layout: Layout, tables: Tables, prompt: int, tokens: Tensor) -> Tensor:
+        pieces = self.stored.pieces
+        q, k, _ = run.attention[self.block].ready
+        keys = token_numbers(layout, [prompt], tokens.device)
+        positions = (tokens - layout.offsets[prompt])[None]
+        asked, looked_at = q[tokens][None, :, [self.head]], k[keys][:, :, [pieces.kv_head(self.head)]]
+        length = layout.lengths[prompt]
+        return pieces.scores(self.layer, asked, looked_at, positions, length, tables, [self.head])[0, 0]
+
+    def value(self, port: int, value: Value, tokens: Tensor, own: Tensor) -> Tensor:
+        """Rows of scores or patterns under `value` at `tokens`; `own` `[n, width]` is what the run itself has there."""
+        out = torch.zeros_like(own)
+        for factor, source in value.terms:
+            row = own if isinstance(source, Itself) else self._source(port, source, tokens, own.shape[1])
+            out = out + factor * row
+        return out
+
+    def _source(self, port: int, source: Source, tokens: Tensor, width: int) -> Tensor:
+        match source:
+            case FromWorld(world):
+                return self._of_world(port, world, tokens, width)
+            case Mean():
+                return self._mean(port, source, tokens, width)
+            case Moved(of, places):
+                moved = torch.tensor(places, device=tokens.device)[tokens]
+                return self._source(port, of, moved, width)
+            case Blocked():
+                return torch.full((len(tokens), width), HIDDEN, device=tokens.device, dtype=self.stored.pieces.dtype)
+            case Noise():
+                return self._noise(port, source, tokens, width)
+            case Given() | Itself():
+                raise AssertionError(f"no value of attention scores or patterns: {source}")
+
+    def _of_world(self, port: int, world: str, tokens: Tensor, width: int) -> Tensor:
+        """Rows of a world at tokens of its own layout."""
+        layout = self.stored.prompts.world(world).layout
+        tables = self.tables if layout is None else self.stored.pieces.tables(layout)
+        scores = self._scores(self.stored.runs[world], layout or self.stored.layout, tables, tokens, width)
+        return scores if port == SCORES else pattern_of(scores)
+
+    def _noise(self, port: int, noise: Noise, tokens: Tensor, width: int) -> Tensor:
+        """Noise has rows of the prompt's length."""
+        graph, prompts = self.stored.pieces.graph, self.stored.prompts
+        name = f"{graph.nodes[graph.blocks[self.block].first + self.head].name}.{SITES[port]}"
+        out = torch.zeros(len(tokens), width, dtype=torch.float64)
+        for i, token in enumerate(tokens.tolist()):
+            row, position = prompts.layout.place(token)
+            length = prompts.layout.lengths[row]
+            numbers = torch.from_numpy(prompt_noise(noise, name, row % prompts.n, length, length)[position])
+            out[i, :length] = numbers[:width] * noise.std
+        return out.to(tokens.device, self.stored.pieces.dtype)
+
+    def _mean(self, port: int, mean: Mean, tokens: Tensor, width: int) -> Tensor:
+        """The mean of rows, entry by entry: of patterns what is hidden counts as zero, of scores it does not count."""
+        out: list[Tensor] = []
+        for token in tokens.tolist():
+            averaged = torch.tensor(self.stored.average(mean).with_token(token), device=tokens.device)
+            rows = self._of_world(port, mean.world, averaged, width)
+            shown = rows != HIDDEN
+            total = rows.masked_fill(~shown, 0).sum(0)
+            count = shown.sum(0) if port == SCORES else torch.full_like(total, len(rows))
+            out.append((total / count.clamp_min(1)).masked_fill(count == 0, HIDDEN))
+        return torch.stack(out)
