@@ -32,9 +32,9 @@ def write_starter(model: str, file: Path | None, force: bool) -> Path | None:
 
 
 def _described(model: str) -> Described:
-    from patchc import api
+    from patchc.model.outline import outline
 
-    return api.load(model).loaded
+    return outline(model)
 
 
 def _refuse_to_replace(path: Path, force: bool) -> None:

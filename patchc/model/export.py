@@ -110,7 +110,8 @@ def _untraceable(error: Exception) -> PatchcError:
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
     """Export remarks on what this stage checks itself, and where it fails it prints its whole graph."""
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.fx.experimental.symbolic_shapes")]
+    loud = ("torch._export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in loud]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

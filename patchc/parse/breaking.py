@@ -6,7 +6,7 @@ row as go), before operators; brackets open where nothing else helps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from patchc.parse.words import Line, Word
@@ -56,11 +56,12 @@ def rows_of(line: Line) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """What stands between two brackets, and the brackets."""
+    """What stands between two brackets, and the brackets; `words` are all of them."""
 
     open: Word
     inner: list[_Part]
     close: Word
+    words: tuple[Word, ...]
 
 
 _Part = Word | _Group
@@ -72,8 +73,8 @@ def _nested(words: Iterable[Word]) -> list[_Part]:
     opened: list[Word] = []
     for word in words:
         if opened and word.kind == _BRACKETS[opened[-1].kind]:
-            inner = levels.pop()
-            levels[-1].append(_Group(opened.pop(), inner, word))
+            first, inner = opened.pop(), levels.pop()
+            levels[-1].append(_Group(first, inner, word, (first, *_flat(inner), word)))
         elif word.kind in _BRACKETS and not word.is_block:
             opened.append(word)
             levels.append([])
@@ -82,14 +83,8 @@ def _nested(words: Iterable[Word]) -> list[_Part]:
     return levels[0]
 
 
-def _flat(parts: Iterable[_Part]) -> Iterator[Word]:
-    for part in parts:
-        if isinstance(part, _Group):
-            yield part.open
-            yield from _flat(part.inner)
-            yield part.close
-        else:
-            yield part
+def _flat(parts: Iterable[_Part]) -> list[Word]:
+    return [word for part in parts for word in (part.words if isinstance(part, _Group) else (part,))]
 
 
 def _is_broken(words: Sequence[Word]) -> bool:
@@ -138,14 +133,14 @@ def _is_in_vain(pieces: Sequence[Sequence[_Part]], indent: int) -> bool:
     row."""
     first, rest = pieces
     return (
-        not _is_broken([*_flat(first), *_flat(rest[:1])])
+        not _is_broken(_flat([*first, *rest[:1]]))
         and indent + _width(_flat(rest)) - 1 > WIDTH
         and _pieces(rest, indent)[0] is None
     )
 
 
 def _can_open(group: _Group) -> bool:
-    return any(cut.matches(word) for word in _flat(group.inner) for cut in _CUTS)
+    return any(cut.matches(word) for word in group.words for cut in _CUTS)
 
 
 # ---- writing
@@ -199,7 +194,7 @@ def _width(words: Iterable[Word]) -> int:
 
 def _write(parts: Sequence[_Part], writer: _Writer, indent: int) -> None:
     """Write parts, on from where the writer is; further rows start at `indent`."""
-    words = [*_flat(parts)]
+    words = _flat(parts)
     if not words:
         return
     if not _is_broken(words) and writer.fits(words, indent):
@@ -216,7 +211,7 @@ def _write(parts: Sequence[_Part], writer: _Writer, indent: int) -> None:
 
 
 def _goes_on(piece: list[_Part], writer: _Writer, indent: int) -> bool:
-    words = [*_flat(piece)]
+    words = _flat(piece)
     return not writer.must_break and not _is_broken(words) and writer.fits(words, indent)
 
 
@@ -224,9 +219,9 @@ def _write_opened(parts: Sequence[_Part], writer: _Writer, indent: int) -> None:
     """Write parts without a cut: the brackets with comments inside, or else the widest, on rows of their own."""
     widest = _widest(parts)
     for i, part in enumerate(parts):
-        words = [*_flat([part])]
+        words = _flat([part])
         if isinstance(part, _Group) and (
-            _is_broken(words) or (part is widest and not writer.fits([*_flat(parts[i:])], indent))
+            _is_broken(words) or (part is widest and not writer.fits(_flat(parts[i:]), indent))
         ):
             _write_group(part, writer, indent)
         else:
@@ -236,9 +231,9 @@ def _write_opened(parts: Sequence[_Part], writer: _Writer, indent: int) -> None:
 
 def _widest(parts: Sequence[_Part]) -> _Group | None:
     groups = [part for part in parts if isinstance(part, _Group) and _can_open(part)]
-    if any(_is_broken([*_flat([group])]) for group in groups):
+    if any(_is_broken(group.words) for group in groups):
         return None
-    return max(groups, key=lambda group: _width(_flat([group])), default=None)
+    return max(groups, key=lambda group: _width(group.words), default=None)
 
 
 def _write_group(group: _Group, writer: _Writer, indent: int) -> None:

@@ -80,12 +80,6 @@ class Line:
         return self.words[0].kind == "RBRACE"
 
 
-def comments_of(text: str) -> list[str]:
-    """Every comment of a text that parses, in order."""
-    placed = _Placed(text, concrete_parser().parse(text))
-    return [comment.text for comments in placed.after.values() for comment in comments]
-
-
 def lines_of(text: str) -> tuple[tuple[Comment, ...], list[Line]]:
     """The comments before the first word of a text that parses, and its lines."""
     spec = concrete_parser().parse(text)
@@ -114,8 +108,7 @@ class _Placed:
             if match[0] == "\n":
                 breaks += 1
             else:
-                # A row has one comment: a second after the same word is alone wherever it stands.
-                found.append(Comment(match[0].rstrip(), breaks > 0 or word == _START or bool(found), breaks > 1))
+                found.append(Comment(match[0].rstrip(), breaks > 0, breaks > 1))
                 breaks = 0
         self.after[word], self.blank[end] = found, breaks > 1
 

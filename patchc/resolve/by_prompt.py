@@ -12,9 +12,9 @@ from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError
 from patchc.ir.experiment import Dim, PromptDim
 from patchc.parse import tree
 from patchc.resolve.bindings import Number
+from patchc.resolve.places import names_in
 from patchc.resolve.records import chosen
 from patchc.resolve.scope import Scope
-from patchc.resolve.sets import names_in
 
 DOMAIN = "prompts"
 PROMPT_VARIABLE = RULES.add("prompt-variable", "a variable over prompts stands where something depends on it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ NOT_MEASURED = RULES.add("not-measured", "an expect names a metric that the expe
 BAD_TOLERANCE = RULES.add("bad-tolerance", "a tolerance that a comparison has no use for")
 BAD_TOP = RULES.add("bad-top", "an expectation about the top cells that holds always, or never")
 
-Places = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+Cells = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 """(place of each variable's value in its universe, the index along the dims) of each cell."""
 
 
@@ -34,7 +35,7 @@ class Table:
 
     names: tuple[str, ...]
     universes: tuple[tuple[Binding, ...], ...]
-    cells: Places
+    cells: Cells
     at: int = -1
     by_prompt: PromptDim | None = None
 
@@ -76,8 +77,8 @@ class Expects:
         if node.op != "==":
             message = f"`within` belongs to ==, and this is {node.op}, which needs no tolerance"
             raise BAD_TOLERANCE.error(message, fix=f"== {written(node.bound)} within {tolerance:g}", span=node.span)
-        if tolerance < 0:
-            raise BAD_TOLERANCE.error(f"a tolerance is not negative: {tolerance:g}", span=node.tolerance.span)
+        if not 0 <= tolerance < math.inf:
+            raise BAD_TOLERANCE.error(f"a tolerance is a number from 0 on, not {tolerance:g}", span=node.tolerance.span)
         return tolerance
 
     def _top(self, node: tree.ExpectTop, name: str, table: Table) -> Expect:

@@ -16,7 +16,7 @@ from patchc.resolve.by_prompt import ByPrompt, is_over_prompts, misused, over_pr
 from patchc.resolve.data import Dataset
 from patchc.resolve.dims import axes_of, distinct
 from patchc.resolve.ends import Ends, ends_of
-from patchc.resolve.expects import Expects, Places, Table
+from patchc.resolve.expects import Cells, Expects, Table
 from patchc.resolve.loops import Loops, label_of
 from patchc.resolve.metrics import BAD_INTERVAL, Metrics
 from patchc.resolve.outputs import check_drawn, save, show
@@ -295,7 +295,7 @@ class _Cells:
     dims: tuple[Dim, ...]
     counts: tuple[int, ...]
     cells: tuple[Cell, ...]
-    places: Places
+    places: Cells
 
 
 C = TypeVar("C", bound=tree.Construct)

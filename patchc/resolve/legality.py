@@ -19,6 +19,7 @@ from patchc.resolve.terms import Chain, Circuit, Either, NodeSet, Repeat, Term
 
 BACKWARD_EDGE = RULES.add("backward-edge", "a path goes from a node to one that reads before the node writes")
 EMPTY_SET = RULES.add("empty-set", "a set of nodes with nothing in it")
+HIDDEN_ENTRY = RULES.add("hidden-entry", "an entry of an attention pattern that the model's mask hides")
 NO_POSITION = RULES.add("no-position", "no position takes every step of a path")
 
 EMPTY_CIRCUIT = RULES.add("empty-circuit", "a circuit that holds no path from the input to the logits")

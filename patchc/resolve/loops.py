@@ -14,7 +14,7 @@ from patchc.parse import tree
 from patchc.resolve.bindings import Binding, Env, Number, Place, WorldName
 from patchc.resolve.data import Dataset
 from patchc.resolve.positions import UNEQUAL_POSITIONS, Positions
-from patchc.resolve.scope import NOT_SUPPORTED_YET, NUMBER_DOMAINS, WRONG_KIND, Scope, written
+from patchc.resolve.scope import NUMBER_DOMAINS, WRONG_KIND, Scope, written
 from patchc.resolve.sets import Sets
 from patchc.resolve.terms import NodeSet
 
@@ -79,9 +79,8 @@ class Loops:
                 return [NodeSet((member,), node.span) for member in nodes.members]
 
     def _numbers(self, name: str, span: Span | None) -> list[Binding]:
+        """Layers, heads or positions; a loop over prompts makes no cells and is for `by_prompt`."""
         match name:
-            case "prompts":
-                raise NOT_SUPPORTED_YET.error("a loop over prompts is not supported yet", span=span)
             case "positions":
                 return [Number(i, "position") for i in range(self._length(span))]
             case "heads":

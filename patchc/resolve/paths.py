@@ -14,7 +14,7 @@ from patchc.ir.bits import bits, bitset
 from patchc.ir.graph import QKV, Nodes, ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Tokens
-from patchc.resolve.ends import LOGITS, Ends, probe_name
+from patchc.resolve.ends import LOGITS, Ends
 from patchc.resolve.scope import WRONG_KIND
 from patchc.resolve.terms import Chain, Circuit, Either, Member, NodeSet, Repeat, Term, joined
 
@@ -114,7 +114,7 @@ class Paths:
         start = self._start(term)
         found = self._read_at(start, ends)
         if term.members and not found and ends.certain:
-            raise self._not_an_end(term.members[-1], term.span or span, ends)
+            raise self.not_an_end(None, term.span or span, ends)
         return _alt(found or [start])
 
     def everything(self, ends: Ends) -> Path:
@@ -150,17 +150,17 @@ class Paths:
             case NodeSet(members) if members:
                 for m in members:
                     if not ends.is_end(self._graph, m):
-                        raise self._not_an_end(m, term.span or span, ends)
+                        raise self.not_an_end(m, term.span or span, ends)
             case _:
-                raise self._not_an_end(None, term.span or span, ends)
+                raise self.not_an_end(None, term.span or span, ends)
 
-    def _not_an_end(self, member: Member | None, span: Span | None, ends: Ends) -> PatchcError:
+    def not_an_end(self, member: Member | None, span: Span | None, ends: Ends) -> PatchcError:
+        """The error for paths that end at `member`, or at nothing that is measured."""
         if not ends.probes:
             return PATH_END.error("a path ends at the logits", fix="... -> logits", span=span)
         here = f"; this one ends at {member.name}" if member else ""
         message = f"a path ends at what is measured, and the metrics read {ends.told(self._graph)}{here}"
-        last = "logits" if ends.logits else probe_name(self._graph, ends.probes[0]).split(".")[0]
-        return PATH_END.error(message, fix=f"... -> {last}", span=span)
+        return PATH_END.error(message, fix=f"... -> {ends.example(self._graph)}", span=span)
 
     # ---- terms
 

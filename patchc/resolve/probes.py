@@ -15,6 +15,7 @@ from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS
 from patchc.resolve.data import Dataset
 from patchc.resolve.indices import Axis, Indexer
+from patchc.resolve.legality import HIDDEN_ENTRY
 from patchc.resolve.positions import ONE_POSITION, Positions
 from patchc.resolve.scope import WRONG_KIND, written
 from patchc.resolve.selectors import UNKNOWN_SITE
@@ -23,7 +24,6 @@ from patchc.resolve.tensors import TENSOR_SHAPE, Tensors
 from patchc.resolve.terms import Member
 
 NOT_A_NUMBER = RULES.add("not-a-number", "a metric reads a vector, or several nodes, where one number is needed")
-HIDDEN_ENTRY = RULES.add("hidden-entry", "an entry of an attention pattern that the model's mask hides")
 
 ENTRIES = (Site.PATTERN, Site.SCORES)
 IN_HEADS = (Site.PATTERN, Site.SCORES)
@@ -109,7 +109,11 @@ class Probes:
         if member.site in INNER.values():
             raise WRONG_KIND.error(f"write {member.name} itself, not by a name for it", span=node.span)
         if member.site is Site.OUT:
+            if member.kv >= 0:
+                raise WRONG_KIND.error(f"{member.name} has .k and .v, and no output", span=node.span)
             self._check_output(member, node)
+        if member.site not in (Site.STREAM, Site.ATTN_OUT):
+            self._check_one(member, node)
         return Probe(member.nodes, member.site, member.rank)
 
     def _check_output(self, member: Member, node: tree.Ref) -> None:
@@ -119,6 +123,8 @@ class Probes:
         if kinds == {Kind.ATTN_BIAS}:
             message = f"{member.name} is a constant: it is the same in every run"
             raise WRONG_KIND.error(message, fix=member.name.replace("attn_bias", "attn_out"), span=node.span)
+
+    def _check_one(self, member: Member, node: tree.Ref) -> None:
         if member.nodes.bit_count() != 1:
             names = ", ".join(n.name for n in self.graph.members(member.nodes)[:3])
             fix = "resid_pre[0]" if member.nodes == self.graph.input else "name one of them"

@@ -157,7 +157,7 @@ def _rows(given: Given) -> list[dict[str, Any]]:
     if isinstance(given, Mapping):
         return _from_columns({str(k): plain(v) for k, v in given.items()})
     if isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(r, Mapping) for r in given):
-        return [{str(k): plain(v) for k, v in record.items()} for record in given]
+        return [_present({str(k): plain(v) for k, v in record.items()}) for record in given]
     message = f"data is a list of dicts, a DataFrame or a dict of columns, not {type(given).__name__}"
     raise BAD_DATA.error(message)
 
@@ -172,6 +172,11 @@ def _from_columns(columns: dict[str, Any]) -> list[dict[str, Any]]:
         raise BAD_DATA.error(f"the columns differ in their number of prompts: {told}")
     names = list(columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _present(cells: dict[str, Any]) -> dict[str, Any]:
+    """Without what is None or NaN, as a DataFrame has it: the prompt lacks that column."""
+    return {name: cell for name, cell in cells.items() if cell is not None and cell == cell}
 
 
 def plain(value: Any) -> Any:

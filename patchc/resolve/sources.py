@@ -92,8 +92,7 @@ class Sources:
             numbers: dict[str, int] = {}
             cells = self._cells(column)
             groups = [numbers.setdefault(cell, len(numbers)) for cell in cells]
-            copies = self._data.layout.n_prompts // len(groups)
-            self._groups[column.text] = tuple(groups) * copies
+            self._groups[column.text] = tuple(groups) * len(self._data.endings)
         return self._groups[column.text]
 
     def _column(self, named: tree.Named) -> tree.Name:
@@ -138,7 +137,8 @@ class Sources:
         for row, length in enumerate(layout.lengths):
             here = list(bits(tokens & layout.prompt(row)))
             if len(here) != 1:
-                message = f"a value comes from one position of each prompt; this is {len(here)} in prompt {row}"
+                prompt = row % len(self._data.lengths)
+                message = f"a value comes from one position of each prompt; this is {len(here)} in prompt {prompt}"
                 raise SEVERAL_PLACES.error(message, fix="clean @ end", span=span)
             out += here * length
         return tuple(out)
@@ -189,12 +189,12 @@ class Sources:
     def _alike(self, same: tree.Name | None) -> list[Any]:
         """For each prompt what another has to share with it: its lengths, and the cell of a column."""
         layout, n = self._data.layout, len(self._data.records)
-        lengths = [len(ids) for ids in self._data.ids(self._data.base)]
+        lengths = self._data.lengths
         cells = self._cells(same) if same else [""] * n
         return [(layout.lengths[i::n], lengths[i], cells[i]) for i in range(n)]
 
     def _alone(self, prompt: int, same: tree.Name | None, span: Span | None) -> PatchcError:
-        length = len(self._data.ids(self._data.base)[prompt])
+        length = self._data.lengths[prompt]
         also = f" and the same {same.text}" if same else ""
         message = f"no other prompt has the {length} tokens{also} of prompt {prompt}, so that it cannot be resampled"
         return NO_OTHER_PROMPT.error(message, fix="add prompts of that length, or use mean(over=positions)", span=span)

@@ -14,7 +14,7 @@ from patchc.ir.printer import print_study
 from tests.unit.resolving import SMALL, resolved, short
 
 EXTRA = {
-    "tensors": {"direction": (32,), "narrow": (8,), "square": (8, 8), "wide": (128,)},
+    "tensors": {"direction": (32,), "narrow": (8,), "square": (8, 8), "wide": (64,)},
     "metrics": ("mine",),
 }
 PARAMETERS = {"K": 2}

@@ -119,6 +119,12 @@ def test_a_data_frame_is_its_records() -> None:
     assert study(AT_NAME, data=frame) == study(AT_NAME, data=RECORDS)
 
 
+def test_a_missing_cell_of_a_data_frame_is_a_column_that_the_prompt_lacks() -> None:
+    frame = pd.DataFrame([*RECORDS, {k: v for k, v in RECORDS[0].items() if k != "corrupt"}])
+    (found,) = errors(PATCH, data=frame)
+    assert (found.code, "prompt 2 has no column 'corrupt'" in found.message) == ("missing-column", True)
+
+
 class Ids:
     """As much of a tensor as `resolve` looks at."""
 
