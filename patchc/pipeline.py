@@ -77,17 +77,19 @@ def to_programs(study: Study, model: LoadedModel, budget: int) -> tuple[Program,
 
 def to_program(experiment: Experiment, prompts: Prompts, model: LoadedModel, budget: int) -> Program:
     """One experiment, folded into a variant DAG and cut into passes."""
-    measured = reads.measured_tokens(experiment.metrics, prompts.layout)
-    lowered = lower(experiment, prompts, model.graph, measured)
-    return optimise(experiment, prompts, lowered, measured, budget, model.pieces.dtype.itemsize)
+    ends = reads.ends(experiment.metrics, prompts)
+    lowered = lower(experiment, prompts, model.graph, ends)
+    return optimise(experiment, prompts, lowered, ends, budget, model.pieces.dtype.itemsize)
 
 
 def to_graph(
     experiment: Experiment, prompts: Prompts, model: LoadedModel, tensors: Mapping[str, Tensor]
 ) -> CompiledGraph:
     """One experiment as one differentiable fx graph with a mask a cell."""
-    cells = lower_masked(experiment, prompts, model.graph)
-    return compiled_graph(cells, model.pieces, reads.worlds(experiment, prompts), tensors)
+    probes = tuple(end.probe for end in reads.ends(experiment.metrics, prompts) if end.probe is not None)
+    cells = lower_masked(experiment, prompts, model.graph, probes)
+    inputs = tuple(w for w in reads.worlds(experiment, prompts) if prompts.world(w).layout is None)
+    return compiled_graph(cells, model.pieces, inputs, tensors)
 
 
 def execute(

@@ -22,11 +22,14 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    HeadZ,
     Masked,
     Mix,
     Out,
+    Projected,
     Run,
     Scale,
+    StoredZ,
     Stream,
     Sum,
     Tokenwise,
@@ -39,30 +42,39 @@ from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces, Tables
 from patchc.optimise.demand import demand
 
+STORED = (Const, Stream, StoredZ)
+
 
 @dataclass
 class Walk:
-    """The state of one pass. `streams()` gives the final stream of each root at the measured tokens."""
+    """The state of one pass. `measured`: the tokens at which `streams()` gives the final stream of each root."""
 
     dag: Dag
     pieces: Pieces
     tables: Tables
     stored: Stored
-    measured: Tokens
+    measured: Tokens = 0
 
     def streams(self, roots: Sequence[VariantId]) -> list[Tensor]:
         """For each root `[measured token, d_model]`: the base run's final stream with the root's difference added."""
+        final = self.stored.base_run.stream[-1][rows(self.measured)]
+        return [stream for (stream,) in self.read([(r,) for r in roots], [(final, self.measured)])]
+
+    def read(self, cells: Sequence[Sequence[VariantId]], ends: Sequence[tuple[Tensor, Tokens]]) -> list[list[Tensor]]:
+        """What each cell has at each end, `[token, width]`: the base run's numbers there, which `ends` gives with the
+        tokens, and the difference of the cell's root."""
         length = len(self.dag)
-        explicit = [self.dag.explicit(r) for r in roots]
+        explicit = [[self.dag.explicit(r) for r in roots] for roots in cells]
         try:
-            self.demand = demand(self.dag, ((r, self.measured) for r in explicit))
+            reads = [(r, tokens) for roots in explicit for r, (_, tokens) in zip(roots, ends, strict=True)]
+            self.demand = demand(self.dag, reads)
             self.values: dict[VariantId, Tensor] = {}
             self.left = list(self.demand.uses)
             self.zero: set[VariantId] = set()
             self._blocks()
-            streams = [self._final(r) for r in explicit]
-            self.unfelt = [self._is_unfelt(r) for r in explicit]
-            return streams
+            out = [[self._at_end(r, *end) for r, end in zip(roots, ends, strict=True)] for roots in explicit]
+            self.unfelt = [all(map(self._is_unfelt, roots)) for roots in explicit]
+            return out
         finally:
             self.dag.truncate(length)
 
@@ -77,19 +89,19 @@ class Walk:
                 continue
             seen.add(i)
             op = self.dag.ops[i]
-            if isinstance(op, Const | Stream) and self.demand.tokens[i] and i not in self.zero:
+            if isinstance(op, STORED) and self.demand.tokens[i] and i not in self.zero:
                 return False
-            if isinstance(op, Core | Tokenwise) and op.replaced:
+            if isinstance(op, Core | Tokenwise | Projected) and op.replaced:
                 return False
             todo.extend(children(op))
         return True
 
-    def _final(self, root: VariantId) -> Tensor:
-        out = self.stored.base_run.stream[-1][rows(self.measured)]
-        here = self.demand.tokens[root] & self.measured
+    def _at_end(self, root: VariantId, base: Tensor, tokens: Tokens) -> Tensor:
+        here = self.demand.tokens[root] & tokens
         if root == EQUAL_TO_BASE or not here:
-            return out
-        out[where(self.measured, here)] += pick(self.value(root), self.demand.tokens[root], here)
+            return base
+        out = base.clone()
+        out[where(tokens, here)] += pick(self.value(root), self.demand.tokens[root], here)
         self.release(root)
         return out
 
@@ -98,7 +110,7 @@ class Walk:
         """A variant's difference at its demanded tokens; the reader calls `release` when it is done."""
         if i not in self.values:
             made = self.values[i] = self._make(i)
-            if isinstance(self.dag.ops[i], Const | Stream) and not bool(made.any()):
+            if isinstance(self.dag.ops[i], STORED) and not bool(made.any()):
                 self.zero.add(i)
         return self.values[i]
 
@@ -110,29 +122,31 @@ class Walk:
     def _make(self, i: VariantId) -> Tensor:
         tokens = self.demand.tokens[i]
         match self.dag.ops[i]:
-            case Const(block, members, value, _):
-                return self.stored.node(block, members, self.dag.values[value], rows(tokens))
-            case Stream(rank, value, _):
-                return self.stored.stream(rank, self.dag.values[value], rows(tokens))
+            case Const(block, members, value, _, site):
+                return self.stored.node(block, members, self.dag.values[value], rows(tokens), site)
+            case Stream(rank, value, _, block):
+                return self.stored.stream(rank, self.dag.values[value], rows(tokens), block)
+            case StoredZ(block, head, value, _):
+                return self.stored.z(block, head, self.dag.values[value], rows(tokens))
             case Sum(parts):
                 return self._add([(tokens, p) for p in parts], tokens)
             case Mix(parts):
                 return self._add(parts, tokens)
             case Scale(factor, x):
                 return factor * self._add([(tokens, x)], tokens)
-            case Core() | Out() | Tokenwise() | Run() | Masked() as op:
+            case Core() | Out() | Tokenwise() | Run() | Masked() | Projected() | HeadZ() as op:
                 raise AssertionError(f"variant {i} was read before its block ran: {op}")
 
     def _add(self, parts: Sequence[tuple[Tokens, VariantId]], tokens: Tokens) -> Tensor:
         """The sum of parts, each at its own tokens."""
-        out = torch.zeros(
-            tokens.bit_count(), self.dag.graph.d_model, device=self.pieces.device, dtype=self.pieces.dtype
-        )
+        out: Tensor | None = None
         for some, p in parts:
-            here = some & tokens & self.dag.changed[p]
-            if here:
-                out[where(tokens, here)] += pick(self.value(p), self.demand.tokens[p], here)
+            if here := some & tokens & self.dag.changed[p]:
+                value = self.value(p)
+                out = value.new_zeros(tokens.bit_count(), value.shape[1]) if out is None else out
+                out[where(tokens, here)] += pick(value, self.demand.tokens[p], here)
                 self.release(p)
+        assert out is not None, "a variant is asked for where it changes something"
         return out
 
     def stream_rows(self, rank: int, parts: Sequence[tuple[VariantId, Tokens]]) -> Tensor:
@@ -173,9 +187,9 @@ class Walk:
         for i, op in enumerate(self.dag.ops):
             if self.demand.tokens[i]:
                 match op:
-                    case Tokenwise(block):
+                    case Tokenwise(block) | Projected(block):
                         out.setdefault(block, []).append(i)
-                    case Out(core):
+                    case Out(core) | HeadZ(core):
                         core_op = self.dag.ops[core]
                         assert isinstance(core_op, Core)
                         out.setdefault(core_op.block, []).append(i)
@@ -256,14 +270,38 @@ class Walk:
         block = self.dag.graph.blocks[index]
         assert block.layer is not None
         outs = [(i, op) for i in variants if isinstance(op := self.dag.ops[i], Out)]
-        cores = sorted({op.core for _, op in outs})
+        read = [(i, op) for i in variants if isinstance(op := self.dag.ops[i], HeadZ)]
+        for i in variants:
+            if isinstance(op := self.dag.ops[i], Projected):
+                self.values[i] = self._projected(block.layer, op, self.demand.tokens[i])
+        cores = sorted({op.core for _, op in (*outs, *read)})
         z = Attention(self, index, block.layer).cores(cores)
+        for i, op in read:
+            heads, values = z[op.core]
+            values = pick(values, self.demand.tokens[op.core], self.demand.tokens[i])
+            self.values[i] = values[:, heads.index(op.head)]
         by_heads: dict[int, list[tuple[VariantId, VariantId]]] = {}
         for i, op in outs:
             by_heads.setdefault(op.heads, []).append((i, op.core))
         for heads, group in by_heads.items():
             for batch in packed([((i, core), self.demand.tokens[i].bit_count()) for i, core in group]):
                 self._keep([i for i, _ in batch], self._written(block.layer, heads, batch, z))
+
+    def _projected(self, layer: int, op: Projected, tokens: Tokens) -> Tensor:
+        """A head's q, k or v less the base run's, `[n, d_head]`."""
+        column = op.head if op.port == 0 else self.pieces.kv_head(op.head)
+        base = self.stored.base_run.attention[op.block].raw[op.port][rows(tokens)][:, column]
+        out = base.clone()
+        if here := tokens & self.dag.changed[op.input]:
+            x = self.stream_rows(self.dag.graph.blocks[op.block].rank, [(op.input, here)])
+            self.release(op.input)
+            y = self.pieces.norm(layer, op.port, x)
+            out[where(tokens, here)] = self.pieces.project(layer, op.port, y, [column])[:, 0]
+        for r in op.replaced:
+            if here := tokens & r.tokens:
+                at, value = where(tokens, here), self.dag.values[r.value]
+                out[at] = self.stored.projection(op.block, op.port, op.head, value, rows(here), out[at])
+        return out - base
 
     def _written(
         self,

@@ -14,21 +14,25 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    HeadZ,
     Masked,
     Mix,
     Op,
     Out,
+    Projected,
     Replaced,
     ReplacedNeurons,
     Run,
     Scale,
+    StoredZ,
     Stream,
     Sum,
     Tokenwise,
     VariantId,
 )
-from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Source, Value
+from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Source, Value
 from patchc.ir.graph import PORTS
+from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 
 
@@ -55,8 +59,9 @@ def _name(variant: VariantId) -> str:
 
 def _op(dag: Dag, op: Op) -> str:
     match op:
-        case Const(block, members, value, _):
-            return f"stored {_members(dag, block, members)} of {value_text(dag.values[value])}"
+        case Const(block, members, value, _, site):
+            where = "" if site is Site.OUT else f".{site}"
+            return f"stored {_members(dag, block, members)}{where} of {value_text(dag.values[value])}"
         case Stream(rank, value, _):
             return f"stored stream below rank {rank} of {value_text(dag.values[value])}"
         case Core(block, q, k, v, replaced):
@@ -66,6 +71,16 @@ def _op(dag: Dag, op: Op) -> str:
             block = dag.ops[core]
             assert isinstance(block, Core)
             return f"{_members(dag, block.block, heads)} of {_name(core)}"
+        case Projected(block, port, head, x, replaced):
+            return f"{_members(dag, block, 1 << head)}.{PORTS[port]}({_name(x)})" + "".join(
+                _replaced(dag, r) for r in replaced
+            )
+        case HeadZ(core, head):
+            block = dag.ops[core]
+            assert isinstance(block, Core)
+            return f"{_members(dag, block.block, 1 << head)}.z of {_name(core)}"
+        case StoredZ(block, head, value, _):
+            return f"stored {_members(dag, block, 1 << head)}.z of {value_text(dag.values[value])}"
         case Tokenwise(block, x, replaced):
             return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
         case Sum(parts):
@@ -110,8 +125,15 @@ def _term(factor: float, source: Source) -> str:
     match source:
         case FromWorld(world):
             name = world
-        case Mean(world, over_positions):
-            name = f"mean({world}{', over=positions' if over_positions else ''})"
+        case Mean(world, over_positions, groups):
+            of = ", over=positions" if over_positions else ""
+            name = f"mean({world}{of}{f', by={list(groups)}' if groups is not None else ''})"
+        case Moved(inner, tokens):
+            name = f"({_term(1.0, inner)} of tokens {','.join(map(str, tokens))})"
+        case Noise(std, seed, relative):
+            name = f"noise({'relative' if relative else 'std'}={std:g}, seed={seed})"
+        case Blocked():
+            name = "blocked"
         case Given(key):
             name = key
         case Itself():

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from patchc.ir.dag import Const, Core, Dag, Out, Run, Tokenwise
+from patchc.ir.dag import Const, Core, Dag, Out, Projected, Run, Tokenwise, VariantId
 from patchc.ir.graph import BlockKind
 from patchc.ir.program import Rates
 from patchc.ir.tokens import Layout, Tokens
@@ -53,9 +53,9 @@ class Counter:
     dag: Dag
     _suffixes: dict[tuple[int, Tokens, Tokens], Work] = field(default_factory=dict[tuple[int, Tokens, Tokens], "Work"])
 
-    def of_roots(self, roots: Iterable[int], measured: Tokens) -> Work:
-        """Everything that one pass over these roots computes, each shared variant once."""
-        needs = demand(self.dag, [(root, measured) for root in roots])
+    def of_reads(self, reads: Iterable[tuple[VariantId, Tokens]]) -> Work:
+        """Everything that one pass computes for these roots, each read at its tokens, each shared variant once."""
+        needs = demand(self.dag, reads)
         out = Work()
         for block, asked in needs.projections.items():
             for (_, port), (heads, tokens) in asked.items():
@@ -72,6 +72,8 @@ class Counter:
                 self._add(out.mlp, block, tokens.bit_count())
             case Core(block):
                 self._add(out.triples, block, self._triples(tokens) * needs.heads.get(i, 0).bit_count())
+            case Projected(block, port):
+                self._add(out.queries if port == 0 else out.keys, block, tokens.bit_count())
             case Out(core, heads):
                 inner = self.dag.ops[core]
                 assert isinstance(inner, Core)
