@@ -63,7 +63,11 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One thing to tell the user. `message` is true, and enough, alone; `fix` can be pasted or followed."""
+    """One thing to tell the user. `message` is true, and enough, alone.
+
+    `fix` says what to do, as a phrase that can stand after `help:`: lower case, no full stop. What is to be pasted
+    stands in it in backticks, exactly as it is to be written; a near match is ``did you mean `end`?`` (see `meant`).
+    """
 
     code: str
     message: str
@@ -155,3 +159,9 @@ class Report:
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be, or None."""
     return next(iter(difflib.get_close_matches(name, list(names), 1, 0.6)), None)
+
+
+def meant(name: str, names: Iterable[str]) -> str | None:
+    """The `fix` for a name that is probably a misspelling of a known one; None where it is near to none."""
+    found = nearest(name, names)
+    return None if found is None else f"did you mean `{found}`?"
