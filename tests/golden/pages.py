@@ -32,10 +32,12 @@ STANDARD = {
   at s2   wrong last
   at end  -1
 }""",
-    r"^metric diff\b": "metric diff = logit(answer) - logit(wrong)",
     r"^experiment ": "experiment e { run clean patch node head[3, 1] with corrupt measure diff }",
 }
 """What the examples leave out: each part, where the pattern does not find it in the example."""
+
+METRIC = "metric diff = logit(answer) - logit(wrong)"
+METRIC_DIFF = re.compile(r"^metric diff\b", re.M)
 
 _BLOCK = re.compile(r"^```(.+)\n((?:.*\n)*?)^```$", re.M)
 
@@ -100,7 +102,8 @@ def _of_spec(block: Block) -> Iterator[Diagnostic]:
 def completed(text: str) -> str:
     """The example with the standard parts after it, so that its places stay."""
     missing = [part for pattern, part in STANDARD.items() if not re.search(pattern, text, re.M)]
-    return "\n".join([text, *missing])
+    out = "\n".join([text, *missing])
+    return out if re.search(r"\bdiff\b", out) is None or METRIC_DIFF.search(out) else f"{out}\n{METRIC}"
 
 
 def printed(block: Block, capsys: pytest.CaptureFixture[str]) -> tuple[str, tuple[str, ...]]:
