@@ -25,7 +25,7 @@ from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.check import SAMPLE, check
 from patchc.execute.sweep import Outcome
-from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, Study
+from patchc.ir.experiment import Called, Experiment, ModelChoice, PromptDim, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Program
 from patchc.lower import NO_EFFECT
@@ -37,7 +37,7 @@ from patchc.optimise.plan import Plan, plan
 from patchc.parse import parse
 from patchc.parse.tree import Data, Spec, Text
 from patchc.pipeline import Given
-from patchc.report.files import refuse_places, save_picture
+from patchc.report.files import refuse_places, save_picture, save_table
 from patchc.report.record import run_record
 from patchc.report.results import Check, Result, Results
 from patchc.spec import read_spec
@@ -173,7 +173,12 @@ class Compiled:
     def check_files(self) -> None:
         """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`,
         `overwrites-input`."""
-        places = ((self._path(e, line), line.span) for e in self.study.experiments for line in (*e.saves, *e.shows))
+        places = (
+            (self._path(e, line), line.span)
+            for e in self.study.experiments
+            for line in (*e.saves, *e.shows)
+            if not (isinstance(line, Show) and line.kind == "table" and line.path is None)
+        )
         refuse_places(places, self.inputs)
 
     def _path(self, experiment: Experiment, line: Save | Show) -> Path:
@@ -188,19 +193,22 @@ class Compiled:
         *,
         progress: Progress | bool = True,
         write: bool = True,
+        per_prompt: bool = False,
     ) -> Results:
         """Run every experiment.
 
         `check`: hold a sample of cells (True), a number of them or all (`"all"`) against the hooks backend. `progress`:
         a callback, or whether to show a bar. `write`: whether `save` and `show` write their files, once everything has
-        run and been checked. Raises `PatchcError`: `check-failed`, `non-finite`, `no-effect`...
+        run and been checked. `per_prompt`: results have a dim `prompt` more, and a prompt's numbers instead of their
+        mean. Raises `PatchcError`: `check-failed`, `non-finite`, `no-effect`...
         """
         self.model.loaded.check_unchanged()
         if write:
             self.check_files()
         tell = _bars() if progress is True else (progress or (lambda *_: None))
-        results = {p.experiment.name: self._run(p, _count(check), tell) for p in self.programs}
-        out = Results(results, run_record(self.source.text, self.study.prompts, self.model.loaded.fingerprint))
+        results = {p.experiment.name: self._run(p, _count(check), tell, per_prompt) for p in self.programs}
+        study, weights = self.study, self.model.loaded.fingerprint
+        out = Results(results, run_record(self.source.text, study.prompts, weights, study.seeds))
         if write:
             self._write(out)
         return out
@@ -210,14 +218,17 @@ class Compiled:
             for save in result.experiment.saves:
                 result.files.append(result.save(self._path(result.experiment, save), span=save.span))
             for show in result.experiment.shows:
-                result.files.append(save_picture(result, self._path(result.experiment, show), show.span))
+                if show.kind != "table":
+                    result.files.append(save_picture(result, self._path(result.experiment, show), show.span, show.kind))
+                elif show.path is not None:
+                    result.files.append(save_table(result, self.base / show.path, show.span))
 
-    def _run(self, program: Program, count: int | bool | None, tell: Progress) -> Result:
+    def _run(self, program: Program, count: int | bool | None, tell: Progress, per_prompt: bool) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)
         loaded = self.model.loaded
         outcome = pipeline.execute(program, loaded, self.given, self._runs, lambda n: tell(experiment.name, n, n_cells))
         _refuse_silent(program, outcome)
-        result = _result(program, outcome)
+        result = _result(program, outcome, per_prompt)
         if count is not False:
             compared = check(
                 experiment,
@@ -357,8 +368,11 @@ def _refuse_silent(program: Program, outcome: Outcome) -> None:
         )
 
 
-def _result(program: Program, outcome: Outcome) -> Result:
-    experiment = program.experiment
+def _result(program: Program, outcome: Outcome, per_prompt: bool) -> Result:
+    experiment, n = program.experiment, program.prompts.n
+    prompts = experiment.by_prompt
+    if prompts is None and per_prompt:
+        prompts = PromptDim(len(experiment.dims), "prompt", tuple(range(n)))
 
     def shaped(values: Tensor) -> np.ndarray:
         out = np.full(experiment.shape, np.nan)
@@ -366,15 +380,28 @@ def _result(program: Program, outcome: Outcome) -> Result:
             out[cell.index] = value
         return out
 
+    def each(values: Tensor) -> np.ndarray:
+        """`[cell, prompt]` along the dims, that over prompts at its place."""
+        assert prompts is not None
+        return np.stack([shaped(values[:, i]) for i in prompts.prompts], prompts.axis)
+
+    numbers = outcome.numbers
+    values = {m: shaped(x.mean) if prompts is None else each(x.per_prompt) for m, x in numbers.items()}
+    stderr = {m: shaped(x.stderr) if prompts is None else np.full_like(values[m], np.nan) for m, x in numbers.items()}
+    ended = {m: x for m, x in numbers.items() if prompts is None}
     return Result(
         experiment=experiment,
-        values={name: shaped(v) for name, v in outcome.mean.items()},
-        stderr={name: shaped(v) for name, v in outcome.stderr.items()},
-        n=program.prompts.layout.n_prompts,
-        baselines=outcome.baselines,
+        values=values,
+        stderr=stderr,
+        n=n if prompts is None else 1,
+        baselines={m: {w: float(x.mean) for w, x in worlds.items()} for m, worlds in outcome.unpatched.items()},
         passes=program.n_passes,
         unfused_passes=len(program.roots),
         no_effect=len(program.no_effect) + len(outcome.silent),
+        low={m: shaped(x.low) for m, x in ended.items() if x.low is not None},
+        high={m: shaped(x.high) for m, x in ended.items() if x.high is not None},
+        prompts=prompts,
+        own_baselines={m: worlds[experiment.run].per_prompt[0].numpy() for m, worlds in outcome.unpatched.items()},
     )
 
 

@@ -77,9 +77,12 @@ CHECK = click.option(
 @THREADS
 @MEMORY
 @click.option("--quiet", is_flag=True, help="No progress.")
-def run(spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool) -> int:
+@click.option("--per-prompt", is_flag=True, help="Each prompt's number, in a dim more, instead of their mean.")
+def run(
+    spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool, per_prompt: bool
+) -> int:
     """Run every experiment of SPEC."""
-    return _guarded(output, lambda: _run(spec, check, output, threads, memory, quiet))
+    return _guarded(output, lambda: _run(spec, check, output, threads, memory, quiet, per_prompt))
 
 
 @cli.command()
@@ -120,10 +123,12 @@ def explain(code: str | None, output: str) -> int:
 # ---- commands
 
 
-def _run(spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool) -> int:
+def _run(
+    spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool, per_prompt: bool
+) -> int:
     count = _cells_to_check(check)
     compiled = _compile(spec, memory, threads)
-    results = compiled.run(check=count, progress=not quiet)
+    results = compiled.run(check=count, progress=not quiet, per_prompt=per_prompt)
     from patchc.report.expects import failed_expects
 
     failed = [d for result in results.values() for d in failed_expects(result)]

@@ -42,7 +42,7 @@ def sample(outcome: Outcome, n_cells: int, count: int | None) -> list[int]:
     """The cells to recompute: all where `count` is None, else the strongest and others, evenly spread."""
     if count is None or count >= n_cells:
         return list(range(n_cells))
-    first = next(iter(outcome.mean.values()))
+    first = next(iter(outcome.numbers.values())).mean
     strongest = int((first - first.median()).abs().argmax())
     others = [i for i in range(n_cells) if i != strongest]
     spread = [others[i * (len(others) - 1) // max(1, count - 2)] for i in range(count - 1)]
@@ -68,9 +68,9 @@ def check(
     worst, effect, tolerance = 0.0, 0.0, TOLERANCE
     for metric in experiment.metrics:
         unit = outcome.ends.get(metric.name, 1.0)  # differences are compared before they are divided
-        compiled = outcome.mean[metric.name][numbers]
+        compiled = outcome.numbers[metric.name].mean[numbers]
         gap = (compiled - hooked[metric.name]).abs() * unit
-        base = outcome.baselines[metric.name][experiment.run]
+        base = float(outcome.unpatched[metric.name][experiment.run].mean)
         effect = max(effect, float((hooked[metric.name] - base).abs().max()) * unit)
         allowed = _tolerance(eager, float(hooked[metric.name].abs().max()) * unit)
         if not bool((gap <= allowed).all()):

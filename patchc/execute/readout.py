@@ -1,4 +1,7 @@
-"""From final streams to metrics: logits where they are read, numbers a prompt, means and normalisation in float64."""
+"""From final streams to metrics: logits where they are read, a number a prompt, float64.
+
+What is reported of these numbers is for `statistics`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from patchc.diagnostics import RULES
 from patchc.execute.indices import rows
+from patchc.execute.statistics import Ends, Numbers, numbers
 from patchc.ir.experiment import (
     Called,
     Constant,
@@ -32,14 +36,6 @@ METRIC_SHAPE = RULES.add("metric-shape", "a Python metric gave numbers of anothe
 
 MetricFunction = Callable[[Tensor], Tensor]
 UNEMBED_ROWS = 480
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A metric over prompts: mean and standard error (NaN where there is none to tell), each `[cell]`."""
-
-    mean: Tensor
-    stderr: Tensor
 
 
 @dataclass
@@ -151,19 +147,21 @@ class Readout:
             raise METRIC_FAILED.error(f"the Python metric `{name}` failed: {type(error).__name__}: {error}") from error
 
     # ---- means
-    def summary(self, metric: Metric, values: Tensor) -> Summary:
-        """Mean and standard error of `values` `[cell, prompt]`, normalised as the metric says. The ends of a ratio of
-        means count as known numbers in its standard error."""
-        if metric.zero is not None and metric.one is not None:
-            zero, one = (
-                self.per_prompt(metric.expression, self.logits(self.of_world(w)))[0] for w in (metric.zero, metric.one)
-            )
-            if not metric.per_prompt:
-                zero, one = zero.mean(), one.mean()
-            values = (values - zero) / (one - zero)
-        n = values.shape[-1]
-        known = n > 1 and not any(
-            isinstance(leaf, Called) and leaf.name in self._of_all_prompts for leaf in leaves(metric.expression)
-        )
-        stderr = values.std(-1) / n**0.5 if known else torch.full_like(values[:, 0], float("nan"))
-        return Summary(values.mean(-1), stderr)
+    def numbers(self, metric: Metric, values: Tensor) -> Numbers:
+        """What is reported of `values` `[cell, prompt]`."""
+        return numbers(metric, values, self.ends(metric), self._is_together(metric))
+
+    def ends(self, metric: Metric) -> Ends | None:
+        """The metric in the two worlds between which it is normalised, if it is."""
+        if metric.zero is None or metric.one is None:
+            return None
+        zero, one = (self._unpatched(metric, world) for world in (metric.zero, metric.one))
+        return Ends(zero[0], one[0])
+
+    def _unpatched(self, metric: Metric, world: str) -> Tensor:
+        """`[1, prompt]`: the metric in a plain run."""
+        return self.per_prompt(metric.expression, self.logits(self.of_world(world)))
+
+    def _is_together(self, metric: Metric) -> bool:
+        """Whether a part of the metric is one number for all prompts."""
+        return any(isinstance(x, Called) and x.name in self._of_all_prompts for x in leaves(metric.expression))

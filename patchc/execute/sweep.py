@@ -1,5 +1,4 @@
-"""Runs a program: the plain runs that it needs, then its passes; gives a mean and a standard error a cell and
-metric."""
+"""Runs a program: the plain runs that it needs, then its passes; gives each metric's numbers, cell by cell."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from patchc.diagnostics import RULES
 from patchc.execute.base import PlainRun, run_world
 from patchc.execute.readout import UNEMBED_ROWS, MetricFunction, Readout
+from patchc.execute.statistics import Numbers
 from patchc.execute.stored import Stored
 from patchc.execute.walk import Walk
 from patchc.ir.experiment import Metric
@@ -23,13 +23,12 @@ SAME_ENDS = RULES.add("equal-ends", "a normalised metric has the same value at b
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Numbers by cell, float64. `baselines[metric][world]`: the plain runs' numbers, normalised where the metric is;
-    `ends`: for a normalised metric the distance of its two ends; `silent`: cells whose values came out as the base
-    run's own to the bit."""
+    """Numbers by metric, float64. `unpatched[metric][world]`: those of the plain runs, as one cell; `ends`: for a
+    normalised metric the distance of its two ends; `silent`: cells whose values came out as the base run's own to the
+    bit."""
 
-    mean: dict[str, Tensor]
-    stderr: dict[str, Tensor]
-    baselines: dict[str, dict[str, float]]
+    numbers: dict[str, Numbers]
+    unpatched: dict[str, dict[str, Numbers]]
     ends: dict[str, float] = field(default_factory=dict[str, float])
     silent: tuple[int, ...] = ()
 
@@ -98,22 +97,21 @@ class Sweep:
                 )
 
     def _outcome(self, values: dict[str, Tensor], silent: tuple[int, ...]) -> Outcome:
-        mean: dict[str, Tensor] = {}
-        stderr: dict[str, Tensor] = {}
         metrics = self.program.experiment.metrics
-        ends = {m.name: end for m in metrics if (end := self._ends(m)) is not None}
-        for metric in metrics:
-            summary = self.readout.summary(metric, values[metric.name])
-            mean[metric.name], stderr[metric.name] = summary.mean, summary.stderr
-        return Outcome(mean, stderr, {m.name: self._baselines(m) for m in metrics}, ends, silent)
+        ends = {m.name: end for m in metrics if (end := self._apart(m)) is not None}
+        numbers = {m.name: self.readout.numbers(m, values[m.name]) for m in metrics}
+        unpatched = {
+            m.name: {w: self.readout.numbers(m, self._of_world(m, w)) for w in self.program.worlds} for m in metrics
+        }
+        return Outcome(numbers, unpatched, ends, silent)
 
-    def _ends(self, metric: Metric) -> float | None:
+    def _apart(self, metric: Metric) -> float | None:
         """How far apart the ends of a normalised metric are; of ratios by prompt, the harmonic mean: an error of that
         size in every prompt is 1 in the mean of ratios."""
-        if metric.zero is None or metric.one is None:
+        ends = self.readout.ends(metric)
+        if ends is None:
             return None
-        zero, one = (self._world(metric, w)[0] for w in (metric.zero, metric.one))
-        apart = (one - zero) if metric.per_prompt else (one.mean() - zero.mean())
+        _, apart = ends.scale(metric.per_prompt)
         if bool((apart == 0).any()):
             raise SAME_ENDS.error(
                 f"`{metric.name}` cannot be normalised: it has the same value at `{metric.zero}` and at `{metric.one}`",
@@ -121,8 +119,6 @@ class Sweep:
             )
         return float(1 / (1 / apart.abs()).mean())
 
-    def _baselines(self, metric: Metric) -> dict[str, float]:
-        return {w: float(self.readout.summary(metric, self._world(metric, w)).mean[0]) for w in self.program.worlds}
-
-    def _world(self, metric: Metric, world: str) -> Tensor:
+    def _of_world(self, metric: Metric, world: str) -> Tensor:
+        """`[1, prompt]`, as read."""
         return self.readout.per_prompt(metric.expression, self.readout.logits(self.readout.of_world(world)))

@@ -10,7 +10,8 @@ from enum import StrEnum
 from functools import cached_property
 
 from patchc.diagnostics import Span
-from patchc.ir.paths import Path
+from patchc.ir.graph import Nodes
+from patchc.ir.paths import Path, Site
 from patchc.ir.tokens import Layout
 
 # ---- data
@@ -18,19 +19,40 @@ from patchc.ir.tokens import Layout
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One text column, tokenised: one run of the model. `ids[prompt][position]`."""
+    """One text column, tokenised: one run of the model. `ids[prompt][position]`.
+
+    A world with a `layout` of its own is of other data than the study's prompts: only means are taken from it.
+    """
 
     name: str
     ids: tuple[tuple[int, ...], ...]
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The data of a spec. All worlds of one prompt have the same length; `texts` are the first world's tokens."""
+    """The data of a spec. All worlds of one prompt have the same length; `texts` are the first world's tokens.
+
+    Where a metric reads an answer of several tokens, the layout's rows are longer than the prompts: the answer's tokens
+    but the last follow each prompt. For several such answers every prompt stands there `copies` times: row = copy *
+    `n` + prompt. `own[row]` is the length of the prompt alone (empty: the layout's lengths).
+    """
 
     layout: Layout
     worlds: tuple[World, ...]
     texts: tuple[tuple[str, ...], ...] = ()
+    copies: int = 1
+    own: tuple[int, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """How many prompts there are: what a mean is taken over."""
+        return self.layout.n_prompts // self.copies
+
+    @cached_property
+    def own_lengths(self) -> tuple[int, ...]:
+        """The length of each row's prompt, without an answer that follows it."""
+        return self.own or self.layout.lengths
 
     @cached_property
     def _worlds(self) -> dict[str, World]:
@@ -53,10 +75,40 @@ class FromWorld:
 @dataclass(frozen=True, slots=True)
 class Mean:
     """The mean of the node's value in a world's run, over its prompts at the same position; `over_positions`: over
-    every position too."""
+    every position too. With `groups` (a number for each row of the layout) only over the rows of the same group.
+
+    Tokens of an answer that follows a prompt (`Prompts.own`) count only among themselves, at the same distance from
+    the prompt's end, and not at all with `over_positions`."""
 
     world: str
     over_positions: bool = False
+    groups: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Another token's value: at token t that of `source` at token `tokens[t]`. A resampled prompt, or `clean @ noun`.
+
+    Of scores and patterns the row is another token's; its entries keep their positions."""
+
+    source: FromWorld | Mean
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Gaussian noise (mean 0), drawn anew for each site and each prompt from `seed` (`execute.noise` says how): of
+    standard deviation `std`, or with `relative` of `std` times that of the site's own numbers in the base world's
+    run (over the prompts' tokens and the site's width; of scores and patterns not allowed)."""
+
+    std: float
+    seed: int
+    relative: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """No attention: a score of minus infinity, so that the rest of the row is renormalised. Scores only, alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +124,7 @@ class Given:
     key: str
 
 
-Source = FromWorld | Mean | Itself | Given
+Source = FromWorld | Mean | Moved | Itself | Given | Noise | Blocked
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +213,37 @@ class Kl:
 
 
 @dataclass(frozen=True, slots=True)
+class Continuation:
+    """The log-probability of answers of several tokens: `answers[prompt]` are the ids one after another, and
+    `tokens[prompt]` the tokens whose logits predict them. Summed; nats."""
+
+    answers: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A place in the model that a metric reads: `site` of one node (a bit of `nodes`), a layer's attention output
+    (`nodes` are its heads and bias), or the stream below `rank`."""
+
+    nodes: Nodes
+    site: Site = Site.OUT
+    rank: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRead:
+    """A number read at a probe, at token `tokens[prompt]`: an entry of a pattern or of scores (looking at token
+    `sources[prompt]`), one neuron, or the dot product with the tensor `key` of `Study.tensors`, `[d]`."""
+
+    probe: Probe
+    tokens: tuple[int, ...]
+    sources: tuple[int, ...] = ()
+    neuron: int = -1
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Called:
     """A Python function of the logits `[prompt, pos, d_vocab]` that gives a number, or one a prompt."""
 
@@ -190,13 +273,25 @@ class Quotient:
     under: Expression
 
 
-Expression = Read | Kl | Called | Constant | Sum | Product | Quotient
+Leaf = Read | Continuation | Kl | NodeRead | Called
+"""What an expression reads from a run."""
+Expression = Leaf | Constant | Sum | Product | Quotient
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A bootstrap interval over prompts (percentiles of `resamples` draws with replacement) that holds `level` of
+    them, e.g. 0.95. A ratio of means is computed anew in each draw, its ends included."""
+
+    level: float
+    seed: int = 0
+    resamples: int = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A measured number. With `zero` and `one` it is normalised: 0 at the run of world `zero`, 1 at that of `one`, as
-    the ratio of means, or the mean of ratios where `per_prompt`."""
+    the ratio of means, or the mean of ratios where `per_prompt`. `unit`: logits, nats, ..., None where it has none."""
 
     name: str
     expression: Expression
@@ -204,6 +299,8 @@ class Metric:
     one: str | None = None
     per_prompt: bool = False
     span: Span | None = field(default=None, compare=False)
+    interval: Interval | None = None
+    unit: str | None = None
 
 
 # ---- experiments
@@ -211,13 +308,17 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """`metric` of the cells at `indices` (every cell named) compares so with `bound`."""
+    """`metric` of the cells at `indices` (every cell named) compares so with `bound`; `==` allows `tolerance` where it
+    is given. With `op` "includes" instead: every cell named is among the `top` cells whose numbers are farthest from
+    the unpatched run's."""
 
     metric: str
     indices: tuple[tuple[int, ...], ...]
     op: str
     bound: float
     span: Span | None = field(default=None, compare=False)
+    tolerance: float | None = None
+    top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +331,8 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Show:
-    """Draw the results as `kind` (`heatmap`) into a picture beside the spec, or into `path`."""
+    """Draw the results as `kind` (heatmap, bar, line) into a picture beside the spec, or into `path`; a `table` is
+    written to the terminal, or into `path`."""
 
     kind: str
     path: str | None = None
@@ -238,9 +340,19 @@ class Show:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptDim:
+    """A dim over prompts, which needs no cells of its own: it shows each prompt's number instead of their mean. It
+    stands before dim number `axis` of the experiment's own; `prompts` are those shown, and its coordinates."""
+
+    axis: int
+    name: str
+    prompts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Experiment:
     """One experiment: its cells run on world `run`, each with its own patches; a sweep's pairs that are no edge have no
-    cell."""
+    cell. `dims` and cells' indices are without `by_prompt`; the indices of expectations are with it."""
 
     name: str
     title: str | None
@@ -252,6 +364,7 @@ class Experiment:
     saves: tuple[Save, ...] = ()
     shows: tuple[Show, ...] = ()
     span: Span | None = field(default=None, compare=False)
+    by_prompt: PromptDim | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -276,3 +389,6 @@ class Study:
     experiments: tuple[Experiment, ...]
     tensors: tuple[tuple[str, str], ...] = ()
     """(key of `Given`, where it came from: `file.safetensors#key`, or `python`)."""
+    seeds: tuple[tuple[str, int], ...] = ()
+    """(what is random, its seed) of everything random that the spec names, each once: `resample`, `noise`,
+    `interval`."""

@@ -26,6 +26,15 @@ class Site(StrEnum):
     Q = "q"
     K = "k"
     V = "v"
+    SCORES = "scores"
+    """A head's attention scores before the softmax, entry by entry: `Step.tokens` ask, `Step.sources` are looked at.
+    What the mask hides stays hidden."""
+    PATTERN = "pattern"
+    """The same after the softmax; what is left of a row is not renormalised."""
+    IN = "in"
+    """What an MLP reads: the stream before its norm."""
+    POST = "post"
+    """An MLP's neurons (`Step.neurons`) after the activation, as its output matrix reads them."""
     ATTN_OUT = "attn_out"
     """A layer's whole attention output, its bias included; the step's nodes are the layer's heads and bias."""
     STREAM = "stream"
@@ -55,11 +64,15 @@ class Edges:
 class Step:
     """One step: any of `nodes`.
 
-    As the first step of a path: the value replaces `site` of the nodes, at `tokens`.
+    As the first step of a path: the value replaces `site` of the nodes, at `tokens`; of scores and patterns only the
+    entries that look at `sources`, of an MLP's neurons only `neurons` (bits; -1: every).
     As a later step: the path enters the node by one of `ports` (bits; heads only), and the edge into it is taken at
     `tokens`, the positions at which the port reads the stream (q: asking; k and v: looked at).
     `via` restricts the edge that leaves the node towards the reader above it. A node with bit `graph.logits.id` in
     `nodes` is the logits.
+    As the last step: the logits, or where a metric reads (`experiment.Probe`): a node, entered as a later step is, or
+    with `site` STREAM the stream below `rank`, which is read at `tokens`. A path of one step alone starts and ends
+    there: the metric reads the value that was put in.
     """
 
     nodes: Nodes
@@ -68,6 +81,8 @@ class Step:
     via: Edges | None = None
     site: Site = Site.OUT
     rank: int = -1
+    sources: Tokens = EVERYWHERE
+    neurons: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,8 +268,14 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     def freeze(self, meta: Meta, c: Children) -> tree.Freeze:
         return tree.Freeze(tuple(c), span=self._at(meta))
 
+    def alias(self, meta: Meta, c: Children) -> tuple[str, tree.Name]:
+        return "alias", c[0]
+
+    def interval(self, meta: Meta, c: Children) -> tuple[str, tree.Interval]:
+        return "interval", tree.Interval(c[0], tuple(c[1:]), span=self._at(meta))
+
     def measured(self, meta: Meta, c: Children) -> tree.Measured:
-        return tree.Measured(*c, span=self._at(meta))
+        return tree.Measured(c[0], **dict(c[1:]), span=self._at(meta))
 
     def measure(self, meta: Meta, c: Children) -> tree.Measure:
         return tree.Measure(tuple(c), span=self._at(meta))
@@ -281,7 +287,16 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
         return tree.Prune(c[0], _comparison(c[1]), c[2], span=self._at(meta))
 
     def expect(self, meta: Meta, c: Children) -> tree.Expect:
-        return tree.Expect(c[0], tuple(c[1:-2]), _comparison(c[-2]), c[-1], span=self._at(meta))
+        *parts, within = c if isinstance(c[-1], tuple) else (*c, (None, None))
+        return tree.Expect(
+            parts[0], tuple(parts[1:-2]), _comparison(parts[-2]), parts[-1], within[1], span=self._at(meta)
+        )
+
+    def tolerance(self, meta: Meta, c: Children) -> tuple[str, tree.Number | tree.Parameter]:
+        return "tolerance", c[0]
+
+    def expect_top(self, meta: Meta, c: Children) -> tree.ExpectTop:
+        return tree.ExpectTop(c[0], c[1], tuple(c[2:]), span=self._at(meta))
 
     def show(self, meta: Meta, c: Children) -> tree.Show:
         return tree.Show(*c, span=self._at(meta))

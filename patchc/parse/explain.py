@@ -168,8 +168,9 @@ def _missing_with(s: Situation, source: Source) -> Mistake | None:
 def _missing_word(s: Situation, source: Source) -> Mistake | None:
     """The one word that a statement needs between two parts, and that is not there."""
     needed = {
-        "EQUAL": "`=`", "IN": "`in`", "TO": "`to` and a world", "TOP": "`top`", "BY": "`by` and a metric",
-        "COMPARE": "a comparison (`<`, `>`, `<=`, `>=`, `==`)",
+        "EQUAL": "`=`", "IN": "`in`", "TO": "`to` and a world",
+        "COMPARE": "a comparison (`<`, `>`, `<=`, `>=`, `==`)", "TOP": "`top`", "BY": "`by` and a metric",
+        "INTERVAL": "`interval` and a level", "INCLUDES": "`includes` and a cell",
     }  # fmt: skip
     forms = {
         "METRIC": "`metric diff = logit(answer) - logit(wrong)`",

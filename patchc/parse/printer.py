@@ -87,7 +87,7 @@ def _clause(item: tree.Clause) -> str:
             return "freeze " + _joined(map(_name, what))
         case tree.Measure(items):
             return "measure " + _joined(map(_measured, items))
-        case tree.Keep() | tree.Prune() | tree.Expect():
+        case tree.Keep() | tree.Prune() | tree.Expect() | tree.ExpectTop():
             return _selection(item)
         case tree.Show(kind, file):
             return f"show {_name(kind)}" + (f" {_literal(file)}" if file is not None else "")
@@ -96,16 +96,19 @@ def _clause(item: tree.Clause) -> str:
     assert_never(item)
 
 
-def _selection(item: tree.Keep | tree.Prune | tree.Expect) -> str:
+def _selection(item: tree.Keep | tree.Prune | tree.Expect | tree.ExpectTop) -> str:
     """The clauses that judge the results."""
     match item:
         case tree.Keep(top, by):
             return f"keep top {_literal(top)} by {_name(by)}"
         case tree.Prune(metric, op, bound):
             return f"prune {_name(metric)} {op} {_value(bound)}"
-        case tree.Expect(metric, at, op, bound):
+        case tree.Expect(metric, at, op, bound, tolerance):
             where = f" at {_joined(map(_coordinate, at))}" if at else ""
-            return f"expect {_name(metric)}{where} {op} {_value(bound)}"
+            within = f" within {_literal(tolerance)}" if tolerance is not None else ""
+            return f"expect {_name(metric)}{where} {op} {_value(bound)}{within}"
+        case tree.ExpectTop(metric, top, cells):
+            return f"expect {_name(metric)} top({_literal(top)}) includes {_joined(map(_coordinate, cells))}"
 
 
 def _binding(binding: tree.Binding) -> str:
@@ -117,7 +120,11 @@ def _binding(binding: tree.Binding) -> str:
 
 
 def _measured(item: tree.Measured) -> str:
-    return _value(item.value) + (f" as {_name(item.alias)}" if item.alias is not None else "")
+    alias = f" as {_name(item.alias)}" if item.alias is not None else ""
+    if item.interval is None:
+        return _value(item.value) + alias
+    options = "".join(f" {_option(o)}" for o in item.interval.options)
+    return f"{_value(item.value)}{alias} with interval {_literal(item.interval.level)}{options}"
 
 
 def _target(target: tree.Target) -> str:

@@ -15,7 +15,7 @@ CLAUSES = frozenset(
     {"FOR", "RUN", "PATCH", "ATTRIBUTE", "FREEZE", "MEASURE", "KEEP", "PRUNE", "EXPECT", "SHOW", "SAVE"}
 )
 TARGETS = frozenset({"NODE", "EDGE", "PATH", "ALL"})
-CONNECTIVES = frozenset({"WITH", "AS", "FROM", "TO", "IN", "BY", "PER", "AT", "EXCEPT", "TOP", "FIRST", "LAST"})
+CONNECTIVES = frozenset("WITH AS FROM TO IN BY PER AT EXCEPT TOP FIRST LAST INTERVAL WITHIN INCLUDES".split())
 RESERVED = STATEMENTS | CLAUSES | TARGETS | CONNECTIVES
 """Every reserved word's terminal: the word in capitals."""
 

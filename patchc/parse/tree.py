@@ -181,11 +181,20 @@ class Freeze(Construct):
 
 
 @dataclass(frozen=True, slots=True)
+class Interval(Construct):
+    """`with interval 0.95 seed=1`: a bootstrap interval of that level."""
+
+    level: Number | Parameter
+    options: tuple[Option, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Measured(Construct):
-    """`diff`, `kl(clean) as kl`: one thing measured."""
+    """`diff`, `kl(clean) as kl`, `diff with interval 0.95`: one thing measured."""
 
     value: Value
     alias: Name | None = None
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +223,23 @@ class Prune(Construct):
 
 @dataclass(frozen=True, slots=True)
 class Expect(Construct):
-    """`expect recovered at head[3, 1], end > 0.1`; `at` gives one coordinate a loop variable, or is empty."""
+    """`expect recovered at head[3, 1], end > 0.1`, `expect diff == 3.2 within 0.1`; `at` gives one coordinate a loop
+    variable, or is empty."""
 
     metric: Name
     at: tuple[Set | Bound, ...]
     op: Comparison
     bound: Bound
+    tolerance: Number | Parameter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectTop(Construct):
+    """`expect recovered top(3) includes head[3, 1]`; `cells` gives one coordinate a loop variable."""
+
+    metric: Name
+    top: Number | Parameter
+    cells: tuple[Set | Bound, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +257,7 @@ class Save(Construct):
     file: Text | Parameter
 
 
-Clause = For | Run | Patch | Attribute | Freeze | Measure | Keep | Prune | Expect | Show | Save
+Clause = For | Run | Patch | Attribute | Freeze | Measure | Keep | Prune | Expect | ExpectTop | Show | Save
 
 
 @dataclass(frozen=True, slots=True)

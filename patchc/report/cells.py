@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchc.ir.experiment import Dim, Experiment
+from patchc.ir.experiment import Dim
 
 if TYPE_CHECKING:
     from patchc.report.results import Result
@@ -22,9 +22,9 @@ ROUNDING = 1e-6
 """Share of a metric's size that float32 rounding may make: no effect to show."""
 
 
-def cell_name(experiment: Experiment, index: Sequence[int]) -> str:
+def cell_name(dims: Sequence[Dim], index: Sequence[int]) -> str:
     """`layer=3, head=1`; "" where there are no dims."""
-    return ", ".join(f"{d.name}={label(d, i)}" for d, i in zip(experiment.dims, index, strict=True))
+    return ", ".join(f"{d.name}={label(d, i)}" for d, i in zip(dims, index, strict=True))
 
 
 def label(dim: Dim, i: int) -> str:
@@ -54,8 +54,12 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def with_error(result: Result, metric: str, index: tuple[int, ...]) -> str:
-    """`0.5321 ± 0.012`, or the value alone where there is no standard error."""
+    """`0.5321 [0.51, 0.55]` where the metric has an interval, else `0.5321 ± 0.012`, or the value alone where there is
+    no standard error."""
     value, error = float(result.values[metric][index]), float(result.stderr[metric][index])
+    if metric in result.low:
+        ends = (number(float(a[metric][index]), 3) for a in (result.low, result.high))
+        return f"{number(value)} [{', '.join(ends)}]"
     return number(value) + (f" ± {number(error, 2)}" if math.isfinite(error) and result.n > 1 else "")
 
 

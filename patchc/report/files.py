@@ -25,6 +25,8 @@ CANNOT_WRITE = RULES.add("cannot-write", "the system refused to write a file", e
 
 TABLES = (".json", ".csv", ".parquet")
 PICTURES = (".png", ".svg", ".pdf")
+READABLE = (".txt", ".md", ".html", ".csv")
+"""What `show table` writes."""
 
 
 def save_result(result: Result, path: Path, span: Span | None = None) -> Path:
@@ -43,12 +45,25 @@ def save_result(result: Result, path: Path, span: Span | None = None) -> Path:
     return write_whole(path, write, span)
 
 
-def save_picture(result: Result, path: Path, span: Span | None = None) -> Path:
-    """Draw a result's heatmap into a picture; returns the path."""
+def save_picture(result: Result, path: Path, span: Span | None = None, kind: str = "heatmap") -> Path:
+    """Draw a result into a picture; returns the path."""
     _check_suffix(path, PICTURES, "pictures", span)
-    from patchc.report.heatmap import write_picture
+    from patchc.report.pictures import write_picture
 
-    return write_whole(path, lambda target: write_picture(result, target), span)
+    return write_whole(path, lambda target: write_picture(result, target, kind), span)
+
+
+def save_table(result: Result, path: Path, span: Span | None = None) -> Path:
+    """Write every cell's numbers as a table for people; returns the path."""
+    _check_suffix(path, READABLE, "tables", span)
+    from patchc.report.tables import table_text
+
+    form = path.suffix.lower().removeprefix(".")
+    return write_whole(path, lambda target: _write_text(target, table_text(result, form)), span)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def refuse_places(places: Iterable[tuple[Path, Span | None]], inputs: Collection[Path] = ()) -> None:

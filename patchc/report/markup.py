@@ -28,7 +28,7 @@ def result_html(result: Result) -> str:
 def _table(result: Result, metric: str) -> str:
     cells: list[tuple[int, ...]] = strongest(result, metric, ROWS) if result.dims else [()]
     rows = "".join(
-        f"<tr><td>{html.escape(cell_name(result.experiment, index))}</td>"
+        f"<tr><td>{html.escape(cell_name(result.dims, index))}</td>"
         f"<td>{html.escape(with_error(result, metric, index))}</td></tr>"
         for index in cells
     )
@@ -38,7 +38,7 @@ def _table(result: Result, metric: str) -> str:
 def _picture(result: Result) -> str:
     if not result.dims or len(result.experiment.cells) > MOST_CELLS:
         return ""
-    from patchc.report.heatmap import png
+    from patchc.report.pictures import png
 
     data = base64.b64encode(png(result)).decode()
     return f'<img alt="{html.escape(result.name)}" src="data:image/png;base64,{data}">'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -14,14 +14,18 @@ from patchc.ir.experiment import Prompts
 PACKAGES = ("patchc", "torch", "transformers", "transformer-lens")
 
 
-def run_record(spec: str, prompts: Prompts, weights: str, seeds: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Hashes of the spec's text, the data as tokenised and the weights' fingerprint; versions; seeds."""
+def run_record(spec: str, prompts: Prompts, weights: str, seeds: Sequence[tuple[str, int]] = ()) -> dict[str, Any]:
+    """Hashes of the spec's text, the data as tokenised and the weights' fingerprint; versions; the seeds of what is
+    random, by what it is."""
+    by_use: dict[str, list[int]] = {}
+    for use, seed in seeds:
+        by_use.setdefault(use, []).append(seed)
     return {
         "spec": sha256(spec),
         "data": sha256(_canonical(prompts)),
         "weights": sha256(weights),
         "versions": versions(),
-        "seeds": dict(seeds or {}),
+        "seeds": by_use,
     }
 
 

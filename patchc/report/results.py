@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from patchc.diagnostics import RULES, Report, Span
-from patchc.ir.experiment import Dim, Experiment
+from patchc.ir.experiment import Dim, Experiment, PromptDim
 from patchc.report import files, markup
 from patchc.report.cells import cell_name
 
@@ -44,10 +45,12 @@ class Check:
 class Result:
     """The numbers of one experiment.
 
-    values, stderr: a metric's `[*dims]`, mean over prompts and its standard error; NaN: no cell.
+    values, stderr: a metric's `[*dims]`, mean over prompts and its standard error; NaN: no cell (or no error to tell).
+    low, high: the ends of the interval of a metric that has one. n: how many prompts each number is a mean of.
     baselines: a metric's value in each unpatched world. passes: walks over the layers that it took;
-    unfused_passes: what a forward pass a cell would have taken.
-    no_effect: cells that provably change nothing.
+    unfused_passes: what a forward pass a cell would have taken. no_effect: cells that provably change nothing.
+    prompts: the dim over prompts, where there is one; values are then a prompt's own, and `own_baselines` are the
+    metric's in the unpatched run, `[prompt]`.
     """
 
     experiment: Experiment
@@ -60,13 +63,17 @@ class Result:
     no_effect: int = 0
     check: Check | None = None
     files: list[Path] = field(default_factory=list[Path])
+    low: Mapping[str, Array] = field(default_factory=dict[str, Array])
+    high: Mapping[str, Array] = field(default_factory=dict[str, Array])
+    prompts: PromptDim | None = None
+    own_baselines: Mapping[str, Array] = field(default_factory=dict[str, Array])
 
     def __post_init__(self) -> None:
         """Bring the arrays to float64 with NaN outside the cells; `non-finite` where a cell has no number."""
-        shape, cells = self.experiment.shape, self._cells()
-        for name in ("values", "stderr"):
+        cells = self._cells()
+        for name in ("values", "stderr", "low", "high"):
             given = getattr(self, name)
-            arrays = {m: np.array(a, dtype=np.float64).reshape(shape) for m, a in given.items()}
+            arrays = {m: np.array(a, dtype=np.float64).reshape(cells.shape) for m, a in given.items()}
             for array in arrays.values():
                 array[~cells] = np.nan
             object.__setattr__(self, name, arrays)
@@ -77,14 +84,16 @@ class Result:
         cells = np.zeros(self.experiment.shape, dtype=np.bool_)
         for cell in self.experiment.cells:
             cells[cell.index] = True
-        return cells
+        if self.prompts is None:
+            return cells
+        return np.repeat(np.expand_dims(cells, self.prompts.axis), len(self.prompts.prompts), self.prompts.axis)
 
     def _refuse_non_finite(self, cells: npt.NDArray[np.bool_]) -> None:
         report = Report()
         for metric in self.experiment.metrics:
             bad = np.argwhere(cells & ~np.isfinite(self.values[metric.name]))
             if len(bad):
-                where = cell_name(self.experiment, tuple(int(i) for i in bad[0]))
+                where = cell_name(self.dims, tuple(int(i) for i in bad[0]))
                 more = f", and in {len(bad) - 1} more of {int(cells.sum())} cells" if len(bad) > 1 else ""
                 value = self.values[metric.name][tuple(bad[0])]
                 message = f"`{metric.name}` of `{self.name}` is {value}{where and f' at {where}'}{more}"
@@ -101,9 +110,19 @@ class Result:
     def name(self) -> str:
         return self.experiment.name
 
-    @property
+    @cached_property
     def dims(self) -> tuple[Dim, ...]:
-        return self.experiment.dims
+        """The experiment's dims, and that over prompts at its place."""
+        dims = self.experiment.dims
+        if self.prompts is None:
+            return dims
+        own = Dim(self.prompts.name, self.prompts.prompts)
+        return (*dims[: self.prompts.axis], own, *dims[self.prompts.axis :])
+
+    @cached_property
+    def indices(self) -> list[tuple[int, ...]]:
+        """The index of every cell along the dims, row by row."""
+        return [tuple(int(i) for i in index) for index in np.argwhere(self._cells())]
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -119,26 +138,45 @@ class Result:
         return self.baselines.get(metric, {}).get(self.experiment.run, 0.0)
 
     def effects(self, metric: str) -> Array:
-        """`[*dims]`: value minus baseline."""
-        return self.values[metric] - self.baseline(metric)
+        """`[*dims]`: value minus baseline, each prompt's minus its own where there is a dim over prompts."""
+        own = self.own_baselines.get(metric)
+        if self.prompts is None or own is None:
+            return self.values[metric] - self.baseline(metric)
+        shape = [-1 if axis == self.prompts.axis else 1 for axis in range(len(self.dims))]
+        return self.values[metric] - own[list(self.prompts.prompts)].reshape(shape)
+
+    def expected(self, metric: str) -> Array:
+        """What `expect` speaks of: the values, or their means where it was not the spec that asked for a dim over
+        prompts."""
+        if self.prompts is None or self.experiment.by_prompt is not None:
+            return self.values[metric]
+        return self.values[metric].mean(self.prompts.axis)
 
     def columns(self) -> dict[str, str]:
         """The name of each metric's column: its own, unless a dim or `n` has it."""
         taken = {d.name for d in self.dims} | {"n"}
         return {m: f"{m}_value" if m in taken else m for m in self.metrics}
 
+    def _arrays(self) -> Iterator[tuple[str, Array]]:
+        """Every array under the name of its column, a metric's together."""
+        for metric, column in self.columns().items():
+            yield column, self.values[metric]
+            yield f"{column}_stderr", self.stderr[metric]
+            if metric in self.low:
+                yield f"{column}_low", self.low[metric]
+                yield f"{column}_high", self.high[metric]
+
     # ---- other forms
 
     def to_xarray(self) -> xr.Dataset:
-        """A variable a metric, and `METRIC_stderr`; dims and coords are the experiment's, labels too."""
+        """A variable a metric, `METRIC_stderr`, and `METRIC_low` and `METRIC_high` where it has an interval; dims and
+        coords are the experiment's, labels too."""
         import xarray as xr
 
         names = tuple(d.name for d in self.dims)
         coords: dict[str, Any] = {d.name: _one_type(d.coords) for d in self.dims}
         coords |= {f"{d.name}_label": (d.name, list(d.labels)) for d in self.dims if d.labels is not None}
-        columns = self.columns()
-        variables = {columns[m]: (names, a) for m, a in self.values.items()}
-        variables |= {f"{columns[m]}_stderr": (names, a) for m, a in self.stderr.items()}
+        variables = {column: (names, array) for column, array in self._arrays()}
         baselines = {m: dict(b) for m, b in self.baselines.items()}
         return xr.Dataset(variables, coords, {"n": self.n, "baselines": baselines, "passes": self.passes})
 
@@ -148,38 +186,42 @@ class Result:
         return self.to_xarray()[self.columns()[metric]]
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row a cell: a column for each dim, each metric and its `_stderr`, and `n`."""
+        """A row a cell: a column for each dim, each array of `to_xarray`, and `n`."""
         import pandas as pd
 
-        indices = sorted({cell.index for cell in self.experiment.cells})
         frame: dict[str, Any] = {}
         for axis, dim in enumerate(self.dims):
             coords = _one_type(dim.coords)
-            frame[dim.name] = [coords[index[axis]] for index in indices]
-        for metric, column in self.columns().items():
-            frame[column] = [float(self.values[metric][index]) for index in indices]
-            frame[f"{column}_stderr"] = [float(self.stderr[metric][index]) for index in indices]
-        return pd.DataFrame({**frame, "n": [self.n] * len(indices)})
+            frame[dim.name] = [coords[index[axis]] for index in self.indices]
+        for column, array in self._arrays():
+            frame[column] = [float(array[index]) for index in self.indices]
+        return pd.DataFrame({**frame, "n": [self.n] * len(self.indices)})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: nested lists by dim, None where there is no cell, a bare number for no dims."""
+        """Plain data: nested lists by dim, None where there is no cell, a bare number for no dims. `intervals` is there
+        where a metric has one: its level, and the low and high ends in the shape of `metrics`."""
         check = self.check
+        levels = {m.name: m.interval.level for m in self.experiment.metrics if m.interval is not None}
+        intervals = {
+            m: {"level": levels[m], "low": _nested(self.low[m]), "high": _nested(self.high[m])} for m in self.low
+        }
         return {
             "dims": [d.name for d in self.dims],
             "coords": {d.name: list(d.coords) for d in self.dims},
             "metrics": {m: _nested(a) for m, a in self.values.items()},
             "stderr": {m: _nested(a) for m, a in self.stderr.items()},
+            **({"intervals": intervals} if intervals else {}),
             "n": self.n,
             "baselines": {m: dict(b) for m, b in self.baselines.items()},
             "passes": self.passes,
             "check": None if check is None else {"cells": check.cells, "max_abs_diff": check.max_abs_diff},
         }
 
-    def plot(self, metric: str | None = None) -> Figure:
-        """A heatmap of one metric, or of every one; bars where there is one dim or none."""
-        from patchc.report.heatmap import draw
+    def plot(self, metric: str | None = None, kind: str = "heatmap") -> Figure:
+        """One metric, or every one, as a `heatmap` (bars where there is one dim or none), `bar` or `line`."""
+        from patchc.report.pictures import draw
 
-        return draw(self, self.metrics if metric is None else (metric,))
+        return draw(self, self.metrics if metric is None else (metric,), kind)
 
     def save(self, path: str | Path, *, span: Span | None = None) -> Path:
         """Write to a `.json`, `.csv` or `.parquet` file, whole or not at all.

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from patchc.report.cells import label, number, passes_sentence, strongest, with_error
 from patchc.report.results import Array, Result, Results
+from patchc.report.tables import rows
 
 STRONGEST = 8
 MOST_ROWS = 32
@@ -36,6 +37,7 @@ def shown(result: Result, console: Console) -> RenderableType:
 
 def _lines(result: Result, console: Console) -> Iterator[RenderableType]:
     yield _heading(result)
+    whole = bool(result.dims) and any(show.kind == "table" and show.path is None for show in result.experiment.shows)
     for metric in result.metrics:
         if not result.dims:
             yield _one_line(result, metric)
@@ -44,7 +46,10 @@ def _lines(result: Result, console: Console) -> Iterator[RenderableType]:
         if picture is not None:
             yield Text(f"{metric}, {_axes(result)}", style="italic")
             yield picture
-        yield _strongest(result, metric)
+        if not whole:
+            yield _strongest(result, metric)
+    if whole:
+        yield _table(result)
     yield from (Text(line, style="dim") for line in _summary(result))
 
 
@@ -64,7 +69,11 @@ def _axes(result: Result) -> str:
 
 
 def _summary(result: Result) -> Iterator[str]:
-    parts = [f"{result.n} prompt{'' if result.n == 1 else 's'}", passes_sentence(result)]
+    n, each = (
+        result.n if result.prompts is None else len(result.prompts.prompts),
+        "" if result.prompts is None else "each of ",
+    )
+    parts = [f"{each}{n} prompt{'' if n == 1 else 's'}", passes_sentence(result)]
     if result.no_effect:
         parts.append(f"{result.no_effect} cell{'s' * (result.no_effect > 1)} without any possible effect")
     yield "; ".join(parts)
@@ -95,6 +104,17 @@ def _strongest(result: Result, metric: str) -> RenderableType:
         table.add_row(
             *places, Text(with_error(result, metric, index)), Text(f"{'+' * (change > 0)}{number(change, 3)}")
         )
+    return table
+
+
+def _table(result: Result) -> Table:
+    """Every cell, where the spec says `show table`."""
+    head, body = rows(result)
+    table = Table(box=None, pad_edge=True, show_edge=False, header_style="dim")
+    for name in head:
+        table.add_column(Text(name))
+    for row in body:
+        table.add_row(*map(Text, row))
     return table
 
 

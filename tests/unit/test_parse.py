@@ -45,10 +45,12 @@ experiment heads "each head, restored" {
   patch all except circuit("ioi.circuit.json") with tensor("v.safetensors", "key")
   patch all with blocked
   attribute(steps=5) edge h -> logits with zero
-  measure recovered, kl(clean) as kl
+  measure recovered with interval 0.95 seed=1, kl(clean) as kl
   keep top 200 by kl
   prune kl < ${TAU}
   expect recovered at head[3, 1], -2 > -0.1
+  expect kl == 0.2 within 0.05
+  expect recovered top(3) includes head[3, 1]
   show heatmap
   show heatmap "heads.png"
   save "heads.parquet"

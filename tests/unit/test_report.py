@@ -255,7 +255,7 @@ def test_a_variable_over_heads_is_one_axis_beside_another() -> None:
 
 
 def test_too_many_panels_are_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchc.report.heatmap.MOST_PANELS", 2)
+    monkeypatch.setattr("patchc.report.pictures.MOST_PANELS", 2)
     figure = result(experiment((LAYER, HEAD, Dim("c", (0, 1, 2)), Dim("d", (0, 1, 2))))).plot()
     assert figure.get_suptitle() == "heads (the first 2 panels; 4 more)"
 
@@ -367,12 +367,12 @@ def test_a_near_miss_shows_enough_digits() -> None:
 def test_the_record_changes_with_what_it_records() -> None:
     prompts = Prompts(Layout((2,)), (World("clean", ((1, 2),)),))
     other = Prompts(Layout((2,)), (World("clean", ((1, 3),)),))
-    record = run_record("spec", prompts, "weights", {"resample": 0})
-    assert record == run_record("spec", prompts, "weights", {"resample": 0})
+    record = run_record("spec", prompts, "weights", (("resample", 0), ("resample", 3)))
+    assert record == run_record("spec", prompts, "weights", (("resample", 0), ("resample", 3)))
     assert record["spec"] != run_record("spec ", prompts, "weights")["spec"]
     assert record["data"] != run_record("spec", other, "weights")["data"]
     assert record["weights"] != run_record("spec", prompts, "weight")["weights"]
-    assert record["seeds"] == {"resample": 0}
+    assert record["seeds"] == {"resample": [0, 3]}
     assert {"patchc", "torch", "transformers", "transformer-lens", "python"} == set(record["versions"])
     assert json.loads(json.dumps(record)) == record
 
