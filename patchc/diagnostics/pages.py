@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchc.diagnostics import RULES, Severity, meant
+from patchc.diagnostics import RULES, Severity, nearest
 
 UNKNOWN_CODE = RULES.add("unknown-code", "`patchc explain` was asked for a code that does not exist", exit=2)
 
@@ -35,7 +35,7 @@ class Page:
 def page(code: str) -> Page:
     """The page of a code; `unknown-code` where there is none."""
     if code not in codes():
-        fix = meant(code, codes()) or "`patchc explain` lists every code"
+        fix = nearest(code, codes()) or "`patchc explain` lists every code"
         raise UNKNOWN_CODE.error(f'no diagnostic has the code "{code}"', fix=fix)
     return read(FOLDER / f"{code}.md")
 

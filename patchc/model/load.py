@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from patchc.diagnostics import RULES, nearest
+from patchc.diagnostics import RULES, closest
 from patchc.ir.graph import ResidualGraph
 from patchc.model.export import export
 from patchc.model.pieces import TracedPieces
@@ -183,9 +183,9 @@ def _named(model: str | Path, options: _Options, base: Path) -> _Source:
 
 
 def _suggestion(name: str) -> str:
-    close = nearest(name, builtin_models())
-    known = ", ".join(f'"{n}"' for n in builtin_models()) or "none"
-    return f'did you mean "{close}"?' if close else f"built-in models: {known}"
+    close = closest(name, builtin_models())
+    known = ", ".join(f"`{n}`" for n in builtin_models()) or "none"
+    return f"did you mean `{close}`?" if close else f"the built-in models are {known}"
 
 
 def _directory(name: str, folder: Path, options: _Options) -> _Source:
@@ -242,9 +242,9 @@ def _native(folder: Path, config: dict[str, Any]) -> nn.Module:
 
 def _hub(name: str, options: _Options) -> _Source:
     """A model of the Hugging Face hub, from its local cache where it is there."""
-    close = nearest(name, builtin_models())
+    close = closest(name, builtin_models())
     if close and "/" not in name:
-        raise NOT_FOUND.error(f'no model is called "{name}"', fix=f'did you mean "{close}"?')
+        raise NOT_FOUND.error(f'no model is called "{name}"', fix=f"did you mean `{close}`?")
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]

@@ -48,7 +48,7 @@ def _logits(graph: ResidualGraph, span: Span | None) -> NodeSet:
 
 def _empty(span: Span | None):
     message = "no path from the input to the logits is in this circuit: its first nodes are not `input`'s"
-    return EMPTY_CIRCUIT.error(message, fix="add input, or embed", span=span)
+    return EMPTY_CIRCUIT.error(message, fix="add `input`, or `embed`", span=span)
 
 
 def _edges(part: Term, span: Span | None) -> Iterator[tuple[NodeSet, NodeSet]]:

@@ -79,9 +79,9 @@ class Experiments:
         for kind, word in ((tree.Run, "run"), (tree.Patch, "patch"), (tree.Measure, "measure")):
             if kind not in has and not (kind is tree.Patch and tree.Attribute in has):
                 fix = {
-                    "run": "run clean",
-                    "patch": "patch node head[0, 0] with corrupt",
-                    "measure": "measure kl(clean)",
+                    "run": "as in `run clean`",
+                    "patch": "as in `patch node head[0, 0] with corrupt`",
+                    "measure": "as in `measure kl(clean)`",
                 }[word]
                 self.report.add(MISSING_CLAUSE.at(node.name.span, f"experiment {name!r} has no `{word}`", fix=fix))
         runs = _clauses(node, tree.Run)
@@ -103,7 +103,7 @@ class Experiments:
                 self._check_metric(item, variables)
                 metric = self.metrics.measured(item)
                 if metric.name in {m.name for m in found}:
-                    fix = f"measure ... as {metric.name.split('(')[0]}_2"
+                    fix = f"name one of them: `as {metric.name.split('(')[0]}_2`"
                     raise NAME_CLASH.error(f"two metrics are called {metric.name!r}", fix=fix, span=item.span)
                 found.append(metric)
         return found

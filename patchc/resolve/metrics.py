@@ -68,7 +68,7 @@ class Metrics:
 
     def _normalised(self, node: tree.Normalised, name: str) -> Metric:
         if node.per is not None and node.per.text != "prompt":
-            raise WRONG_KIND.error("only `per prompt` can stand here", fix="per prompt", span=node.per.span)
+            raise WRONG_KIND.error("only `per prompt` can stand here", fix="write `per prompt`", span=node.per.span)
         zero, one = self._data.world(node.zero), self._data.world(node.one)
         if all(self._data.same(zero, one)):
             told = "one world" if zero == one else "the same text in every prompt"
@@ -145,7 +145,7 @@ class Metrics:
         argument = node.arguments[0]
         if name == "kl":
             if not isinstance(argument, tree.Ref) or argument.indices or argument.sites:
-                raise WRONG_KIND.error("kl takes a world", fix="kl(clean)", span=node.span)
+                raise WRONG_KIND.error("kl takes a world", fix="as in `kl(clean)`", span=node.span)
             return Kl(self._data.world(argument.name), self._tokens(at))
         return Read(Measure(name), self._answer(argument, name), self._tokens(at))
 

@@ -44,7 +44,7 @@ class Paths:
         """`patch node n`: `n -> any* -> logits`."""
         if not isinstance(term, NodeSet):
             raise WRONG_KIND.error(
-                "`patch node` takes nodes, and this is a path", fix="patch path", span=term.span or span
+                "`patch node` takes nodes, and this is a path", fix="a path is `patch path`", span=term.span or span
             )
         return Seq((self._start(term), self.rest, self.logits))
 
@@ -58,7 +58,7 @@ class Paths:
                 return _alt([Seq((start, *end)) for end in ends])
             case _:
                 raise NOT_AN_EDGE.error(
-                    "an edge is `a -> b`, two sets of nodes", fix="patch path", span=term.span or span
+                    "an edge is `a -> b`, two sets of nodes", fix="a path is `patch path`", span=term.span or span
                 )
 
     def _ends(self, reader: NodeSet) -> tuple[tuple[Path, ...], ...]:
@@ -100,7 +100,7 @@ class Paths:
             case Repeat():
                 message = "a path starts at the nodes whose value is replaced, not with a star"
                 raise STAR_START.error(
-                    message, fix="put those nodes first: a -> any* -> logits", span=term.span or span
+                    message, fix="put those nodes first: `a -> any* -> logits`", span=term.span or span
                 )
             case _:
                 pass
@@ -117,7 +117,8 @@ class Paths:
             case NodeSet(members) if members and all(m.nodes == self._graph.logits_set for m in members):
                 pass
             case _:
-                raise NO_LOGITS.error("a path ends at the logits", fix="... -> logits", span=term.span or span)
+                fix = "end it with `-> logits`, or with `-> any* -> logits`"
+                raise NO_LOGITS.error("a path ends at the logits", fix=fix, span=term.span or span)
 
     # ---- terms
 
@@ -176,7 +177,7 @@ class Paths:
             raise BAD_START.error("nothing starts at the logits: every path ends there", span=span)
         if member.site is Site.OUT and member.ports != QKV:
             message = f"{member.name} is what a difference left of a head's ports, and no value can enter there"
-            raise BAD_START.error(message, fix="name the sites: h.{q, k}", span=span)
+            raise BAD_START.error(message, fix="name the sites: `h.{q, k}`", span=span)
 
     def _later_steps(self, nodes: NodeSet) -> Path:
         """A step for each choice of ports and place; a head that is named port by port is joined again."""
@@ -196,7 +197,7 @@ class Paths:
             raise MID_PATH_STREAM.error(message, span=span)
         if not member.ports:
             message = f"no edge enters {member.name}: a head's ports are .q .k .v, and the head itself is all three"
-            raise NOT_A_PORT.error(message, fix=member.name.removesuffix(".z"), span=span)
+            raise NOT_A_PORT.error(message, fix=f"did you mean `{member.name.removesuffix('.z')}`?", span=span)
 
     def _cut(self, step: Path, nodes: Nodes) -> Step:
         assert isinstance(step, Step)

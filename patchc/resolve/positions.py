@@ -167,7 +167,7 @@ class Positions:
             return self._declared(declared, prompt)
         if name not in record.cells:
             message = f"prompt {prompt} has no position {name!r}"
-            raise MISSING_POSITION.error(message, fix=f"at {name} ...", span=record.where or span)
+            raise MISSING_POSITION.error(message, fix=f"add `at {name} ...` to its `data`", span=record.where or span)
         return self._from_cell(self._data.cell(prompt, name, span), name, prompt, record.span(name) or span)
 
     def _declared(self, declared: tree.Position, prompt: int) -> OnePrompt:
@@ -211,7 +211,7 @@ class Positions:
             case _:
                 pass
         message = f"{name!r} is used as a position, and prompt {prompt} has {cell!r}"
-        raise WRONG_KIND.error(message, fix="an index, [first, last], or a text", span=span)
+        raise WRONG_KIND.error(message, fix="give an index, `[first, last]`, or a text", span=span)
 
     def _column_text(self, column: tree.Name, prompt: int) -> str:
         if column.text not in self._data.columns:
@@ -232,7 +232,8 @@ class Positions:
             raise self._not_found(text, prompt, span)
         if which is None and len(found) > 1:
             message = f'"{text}" stands {len(found)} times in prompt {prompt}: say `first` or `last`'
-            raise AMBIGUOUS_POSITION.error(message, fix=f"{named or repr(text)} last".replace("'", '"'), span=span)
+            said = named or f'"{text}"'
+            raise AMBIGUOUS_POSITION.error(message, fix=f"write `{said} last`, or `{said} first`", span=span)
         return found[-1] if which == "last" else found[0]
 
     def _occurrences(self, text: str, prompt: int, of_column: bool) -> list[OnePrompt]:
@@ -251,7 +252,7 @@ class Positions:
 
     def _not_found(self, text: str, prompt: int, span: Span | None) -> PatchcError:
         other = text[1:] if text.startswith(" ") else " " + text
-        fix = f'"{other}"' if self._occurrences(other, prompt, False) else None
+        fix = f'did you mean `"{other}"`?' if self._occurrences(other, prompt, False) else None
         column = self._data.text_column
         listed = self._data.encoder.listed(self._data.text_ids[prompt])
         message = f'"{text}" is not among the tokens of {column!r} in prompt {prompt}: {listed}'

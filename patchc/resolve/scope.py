@@ -82,7 +82,7 @@ class Scope:
         """The diagnostic for taking a name that is taken, or None."""
         if name in BUILT_IN:
             message = f"{name!r} cannot name {kind}: the language has it as {BUILT_IN[name]}"
-            return NAME_CLASH.at(span, message, fix=f"another name, such as {name}_")
+            return NAME_CLASH.at(span, message, fix=f"choose another name, such as `{name}_`")
         other = self.names.get(name)
         if other is None:
             return None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
 
-from patchc.diagnostics import RULES, Span, nearest
+from patchc.diagnostics import RULES, Span, closest
 from patchc.ir.bits import bits
 from patchc.ir.graph import PORTS, BlockKind, Kind, ResidualGraph
 from patchc.ir.paths import Site
@@ -119,7 +119,7 @@ class Selectors:
         rank = self._stream_rank(name, layer)
         if rank is None:
             message = f"no resid_mid[{layer}]: its attention and its MLP do not stand one after the other"
-            raise UNKNOWN_NODE.error(message, fix=f"resid_pre[{layer}] or resid_post[{layer}]", span=span)
+            raise UNKNOWN_NODE.error(message, fix=f"write `resid_pre[{layer}]` or `resid_post[{layer}]`", span=span)
         return Member(f"{name}[{layer}]", self._graph.below(rank), Site.STREAM, 0, rank=rank)
 
     def _stream_rank(self, name: str, layer: int) -> int | None:
@@ -154,9 +154,9 @@ class Selectors:
         if name.text in LATER_SITES:
             raise NOT_SUPPORTED_YET.error(f".{name.text} is not supported yet; a head has .q .k .v .z", span=site.span)
         if name.text not in HEAD_SITES:
-            meant = nearest(name.text, (*HEAD_SITES, *LATER_SITES))
+            meant = closest(name.text, (*HEAD_SITES, *LATER_SITES))
             message = f"no site .{name.text}: a head has .q .k .v .z"
-            raise UNKNOWN_SITE.error(message, fix=f".{meant}" if meant else None, span=name.span)
+            raise UNKNOWN_SITE.error(message, fix=f"did you mean `.{meant}`?" if meant else None, span=name.span)
         if site.indices:
             raise UNKNOWN_SITE.error(f".{name.text} takes no index", span=site.span)
         return name.text

@@ -164,7 +164,7 @@ class Sets:
             return self._selectors.at_sites(self._selectors.select(node, env), node.sites, node.span)
         if name in NUMBER_DOMAINS:
             message = f"{name!r} are numbers to range over (`for l in {name}`), not nodes"
-            raise WRONG_KIND.error(message, fix="head" if name == "heads" else None, span=node.span)
+            raise WRONG_KIND.error(message, fix="did you mean `head`?" if name == "heads" else None, span=node.span)
         known = [*(n for n, b in env.items() if isinstance(b, TERMS)), *self._scope.lets, *NODE_NAMES]
         raise self._scope.not_a("a set of nodes", node.name, known)
 
@@ -184,7 +184,7 @@ class Sets:
         if let.parameters:
             takes = ", ".join(p.text for p in let.parameters)
             raise ARGUMENT_COUNT.error(
-                f"{let.name.text!r} takes {takes}", fix=f"{let.name.text}({takes})", span=name.span
+                f"{let.name.text!r} takes {takes}", fix=f"write `{let.name.text}({takes})`", span=name.span
             )
         return self._inside(let, name, NO_LOCALS)
 

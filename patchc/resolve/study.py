@@ -115,7 +115,7 @@ class _Study:
         statements = [i for i in spec.items if isinstance(i, tree.Data)]
         records = read_records(statements, scope, base, data)
         if not statements and data is None:
-            fix = 'data { clean "..." corrupt "..." }'
+            fix = 'as in `data { clean "..." corrupt "..." }`'
             self.report.add(EMPTY_DATA.at(spec.span, "the spec has no data", fix=fix))
         self.dataset = Dataset(records, encoder, graph, scope, set(_runs(spec)))
         self._declare_data()

@@ -46,7 +46,7 @@ class Values:
         found = self._linear(node, env, run)
         if found.number is not None:
             message = f"this is the number {found.number:g}; a value is a world, a mean, a tensor, self or zero"
-            raise NOT_LINEAR.error(message, fix="zero" if found.number == 0 else None, span=node.span)
+            raise NOT_LINEAR.error(message, fix="write `zero`" if found.number == 0 else None, span=node.span)
         return Value(_merged(found.terms))
 
     # ---- arithmetic
@@ -163,7 +163,7 @@ class Values:
         texts = [a.text for a in node.arguments if isinstance(a, tree.Text)]
         if len(texts) != len(node.arguments) or len(texts) not in (1, 2):
             message = "tensor takes a safetensors file and a key, or the name of a tensor given in Python"
-            raise WRONG_KIND.error(message, fix='tensor("v.safetensors", "key")', span=node.span)
+            raise WRONG_KIND.error(message, fix='as in `tensor("v.safetensors", "key")`', span=node.span)
         if len(texts) == 1:
             return Given(self._tensors.from_python(texts[0], node.span))
         return Given(self._tensors.from_file(texts[0], texts[1], node.span))

@@ -98,7 +98,8 @@ def _hooks_two_values(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
 
 def _hooks_edges_from_stream(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
     f = Fixture("native")
-    start = Step(f.graph.below(3), via=Edges(()), site=Site.STREAM, rank=3)
+    nodes = f.graph.below(3)
+    start = Step(nodes, via=Edges((((f.graph.logits.id, -1), nodes),)), site=Site.STREAM, rank=3)
     return _raised(lambda: f.logits(Patch(Seq((start, Step(f.graph.logits_set))), ZERO)))
 
 

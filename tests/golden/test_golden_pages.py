@@ -21,7 +21,10 @@ from patchc import api
 from patchc.diagnostics import RULES, PatchcError, Rule
 from patchc.diagnostics.pages import FOLDER, Page, codes, page, read
 from patchc.diagnostics.render import render
+from patchc.resources import builtin_model, builtin_models
 
+HELP = " = help: "
+MODELS = next(p.parent for n in builtin_models() if (p := builtin_model(n)))
 LONGEST = 60
 """Lines of a page: what is longer is not read."""
 
@@ -64,7 +67,9 @@ def test_the_wrong_example_gives_the_code(
     lay_out(parts)
     text, given = _wrong(found, capsys)
     assert set(given) == {code}, f"the wrong example of {code} gives {given}:\n{text}"
-    text = text.replace(str(folder), "/home/me")
+    text = text.replace(str(folder), "/home/me").replace(str(MODELS), "/home/me/models")
+    unsaid = [line for line in text.splitlines() if HELP in line and "`" not in line and len(line.split()) < 5]
+    assert not unsaid, f"a fix is a phrase, and what is to be pasted stands in backticks: {unsaid}"
     if pytestconfig.getoption("--regenerate"):
         (FOLDER / f"{code}.md").write_text(with_text(found, text), encoding="utf-8")
         return

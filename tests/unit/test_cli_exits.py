@@ -172,5 +172,5 @@ def test_an_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr("patchc.pipeline.execute", interrupted)
     ran = run("run", spec(MODEL, DATA, SAVING))
-    assert (ran.exit, ran.out, ran.err.strip()) == (130, "", "interrupted")
+    assert (ran.exit, ran.out, ran.err.strip()) == (130, "", "error[interrupted]: interrupted")
     assert [p.name for p in tmp_path.iterdir()] == ["a.patch"]
