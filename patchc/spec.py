@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from patchc.diagnostics import RULES, Source
+from patchc.diagnostics import RULES, PatchcError, Source, Span
 
 MISSING_SPEC = RULES.add("missing-spec", "the spec file is not there or cannot be read")
+NOT_TEXT = RULES.add("not-utf8", "a file is not text in UTF-8")
 
 
 def read_spec(spec: str | Path) -> tuple[Source, Path]:
@@ -20,4 +21,11 @@ def read_spec(spec: str | Path) -> tuple[Source, Path]:
     except OSError as error:
         raise MISSING_SPEC.error(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise MISSING_SPEC.error(f"{path} is not UTF-8 text: byte {error.start} ({error.reason})") from None
+        raise not_text(str(path), error) from None
+
+
+def not_text(name: str, error: UnicodeDecodeError, span: Span | None = None) -> PatchcError:
+    """The error for a file that cannot be decoded, with the line and the byte at which it stops being UTF-8."""
+    line = error.object.count(b"\n", 0, error.start) + 1
+    message = f"{name} is not UTF-8 text: line {line} has the byte 0x{error.object[error.start]:02X}"
+    return NOT_TEXT.error(message, fix="save it in the encoding UTF-8", span=span)

@@ -21,12 +21,13 @@ class Encoder:
     """A tokenizer and what the spec asks of it.
 
     `bos`: None for what the tokenizer does by default, True for its BOS token in front of the text, False for
-    none.
+    none. `model`: where the spec names the model, for what is wrong with its tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, bos: bool | None = None):
+    def __init__(self, tokenizer: Any, bos: bool | None = None, model: Span | None = None):
         self._tokenizer = tokenizer
         self._bos = bos
+        self._model = model
         self._known: dict[tuple[str, bool], Ids] = {}
         self._shown: dict[int, str] = {}
 
@@ -43,7 +44,10 @@ class Encoder:
         if not self._bos:
             return self._ids(text, False, span)
         if self.bos is None:
-            raise NO_BOS.error("bos=true, but the tokenizer has no beginning-of-sequence token", span=span)
+            message = "bos=true, but the model's tokenizer has no beginning-of-sequence token"
+            raise NO_BOS.error(
+                message, fix="leave `bos` out: the tokenizer does what the model knows", span=self._model
+            )
         return (self.bos, *self._ids(text, False, span))
 
     def piece(self, text: str, span: Span | None) -> Ids:
@@ -79,7 +83,8 @@ class Encoder:
 
     def _encode(self, text: str, special: bool, span: Span | None) -> Ids:
         if self._tokenizer is None:
-            raise NO_TOKENIZER.error(f"the model has no tokenizer to read {text!r}; give token ids", span=span)
+            fix = "give it one, `patchc.load(module, tokenizer=...)`, or write token ids into the data"
+            raise NO_TOKENIZER.error("the model has no tokenizer to read texts", fix=fix, span=self._model)
         ids = self._call(text, special)
         if ids is not None and not self._has_unknown(text):
             return ids

@@ -8,7 +8,8 @@ there is one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from patchc.diagnostics import RULES, Diagnostic
 from patchc.ir.bits import bitset
@@ -72,10 +73,10 @@ class Legality:
             case NodeSet():
                 return self._enter(term, after, before)
             case Chain(parts):
-                for part in parts:
+                for i, part in enumerate(parts):
                     after, fault = self._walk(part, after, before)
                     if fault:
-                        return after, fault
+                        return after, replace(fault, fix=fault.fix or self._turned(parts[i - 1 : i + 1]))
                     before = before if isinstance(part, Repeat) else self._label(part)
                 return after, None
             case Either(parts):
@@ -85,6 +86,14 @@ class Legality:
                 return after, None
             case Ready():
                 return self._graph.top, None
+
+    def _turned(self, steps: Sequence[Term]) -> str | None:
+        """The fix for two nodes that stand the wrong way round."""
+        sets = [step for step in steps if isinstance(step, NodeSet) and len(step.members) == 1]
+        if len(sets) < 2 or self._walk(Chain(tuple(reversed(sets))), -1, "")[1]:
+            return None
+        reader, writer = (step.label.partition(".")[0] for step in sets)
+        return f"did you mean `{writer} -> {reader}`?"
 
     def _enter(self, nodes: NodeSet, after: int, before: str) -> tuple[int, Diagnostic | None]:
         if not nodes.members:

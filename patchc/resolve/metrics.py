@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from patchc.diagnostics import RULES, nearest
+from patchc.diagnostics import RULES, PatchcError, nearest
 from patchc.ir.experiment import (
     Called,
     Constant,
@@ -45,6 +45,8 @@ class Metrics:
         self._positions = positions
         self._answers = AnswerReader(dataset)
         self._open: list[str] = []
+        self._circles: list[set[str]] = []
+        """Metrics that are defined by one another, which has been reported."""
 
     def measured(self, node: tree.Measured) -> Metric:
         """One thing of a `measure` clause, under its alias, its own name or the text as written."""
@@ -187,7 +189,11 @@ class Metrics:
 
     def _opened(self, name: tree.Name) -> _Opened:
         if name.text in self._open:
-            chain = " -> ".join([*self._open[self._open.index(name.text) :], name.text])
+            circle = self._open[self._open.index(name.text) :]
+            if set(circle) in self._circles:
+                raise PatchcError(())
+            self._circles.append(set(circle))
+            chain = " -> ".join([*circle, name.text])
             raise RECURSIVE_METRIC.error(f"{name.text!r} is defined by itself ({chain})", span=name.span)
         return _Opened(self._open, name.text)
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source, Span
 from patchc.parse import tree
 from patchc.resolve.scope import NAME_CLASH, WRONG_KIND, Scope, collecting
+from patchc.spec import not_text
 
 MISSING_FILE = RULES.add("missing-file", "a file that the spec names is not there or cannot be read")
 BAD_JSON = RULES.add("bad-json", "a line of a jsonl file is not a JSON object")
@@ -65,6 +66,9 @@ def _of_statement(statement: tree.Data, scope: Scope, base: Path) -> list[Record
     cells, spans = _columns(statement, scope)
     positions = {f.name.text: f for f in statement.fields if isinstance(f, tree.Position)}
     if statement.file is None:
+        if not any(isinstance(f, tree.Column) for f in statement.fields):
+            fix = 'as in `data { clean "..." corrupt "..." }`'
+            raise EMPTY_DATA.error("this data block has no column, and names no file", fix=fix, span=statement.span)
         return [Record(cells, positions, statement.span, spans)]
     rows = _slice(_read_jsonl(statement.file, scope, base), statement, scope)
     return [Record({**row, **cells}, positions, where, spans) for row, where in rows]
@@ -118,11 +122,11 @@ def _read_jsonl(file: tree.Text | tree.Parameter, scope: Scope, base: Path) -> l
 
 
 def read_text(path: Path, name: str, span: Span | None) -> str:
-    """A file's text, or `missing-file` with the reason."""
+    """A file's text, or `missing-file` or `not-utf8` with the reason."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MISSING_FILE.error(f"{name} is not text in UTF-8 (byte {error.start})", span=span) from None
+        raise not_text(name, error, span) from None
     except OSError as error:
         raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
 

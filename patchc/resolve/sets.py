@@ -66,6 +66,8 @@ class Sets:
         self._names: dict[int, tuple[str, ...]] = {}
         self._memo: dict[tuple[int, ...], tuple[Term, tuple[Any, ...]]] = {}
         self._open: list[str] = []
+        self._circles: list[set[str]] = []
+        """Lets that are defined by one another, which has been reported."""
 
     def term(self, node: tree.Set, env: Env) -> Term:
         """What an expression stands for."""
@@ -190,7 +192,11 @@ class Sets:
 
     def _inside(self, let: tree.Let, name: tree.Name, env: Env) -> Term:
         if let.name.text in self._open:
-            chain = " -> ".join([*self._open[self._open.index(let.name.text) :], let.name.text])
+            circle = self._open[self._open.index(let.name.text) :]
+            if set(circle) in self._circles:
+                raise PatchcError(())
+            self._circles.append(set(circle))
+            chain = " -> ".join([*circle, let.name.text])
             raise RECURSIVE_LET.error(f"{let.name.text!r} is defined by itself ({chain})", span=name.span)
         self._open.append(let.name.text)
         try:

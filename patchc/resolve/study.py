@@ -73,7 +73,7 @@ def resolve(
         report.add(missing_model(spec).diagnostics[0].at(_start(source)))
     if bos is None and chosen is not None:
         bos = next((bool(value) for name, value in chosen.options if name == "bos"), None)
-    study = _Study(spec, graph, Encoder(tokenizer, bos), scope, base, data, tensors or {}, metrics)
+    study = _Study(spec, graph, Encoder(tokenizer, bos, _model(spec)), scope, base, data, tensors or {}, metrics)
     experiments = study.experiments(source)
     if report.has_errors:
         raise PatchcError(_in_order(report.diagnostics, source))
@@ -90,6 +90,11 @@ def _in_order(diagnostics: Sequence[Diagnostic], source: Source) -> list[Diagnos
         return d.span.start if d.span is not None and d.span.source == source else -1
 
     return sorted(diagnostics, key=start)
+
+
+def _model(spec: tree.Spec) -> Span | None:
+    """Where the spec names its model."""
+    return next((item.span for item in spec.items if isinstance(item, tree.Model)), None)
 
 
 def _start(source: Source) -> Span:

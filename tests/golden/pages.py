@@ -15,11 +15,15 @@ from pathlib import Path
 
 import pytest
 
-import patchc
+from patchc import api
 from patchc.cli import main
 from patchc.diagnostics import Diagnostic, PatchcError, Severity
 from patchc.diagnostics.pages import Page
 from patchc.diagnostics.render import render
+from patchc.parse import parse
+from patchc.report.expects import failed_expects
+from patchc.resolve import model_choice
+from patchc.spec import read_spec
 
 NAME = "example.patch"
 STANDARD = {
@@ -83,19 +87,12 @@ def outcome(block: Block) -> tuple[Diagnostic, ...]:
 
 
 def _of_spec(block: Block) -> Iterator[Diagnostic]:
-    from patchc import cli
-
     Path(NAME).write_text(completed(block.body) if "whole" not in block.info else block.body, encoding="utf-8")
-    if "run" not in block.info:
-        yield from cli._checked(Path(NAME), {})
-        return
-    choice, base = cli._parsed(Path(NAME))
-    compiled = patchc.api.load(choice, base=base).compile(Path(NAME))
-    results = compiled.run(progress=False)
+    source, base = read_spec(Path(NAME))
+    compiled = api.load(model_choice(parse(source)), base=base).compile(Path(NAME))
+    compiled.check_files()
     yield from compiled.warnings
-    from patchc.report.expects import failed_expects
-
-    for result in results.values():
+    for result in compiled.run(progress=False).values() if "run" in block.info else ():
         yield from failed_expects(result)
 
 

@@ -10,14 +10,12 @@ import importlib
 import pkgutil
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pages import blocks, has_errors, lay_out, outcome, printed, with_text
 from provoked import PROVOKED
 
 import patchc
-from patchc import api
 from patchc.diagnostics import RULES, PatchcError, Rule
 from patchc.diagnostics.pages import FOLDER, Page, codes, page, read
 from patchc.diagnostics.render import render
@@ -35,27 +33,6 @@ def rules() -> dict[str, Rule]:
     for module in pkgutil.walk_packages(patchc.__path__, "patchc."):
         importlib.import_module(module.name)
     return RULES.rules
-
-
-@cache
-def _loaded(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
-    return _LOAD(name, **dict(options))
-
-
-_LOAD = api.load_model
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory to run examples in; a built-in model is traced once for all of them."""
-
-    def load(name: Any, **options: Any) -> Any:
-        given = tuple((k, v) for k, v in options.items() if v is not None and k != "base")
-        return _loaded(name, given) if name in ("ioi-tiny", "induction-2l") else _LOAD(name, **options)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "load_model", load)
-    return tmp_path
 
 
 @pytest.mark.parametrize("code", codes())
