@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from patchc.diagnostics import RULES, PatchcError, Source, Span
+from patchc.diagnostics import RULES, PatchcError, Source, Span, closest
 
 MISSING_SPEC = RULES.add("missing-spec", "the spec file is not there or cannot be read")
 NOT_TEXT = RULES.add("not-utf8", "a file is not text in UTF-8")
@@ -19,9 +19,17 @@ def read_spec(spec: str | Path) -> tuple[Source, Path]:
     try:
         return Source(str(spec), path.read_bytes().decode("utf-8")), path.parent
     except OSError as error:
-        raise MISSING_SPEC.error(f"cannot read {path}: {error.strerror}") from None
+        raise MISSING_SPEC.error(f"cannot read {path}: {error.strerror}", fix=neighbour(path)) from None
     except UnicodeDecodeError as error:
         raise not_text(str(path), error) from None
+
+
+def neighbour(path: Path) -> str | None:
+    """The `fix` for a file that is not there: one of nearly its name in the same directory."""
+    if path.exists() or not path.parent.is_dir():
+        return None
+    near = closest(path.name, sorted(p.name for p in path.parent.iterdir()))
+    return f"did you mean `{near}`?" if near else None
 
 
 def not_text(name: str, error: UnicodeDecodeError, span: Span | None = None) -> PatchcError:

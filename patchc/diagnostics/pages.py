@@ -16,7 +16,7 @@ UNKNOWN_CODE = RULES.add("unknown-code", "`patchc explain` was asked for a code 
 
 FOLDER = Path(__file__).parent / "pages"
 
-_TITLE = r"# (?P<code>[a-z-]+): (?P<summary>.+)\n\n"
+_TITLE = r"# (?P<code>[a-z0-9-]+): (?P<summary>.+)\n\n"
 _HEAD = re.compile(_TITLE + r"(?P<topic>[a-z]+) · (?P<severity>[a-z]+) · exit (?P<exit>\d+)\n")
 
 

@@ -45,9 +45,7 @@ class Encoder:
             return self._ids(text, False, span)
         if self.bos is None:
             message = "bos=true, but the model's tokenizer has no beginning-of-sequence token"
-            raise NO_BOS.error(
-                message, fix="leave `bos` out: the tokenizer does what the model knows", span=self._model
-            )
+            raise NO_BOS.error(message, fix="leave `bos` out, or write `bos=false`", span=self._model)
         return (self.bos, *self._ids(text, False, span))
 
     def piece(self, text: str, span: Span | None) -> Ids:

@@ -200,7 +200,7 @@ class Experiments:
         told = f": {run!r} and {others[0]!r} have the same text in every prompt" if others else f", {run!r}"
         message = f"the patches of {node.name.text!r} change nothing: each value is what the run itself has{told}"
         span = next(c.value.span for c in _clauses(node, tree.Patch))
-        return WORLDS_EQUAL.error(message, span=span)
+        return WORLDS_EQUAL.error(message, fix=f"name another world than `{run}` after `with`", span=span)
 
     def _warn_unchanged(self, node: tree.Experiment, one: OneExperiment, run: str) -> None:
         for world in sorted({v.world for v in one.values if v.world and v.world != run}):

@@ -75,7 +75,9 @@ class Metrics:
         if all(self._data.same(zero, one)):
             told = "one world" if zero == one else "the same text in every prompt"
             message = f"{zero!r} and {one!r} are {told}, so that nothing lies between 0 and 1"
-            raise SAME_WORLD.error(message, span=node.span)
+            raise SAME_WORLD.error(
+                message, fix="name two different worlds, as in `from corrupt to clean`", span=node.span
+            )
         expression = self._expression(node.inner, None)
         return Metric(name, expression, zero, one, node.per is not None, node.span)
 

@@ -111,7 +111,7 @@ class Positions:
         if -length <= index < length:
             return index % length
         message = f"no position {index} in prompt {prompt}: its {length} tokens are numbered 0..{length - 1}"
-        raise POSITION_OUTSIDE.error(message, span=span)
+        raise POSITION_OUTSIDE.error(message, fix="the last position is `-1`", span=span)
 
     def _between(self, node: tree.Range, env: Env) -> Spots:
         lengths = self._data.layout.lengths

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source, Span
 from patchc.parse import tree
 from patchc.resolve.scope import NAME_CLASH, WRONG_KIND, Scope, collecting
-from patchc.spec import not_text
+from patchc.spec import neighbour, not_text
 
 MISSING_FILE = RULES.add("missing-file", "a file that the spec names is not there or cannot be read")
 BAD_JSON = RULES.add("bad-json", "a line of a jsonl file is not a JSON object")
@@ -128,7 +128,7 @@ def read_text(path: Path, name: str, span: Span | None) -> str:
     except UnicodeDecodeError as error:
         raise not_text(name, error, span) from None
     except OSError as error:
-        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
+        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", fix=neighbour(path), span=span) from None
 
 
 def _object(line: str, span: Span) -> dict[str, Any]:

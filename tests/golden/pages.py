@@ -117,7 +117,7 @@ def _of_commands(body: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, tu
         with pytest.raises(SystemExit):
             main(shlex.split(line.removeprefix("patchc ")))
     text = capsys.readouterr().err
-    codes = re.findall(r"^(?:error|warning|note)\[([a-z-]+)\]", text, re.M)
+    codes = re.findall(r"^(?:error|warning|note)\[([a-z0-9-]+)\]", text, re.M)
     return text, tuple(codes)
 
 

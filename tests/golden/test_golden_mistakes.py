@@ -12,9 +12,14 @@ from patchc.diagnostics import Source
 from patchc.diagnostics.render import counted, render
 from patchc.parse import parse
 
-SPEC = completed(
-    '# a comment: é 🙂 日本\nlet early = head[0, *]\nexperiment e "🙂" {\n\trun clean\n\tpatch node early with corrupt\n\tmeasure diff\n}\n'
-)
+SPEC = completed("""# a comment: é 🙂 日本
+let early = head[0, *]
+experiment e "🙂" {
+\trun clean
+\tpatch node early with corrupt
+\tmeasure diff
+}
+""")
 
 
 @pytest.mark.parametrize("case", cases("mistakes"), ids=str)
