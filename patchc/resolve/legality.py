@@ -90,7 +90,9 @@ class Legality:
     def _turned(self, steps: Sequence[Term]) -> str | None:
         """The fix for two nodes that stand the wrong way round."""
         sets = [step for step in steps if isinstance(step, NodeSet) and len(step.members) == 1]
-        if len(sets) < 2 or self._enter(sets[0], self._enter(sets[1], -1, "")[0], "")[1]:
+        if len(sets) < 2 or not sets[0].members[0].ports:
+            return None
+        if self._enter(sets[0], self._enter(sets[1], -1, "")[0], "")[1]:
             return None
         reader, writer = (step.label.partition(".")[0] for step in sets)
         return f"did you mean `{writer} -> {reader}`?"
