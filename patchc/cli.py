@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from patchc import __version__
+from patchc.commands.options import CHECK, FORMAT, MEMORY, SET, SPEC, THREADS, Parameters, cells_to_check
 from patchc.diagnostics import RULES, Diagnostic, PatchcError
 
 
@@ -38,8 +39,10 @@ INTERRUPTED = RULES.add("interrupted", "the run was stopped before it was done",
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
-    # `--check` alone takes no value, so that the spec after it is not read as one.
-    args = ["--check=sample" if a == "--check" else a for a in (sys.argv[1:] if argv is None else argv)]
+    args = [*(sys.argv[1:] if argv is None else argv)]
+    if args[:1] == ["run"]:
+        # `--check` alone takes no value, so that the spec after it is not read as one.
+        args = ["--check=sample" if a == "--check" else a for a in args]
     try:
         sys.exit(cli.main(args, prog_name="patchc", standalone_mode=False) or 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -57,49 +60,50 @@ def cli() -> None:
     """Compile and run activation-patching experiments written as .patch specs."""
 
 
-FORMAT = click.option(
-    "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What stdout gets."
-)
-THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that torch may use.")
-MEMORY = click.option("--memory", callback=lambda _c, _p, v: _bytes(v), help="What a pass aims to hold, e.g. 4GiB.")
-SPEC = click.argument("spec", type=click.Path(path_type=Path))
-CHECK = click.option(
-    "--check",
-    metavar="[=all|N]",
-    help="Recompute a sample of the cells (or all, or N) with forward hooks, and compare.",
-)
-
-
 @cli.command()
 @SPEC
 @CHECK
+@SET
 @FORMAT
 @THREADS
 @MEMORY
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--per-prompt", is_flag=True, help="Each prompt's number, in a dim more, instead of their mean.")
 def run(
-    spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool, per_prompt: bool
+    spec: Path,
+    check: str | None,
+    parameters: Parameters,
+    output: str,
+    threads: int | None,
+    memory: int | None,
+    quiet: bool,
+    per_prompt: bool,
 ) -> int:
     """Run every experiment of SPEC."""
-    return _guarded(output, lambda: _run(spec, check, output, threads, memory, quiet, per_prompt))
+    return _guarded(output, lambda: _run(spec, check, parameters, output, threads, memory, quiet, per_prompt))
 
 
 @cli.command()
 @SPEC
+@SET
 @FORMAT
 @MEMORY
-def plan(spec: Path, output: str, memory: int | None) -> int:
-    """Print what SPEC will run: variants, rows, passes. Runs nothing."""
-    return _guarded(output, lambda: _plan(spec, output, memory))
+@click.option("--analyze", "analyse", is_flag=True, help="Run it, and set what is measured beside what is planned.")
+@THREADS
+def plan(
+    spec: Path, parameters: Parameters, output: str, memory: int | None, analyse: bool, threads: int | None
+) -> int:
+    """Print what SPEC will run and what it costs: variants, rows, passes, FLOPs, memory. Runs nothing."""
+    return _guarded(output, lambda: _plan(spec, parameters, output, memory, analyse, threads))
 
 
 @cli.command()
 @click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@SET
 @FORMAT
-def check(specs: tuple[Path, ...], output: str) -> int:
-    """Report every error of SPECS. Runs nothing."""
-    return _guarded(output, lambda: _check(specs, output))
+def check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
+    """Report every error of SPECS. Runs nothing and reads no weights."""
+    return _guarded(output, lambda: _check(specs, parameters, output))
 
 
 @cli.command()
@@ -120,14 +124,39 @@ def explain(code: str | None, output: str) -> int:
     return _guarded(output, lambda: explained(code, output) or Exit.OK)
 
 
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file would change, and name it.")
+@click.option("--diff", is_flag=True, help="Write nothing; print what would change, and exit as with --check.")
+def fmt(files: tuple[Path, ...], check: bool, diff: bool) -> int:
+    """Rewrite FILES in the canonical layout; `-` is stdin to stdout. Comments stay, and so does the meaning."""
+    return _guarded("text", lambda: _fmt(files, check, diff))
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace FILE where it is there already.")
+def init(model: str, file: Path | None, force: bool) -> int:
+    """Write a spec for MODEL that runs, to start from; to FILE, MODEL.patch unless told, or to stdout (`-`)."""
+    return _guarded("text", lambda: _init(model, file, force))
+
+
 # ---- commands
 
 
 def _run(
-    spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool, per_prompt: bool
+    spec: Path,
+    check: str | None,
+    parameters: Parameters,
+    output: str,
+    threads: int | None,
+    memory: int | None,
+    quiet: bool,
+    per_prompt: bool,
 ) -> int:
-    count = _cells_to_check(check)
-    compiled = _compile(spec, memory, threads)
+    count = cells_to_check(check)
+    compiled = _compile(spec, parameters, memory, threads)
     results = compiled.run(check=count, progress=not quiet, per_prompt=per_prompt)
     from patchc.report.expects import failed_expects
 
@@ -144,25 +173,26 @@ def _run(
     return Exit.EXPECT if failed else Exit.OK
 
 
-def _plan(spec: Path, output: str, memory: int | None) -> int:
-    plans = _compile(spec, memory, None).plan()
-    if output == "json":
-        from dataclasses import asdict
+def _plan(
+    spec: Path, parameters: Parameters, output: str, memory: int | None, analyse: bool, threads: int | None
+) -> int:
+    compiled = _compile(spec, parameters, memory, threads)
+    from patchc.report.plans import plan_json, plan_text
 
-        click.echo(json.dumps({"format_version": 1, "plans": [asdict(p) for p in plans]}))
+    plans = compiled.plan()
+    measured = compiled.analyse() if analyse else [None] * len(plans)
+    if output == "json":
+        found = [plan_json(p, m) for p, m in zip(plans, measured, strict=True)]
+        click.echo(json.dumps({"format_version": 1, "plans": found}))
     else:
-        click.echo(str(plans))
+        click.echo("\n\n".join(plan_text(p, m) for p, m in zip(plans, measured, strict=True)))
     return Exit.OK
 
 
-def _check(specs: tuple[Path, ...], output: str) -> int:
-    found: list[Diagnostic] = []
-    models: dict[Any, Any] = {}
-    for spec in specs:
-        try:
-            found += _checked(spec, models)
-        except PatchcError as error:
-            found += error.diagnostics
+def _check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
+    from patchc.checking import check
+
+    found = check(*specs, parameters=parameters)
     if output == "json":
         from patchc.diagnostics.render import to_json
 
@@ -176,43 +206,46 @@ def _check(specs: tuple[Path, ...], output: str) -> int:
     return max((d.exit for d in found if d.is_error), default=Exit.OK)
 
 
-def _checked(spec: Path, models: dict[Any, Any]) -> list[Diagnostic]:
-    """The warnings of a spec; raises its errors. Parsed before torch is imported."""
-    choice, base = _parsed(spec)
-    from patchc import api
-
-    key = (choice.name, choice.options, base)
-    if key not in models:
-        models[key] = api.load(choice, base=base)
-    compiled = models[key].compile(spec)
-    compiled.check_files()
-    return list(compiled.warnings)
-
-
 def _nodes(model: str, output: str) -> int:
-    from patchc import api
+    from patchc.model.outline import outline
     from patchc.report.nodes import nodes_json, nodes_text
 
-    graph = api.load(model).graph
+    graph = outline(model).graph
     click.echo(json.dumps(nodes_json(graph)) if output == "json" else nodes_text(graph))
+    return Exit.OK
+
+
+def _fmt(files: tuple[Path, ...], check: bool, diff: bool) -> int:
+    from patchc.commands.fmt import format_files
+
+    changed, found = format_files(files, check, diff)
+    _say(found)
+    return max([d.exit for d in found] + [Exit.SPEC * (changed > 0 and (check or diff))])
+
+
+def _init(model: str, file: Path | None, force: bool) -> int:
+    from patchc.commands.init import write_starter
+
+    if path := write_starter(model, file, force):
+        click.echo(f"{path} written; to run it: patchc run {path}", err=True)
     return Exit.OK
 
 
 # ---- shared
 
 
-def _parsed(spec: Path) -> tuple[Any, Path]:
+def _parsed(spec: Path, parameters: Parameters) -> tuple[Any, Path]:
     """The model that a spec asks for; every syntax error is raised here, without torch."""
     from patchc.parse import parse
     from patchc.resolve.model_choice import model_choice
     from patchc.spec import read_spec
 
     source, base = read_spec(spec)
-    return model_choice(parse(source)), base
+    return model_choice(parse(source), parameters), base
 
 
-def _compile(spec: Path, memory: int | None, threads: int | None) -> Any:
-    choice, base = _parsed(spec)
+def _compile(spec: Path, parameters: Parameters, memory: int | None, threads: int | None) -> Any:
+    choice, base = _parsed(spec, parameters)
     from patchc import api
     from patchc.optimise.cut import DEFAULT_BUDGET
 
@@ -220,7 +253,7 @@ def _compile(spec: Path, memory: int | None, threads: int | None) -> Any:
         import torch
 
         torch.set_num_threads(threads)
-    compiled = api.load(choice, base=base).compile(spec, memory=memory or DEFAULT_BUDGET)
+    compiled = api.load(choice, base=base).compile(spec, parameters=parameters, memory=memory or DEFAULT_BUDGET)
     _say(compiled.warnings)
     return compiled
 
@@ -283,32 +316,6 @@ def _say(diagnostics: Sequence[Diagnostic]) -> None:
         from patchc.diagnostics.render import render
 
         click.echo(render(diagnostics, color=sys.stderr.isatty()), err=True, nl=False)
-
-
-def _cells_to_check(check: str | None) -> bool | int | str:
-    if check is None:
-        return False
-    if check in ("all", "sample"):
-        return check
-    if check.isdecimal() and int(check):
-        return int(check)
-    raise click.UsageError(f"--check takes nothing, `all` or a number of cells, not {check!r}")
-
-
-def _bytes(text: str | None) -> int | None:
-    """`4GiB`, `512MiB` or a number of bytes."""
-    if text is None:
-        return None
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
-    number = text.rstrip("KMGTiB")
-    unit = text[len(number) :]
-    try:
-        value = int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise click.BadParameter(f"{text!r} is no amount of memory; write 4GiB or 512MiB") from None
-    if value <= 0:
-        raise click.BadParameter("a pass needs some memory")
-    return value
 
 
 __all__ = ["Exit", "cli", "main"]

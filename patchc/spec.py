@@ -17,11 +17,18 @@ def read_spec(spec: str | Path) -> tuple[Source, Path]:
         return Source("<spec>", spec), Path()
     path = Path(spec)
     try:
-        return Source(str(spec), path.read_bytes().decode("utf-8")), path.parent
+        content = path.read_bytes()
     except OSError as error:
         raise MISSING_SPEC.error(f"cannot read {path}: {error.strerror}", fix=neighbour(path)) from None
+    return Source(str(spec), decoded(content, str(path))), path.parent
+
+
+def decoded(content: bytes, name: str) -> str:
+    """The text of a spec's bytes; `name` is what an error calls them."""
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise not_text(str(path), error) from None
+        raise not_text(name, error) from None
 
 
 def neighbour(path: Path) -> str | None:

@@ -33,14 +33,14 @@ class Case:
         return self.toy.graph
 
 
-def case(rng: Random, most_nodes: int = 8) -> Case:
-    """A random case; `most_nodes` counts writers and the logits."""
+def case(rng: Random, most_nodes: int = 8, inside: bool = False) -> Case:
+    """A random case; `most_nodes` counts writers and the logits. `inside`: starts inside nodes too."""
     graph = network(rng)
     while len(graph.nodes) > most_nodes:
         graph = network(rng)
     layout = Layout(tuple(rng.choice([1, 2, 3]) for _ in range(rng.choice([1, 2]))))
     prompts = data(rng, layout)
-    return Case(Toy(graph, rng.randrange(1000)), prompts, Draw(rng, graph, layout).cell())
+    return Case(Toy(graph, rng.randrange(1000)), prompts, Draw(rng, graph, layout, inside=inside).cell())
 
 
 def network(rng: Random) -> ResidualGraph:
@@ -73,6 +73,7 @@ class Draw:
     layout: Layout
     values: tuple[Value, ...] = VALUES
     complement: bool = False
+    inside: bool = False
 
     def cell(self) -> Cell:
         n = self.rng.choice([1, 1, 2])
@@ -103,6 +104,8 @@ class Draw:
 
     def start(self) -> Step:
         kind, tokens = self.rng.random(), self.tokens(0.6)
+        if self.inside and self.rng.random() < 0.6:
+            return self.inner_start(tokens)
         attention = [b for b in self.graph.blocks if b.kind == "attention"]
         if kind < 0.15 and not self.complement:
             rank = self.rng.randrange(1, self.graph.top + 1)
@@ -113,6 +116,20 @@ class Draw:
             heads = self.nodes() & self.graph.heads or self.graph.heads
             return Step(heads, tokens=tokens, site=self.rng.choice([Site.Q, Site.K, Site.V]), via=self.via())
         return Step(self.nodes(), tokens=tokens, via=self.via())
+
+    def inner_start(self, tokens: Tokens) -> Step:
+        """A start inside heads or MLPs; of a complement a whole one."""
+        sites = [Site.SCORES, Site.PATTERN] + [Site.IN, Site.POST] * bool(self.graph.mlps)
+        site = self.rng.choice(sites)
+        if site in (Site.IN, Site.POST):
+            some = -1 if self.rng.random() < 0.3 or self.complement else self.rng.randrange(1, 1 << self.graph.d_mlp)
+            of_mlps = self.nodes() & self.graph.mlps or self.graph.mlps
+            return Step(of_mlps, tokens=tokens, site=site, neurons=some if site is Site.POST else -1, via=self.via())
+        sources = self.tokens(0.4)
+        if self.complement:
+            tokens = sources = EVERYWHERE
+        heads = self.nodes() & self.graph.heads or self.graph.heads
+        return Step(heads, tokens=tokens, site=site, sources=sources, via=self.via())
 
     def nodes(self) -> int:
         if self.rng.random() < 0.3:

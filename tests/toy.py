@@ -110,11 +110,24 @@ class Toy:
         tables: Layout,
         heads: Sequence[int] | None = None,
     ) -> Tensor:
+        pattern = self.scores(layer, q, k, positions, length, tables, heads).softmax(-1)
+        return torch.einsum("chqk,ckhd->cqhd", pattern, v)
+
+    def scores(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor,
+        length: int,
+        tables: Layout,
+        heads: Sequence[int] | None = None,
+    ) -> Tensor:
         scores = torch.einsum("cqhd,ckhd->chqk", q, k)
         if self.graph.causal:
             later = torch.arange(k.shape[1]) > positions[..., None]
             scores = scores.masked_fill(later[:, None], float("-inf"))
-        return torch.einsum("chqk,ckhd->cqhd", scores.softmax(-1), v)
+        return scores
 
     def masks_by_head(self, layer: int) -> bool:
         return False
@@ -127,7 +140,16 @@ class Toy:
         return self.ob[layer] if self.has_bias else None
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
-        return torch.tanh(self.norm(layer, 0, x) @ self.up[layer].T) @ self.down[layer].T
+        return self.mlp_down(layer, self.mlp_post(layer, x))
+
+    def mlp_post(self, layer: int, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(layer, 0, x) @ self.up[layer].T)
+
+    def mlp_down(self, layer: int, post: Tensor) -> Tensor:
+        return post @ self.down[layer].T
+
+    def neurons(self, layer: int, post: Tensor, neurons: Sequence[int]) -> Tensor:
+        return post @ self.down[layer][:, list(neurons)].T
 
     def unembed(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         w = self.out if columns is None else self.out[columns]

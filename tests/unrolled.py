@@ -23,45 +23,47 @@ Word = tuple[Letter, ...]
 PORT_SITE = (Site.Q, Site.K, Site.V)
 
 
-def fits(step: Step, word: Word, i: int, site: Site, rank: int) -> bool:
+def fits(step: Step, word: Word, i: int, site: Site, number: int) -> bool:
     node, port, token = word[i]
     if not step.tokens >> token & 1:
         return False
     if i + 1 == len(word):  # the logits
         return i > 0 and bool(step.nodes >> node & 1)
     if site is Site.STREAM and i == 0:
-        return step.site is site and step.rank == rank
+        return step.site is site and step.rank == number
     if step.via is not None and not step.via.writers(word[i + 1][0], word[i + 1][1]) >> node & 1:
         return False
     if i == 0:
         mine = Site.OUT if step.site is Site.Z else step.site
-        return mine is site and bool(step.nodes >> node & 1)
+        part = step.sources if site in (Site.SCORES, Site.PATTERN) else step.neurons if site is Site.POST else -1
+        return mine is site and bool(step.nodes >> node & 1) and bool(part >> max(number, 0) & 1)
     return bool(step.nodes >> node & 1) and (port < 0 or bool(step.ports >> port & 1))
 
 
-def ends(path: Path, word: Word, i: int, site: Site, rank: int) -> set[int]:
-    """Where a match of `path` that begins at letter i can end."""
+def ends(path: Path, word: Word, i: int, site: Site, number: int) -> set[int]:
+    """Where a match of `path` that begins at letter i can end. `number`: of a stream its rank, of an entry of a pattern
+    the token looked at, of the neurons one."""
     match path:
         case Step():
-            return {i + 1} if i < len(word) and fits(path, word, i, site, rank) else set()
+            return {i + 1} if i < len(word) and fits(path, word, i, site, number) else set()
         case Seq(parts):
             at = {i}
             for part in parts:
-                at = {j for k in at for j in ends(part, word, k, site, rank)}
+                at = {j for k in at for j in ends(part, word, k, site, number)}
             return at
         case Alt(parts):
-            return {j for part in parts for j in ends(part, word, i, site, rank)}
+            return {j for part in parts for j in ends(part, word, i, site, number)}
         case Star(part):
             seen, todo = {i}, [i]
             while todo:
-                for j in ends(part, word, todo.pop(), site, rank) - seen:
+                for j in ends(part, word, todo.pop(), site, number) - seen:
                     seen.add(j)
                     todo.append(j)
             return seen
 
 
-def accepts(patch: Patch, word: Word, site: Site, rank: int = -1) -> bool:
-    return len(word) in ends(patch.path, word, 0, site, rank)
+def accepts(patch: Patch, word: Word, site: Site, number: int = -1) -> bool:
+    return len(word) in ends(patch.path, word, 0, site, number)
 
 
 @dataclass
@@ -100,20 +102,38 @@ class Unrolled:
         streams[self.graph.top] = sum(out[n.id] for n in self.graph.nodes[:-1])
         return {**out, **{("stream", r): x for r, x in streams.items()}}
 
-    def _head(self, node: Node, t: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A head's output at position t from its whole q, k and v `[pos, d_head]`."""
-        at = torch.arange(self.first, self.first + self.length)
-        ready = [self.toy.prepare(node.layer, p, x[:, None], at, self.prompts.layout) for p, x in enumerate((q, k, v))]
-        z = self.toy.attend(
-            node.layer,
-            ready[0][None, t : t + 1],
-            ready[1][None],
-            ready[2][None],
-            torch.tensor([[t]]),
-            self.length,
-            self.prompts.layout,
-        )
-        return self.toy.write(node.layer, z[0], [node.head])[0]
+    def _head(self, node: Node, t: int, q: Tensor, k: Tensor, v: Tensor, suffix: Word = ()) -> Tensor:
+        """A head's output at position t from its whole q, k and v `[pos, d_head]`; with a suffix that of this copy."""
+        scores = self._scores(node, t, q, k)
+        if suffix:
+            plain = {w: self._scores(node, t, x[node.id, 0], x[node.id, 1]) for w, x in self.plain.items()}
+            scores = self._entries(node, t, suffix, Site.SCORES, plain, scores, scores)
+            patterns = {w: x.softmax(-1) for w, x in plain.items()}
+            pattern = self._entries(node, t, suffix, Site.PATTERN, patterns, scores.softmax(-1), scores)
+        else:
+            pattern = scores.softmax(-1)
+        ready = self.toy.prepare(node.layer, 2, v[:, None], self._tokens(), self.prompts.layout)
+        return self.toy.write(node.layer, (pattern @ ready[:, 0])[None, None], [node.head])[0]
+
+    def _scores(self, node: Node, t: int, q: Tensor, k: Tensor) -> Tensor:
+        layout = self.prompts.layout
+        ready = [
+            self.toy.prepare(node.layer, p, x[:, None], self._tokens(), layout)[None] for p, x in enumerate((q, k))
+        ]
+        row, places = ready[0][:, t : t + 1], torch.tensor([[t]])
+        return self.toy.scores(node.layer, row, ready[1], places, self.length, layout)[0, 0, 0]
+
+    def _tokens(self) -> Tensor:
+        return torch.arange(self.first, self.first + self.length)
+
+    def _entries(self, node: Node, t: int, suffix: Word, site: Site, worlds, own: Tensor, scores: Tensor) -> Tensor:
+        """A row of scores or of a pattern with the values that start there, entry by entry."""
+        out = own.clone()
+        for s in range(self.length):
+            for patch in self._starting(((node.id, -1, self.first + t), *suffix), site, self.first + s):
+                if scores[s] > float("-inf"):
+                    out[s] = self._mix(patch.value, {w: x[s] for w, x in worlds.items()}, own[s])
+        return out
 
     # ---- a cell
     def logits(self, cell: Cell) -> Tensor:
@@ -162,25 +182,41 @@ class Unrolled:
                 return self.value(self.patches[i], node.id, t, None)
             return self.plain[self.run][node.id][t]
         if node.kind == "mlp":
-            return self.toy.mlp(node.layer, self.stream(node, -1, t, suffix, live)[None])[0]
+            return self._mlp(node, t, suffix, live)
         last = t + 1 if self.graph.causal else self.length
         q, k, v = (self.plain[self.run][node.id, p].clone() for p in range(3))
         for port, x, positions in ((0, q, [t]), (1, k, range(last)), (2, v, range(last))):
             for s in positions:
                 x[s] = self.projected(node, port, s, suffix, live)
-        return self._head(node, t, q, k, v)
+        return self._head(node, t, q, k, v, suffix)
+
+    def _mlp(self, node: Node, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        word = ((node.id, -1, self.first + t), *suffix)
+        live = frozenset(i for i in live if not accepts(self.patches[i], word, Site.IN))
+        live = frozenset(i for i in live if not accepts(self.patches[i], word, Site.POST))
+        x = self.stream(node, -1, t, suffix, live)
+        for patch in self._starting(word, Site.IN):
+            x = self.value(patch, ("stream", node.rank), t, x)
+        own = self.toy.mlp_post(node.layer, x[None])[0]
+        plain = {w: self.toy.mlp_post(node.layer, y["stream", node.rank])[t] for w, y in self.plain.items()}
+        post = own.clone()
+        for n in range(len(own)):
+            for patch in self._starting(word, Site.POST, n):
+                post[n] = self._mix(patch.value, {w: y[n] for w, y in plain.items()}, own[n])
+        return self.toy.mlp_down(node.layer, post[None])[0]
 
     def projected(self, node: Node, port: int, s: int, suffix: Word, live: frozenset[int]) -> Tensor:
         word = ((node.id, -1, self.first + s), *suffix)
-        live = frozenset(i for i in live if not accepts(self.patches[i], word, PORT_SITE[port]))
+        for site in (PORT_SITE[port], *((Site.SCORES, Site.PATTERN) if port < 2 else ())):
+            live = frozenset(i for i in live if not accepts(self.patches[i], word, site))
         x = self.stream(node, port, s, suffix, live)
         out = self.toy.project(node.layer, port, self.toy.norm(node.layer, port, x[None]), [node.head])[0, 0]
         for patch in self._starting(word, PORT_SITE[port]):
             out = self.value(patch, (node.id, port), s, out)
         return out
 
-    def _starting(self, word: Word, site: Site, rank: int = -1) -> list[Patch]:
-        found = [p for p in self.patches if not p.complement and accepts(p, word, site, rank)]
+    def _starting(self, word: Word, site: Site, number: int = -1) -> list[Patch]:
+        found = [p for p in self.patches if not p.complement and accepts(p, word, site, number)]
         return list({p.value: p for p in found}.values())  # one start with one value twice is that start once
 
     def value(self, patch: Patch, key: object, t: int, own: Tensor | None) -> Tensor:

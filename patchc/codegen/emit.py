@@ -8,15 +8,18 @@ Mask inputs mix at the places where patches start; everything between is the mod
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
+from patchc.codegen.inside import Insides
 from patchc.codegen.worlds import Worlds, aten
 from patchc.diagnostics import RULES
 from patchc.ir.bits import bits
 from patchc.ir.dag import (
+    PATTERN,
+    SCORES,
     Const,
     Core,
     Dag,
@@ -63,6 +66,7 @@ class Emitter:
         self.worlds = Worlds(cells.dag.graph, pieces, worlds)
         self.call = self.worlds.call
         self.tensors, self.base = tensors, worlds[0]
+        self.insides = Insides(self.worlds, self.dag.values, self._combination, self._mask_of, self._rows)
         masks = self.worlds.argument("masks")
         self.masks = self.call(aten.reshape.default, masks, [-1])
         self.values: dict[VariantId, fx.Node] = {}
@@ -119,8 +123,8 @@ class Emitter:
                 return self._core(op)
             case Out(core, heads):
                 return self._out(core, heads)
-            case Tokenwise(block, x):
-                return self._tokenwise(block, x)
+            case Tokenwise():
+                return self._tokenwise(op)
             case Run():
                 raise AssertionError("suffixes are written out before anything is emitted")
 
@@ -144,11 +148,12 @@ class Emitter:
             return one
         return self.call(operator.neg, other) if one is None else self.call(operator.sub, one, other)
 
-    def _tokenwise(self, block: int, x: VariantId) -> fx.Node:
-        layer, rank = self.dag.graph.blocks[block].layer, self.dag.graph.blocks[block].rank
-        new = self.worlds.module(f"layer{layer}_mlp", self._changed_stream(x, rank), name=f"mlp_{layer}")
+    def _tokenwise(self, op: Tokenwise) -> fx.Node:
+        layer, rank = self.dag.graph.blocks[op.block].layer, self.dag.graph.blocks[op.block].rank
+        x, name = self._changed_stream(op.input, rank), f"mlp_{layer}"
+        new = self.insides.mlp(op, x, name) if op.replaced else self.worlds.module(f"layer{layer}_mlp", x, name=name)
         self._capture(f"mlp[{layer}]", new)
-        return self.call(operator.sub, new, self.worlds.written(self.base, block))
+        return self.call(operator.sub, new, self.worlds.written(self.base, op.block))
 
     def _core(self, core: Core) -> fx.Node:
         ports: list[fx.Node] = []
@@ -163,6 +168,8 @@ class Emitter:
                 if replaced.port == port:
                     now = self._replaced(core.block, replaced, now)
             ports.append(now)
+        if core.replaced_at(SCORES, PATTERN):
+            return self.insides.z(core, ports)
         layer = self.dag.graph.blocks[core.block].layer
         return self.worlds.module(f"layer{layer}_attend", *ports, name=f"z_{layer}")
 
@@ -225,16 +232,18 @@ class Emitter:
     def _difference(self, value: Value, sources: dict[str, fx.Node], own: fx.Node | None) -> fx.Node:
         return self._minus(self._combination(value, sources, own), sources[self.base])
 
-    def _combination(self, value: Value, sources: dict[str, fx.Node], own: fx.Node | None) -> fx.Node | None:
-        """A value; None where it is zero."""
+    def _combination(
+        self, value: Value, sources: Mapping[str, fx.Node], own: fx.Node | None, axes: Sequence[int] = (0, 1)
+    ) -> fx.Node | None:
+        """A value; None where it is zero. `axes`: those of prompts and positions."""
         out: fx.Node | None = None
         for factor, source in value.terms:
             match source:
                 case FromWorld(world):
                     term = sources[world]
                 case Mean(world, over_positions):
-                    axes = [0, 1] if over_positions else [0]
-                    term = self.call(aten.mean.dim, sources[world], axes, True)
+                    over = list(axes) if over_positions else [axes[0]]
+                    term = self.call(aten.mean.dim, sources[world], over, True)
                 case Given(key):
                     term = self.worlds.buffer("given", self.tensors[key])
                 case Itself():
@@ -266,10 +275,18 @@ class Emitter:
 
     def _at(self, tokens: Tokens, x: fx.Node, extra_axes: int = 1) -> fx.Node:
         """`x` at these tokens, zero elsewhere."""
+        rows = self._rows(tokens)
+        if rows is None:
+            return x
+        place = self.worlds.buffer("at", rows.view(*rows.shape, *[1] * extra_axes))
+        return self.call(operator.mul, x, place)
+
+    def _rows(self, tokens: Tokens) -> Tensor | None:
+        """One at these tokens and zero elsewhere, `[prompt or 1, pos]`; None for every token."""
         layout = self.dag.layout
         tokens &= layout.all
         if tokens == layout.all:
-            return x
+            return None
         lengths = set(layout.lengths)
         if len(lengths) > 1:
             raise ONE_LENGTH.error("a compiled graph with named positions needs prompts of one length")
@@ -277,9 +294,7 @@ class Emitter:
         for t in bits(tokens):
             rows[layout.place(t)] = 1
         rows = rows[:1] if bool((rows == rows[:1]).all()) else rows
-        rows = rows.to(self.worlds.pieces.device, self.worlds.pieces.dtype)
-        place = self.worlds.buffer("at", rows.view(*rows.shape, *[1] * extra_axes))
-        return self.call(operator.mul, x, place)
+        return rows.to(self.worlds.pieces.device, self.worlds.pieces.dtype)
 
     def _capture(self, name: str, node: fx.Node) -> None:
         n = 2

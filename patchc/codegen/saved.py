@@ -38,7 +38,7 @@ GRAPH, TENSORS = "graph.json", "tensors.safetensors"
 
 OPERATORS = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "neg", "getitem")}
 ATEN = frozenset(
-    """_assert_tensor_metadata _softmax _to_copy _unsafe_view abs add addmm alias all any arange as_strided baddbmm
+    """_assert_tensor_metadata _softmax _to_copy _unsafe_view abs add addmm alias all amax any arange as_strided baddbmm
     bitwise_and bitwise_not bitwise_or bmm cat chunk clamp clamp_min clone contiguous cos cumsum detach diff div
     einsum embedding empty eq erf exp expand expand_as floor floor_divide flatten full full_like gather ge gelu
     gt index index_select isinf layer_norm le lift_fresh_copy linear log logical_and logical_not logical_or lt

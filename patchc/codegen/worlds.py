@@ -12,6 +12,8 @@ from patchc.ir.graph import PORTS, BlockKind, Kind, ResidualGraph
 from patchc.model.pieces import TracedPieces
 
 aten = torch.ops.aten
+INSIDES = ("_scores", "_mix", "_mlp_post", "_mlp_down")
+"""Pieces that stand inside nodes, which not every model has."""
 
 
 class Worlds:
@@ -37,6 +39,9 @@ class Worlds:
 
     def module(self, piece: str, *args: fx.Node, name: str | None = None) -> fx.Node:
         """A piece of the model; what it reads of the statics follows its own arguments."""
+        if piece.endswith(INSIDES):
+            layer = int(piece.removeprefix("layer").split("_")[0])
+            self.pieces.need_apart("neurons" if "mlp" in piece else "scores", layer)
         if not hasattr(self.root, piece):
             self.root.add_module(piece, self.pieces.modules[piece])
         statics = [self._static(i) for i in self.pieces.static_args[piece]]
@@ -118,6 +123,25 @@ class Worlds:
         return self._once(
             ("z", world, block),
             lambda: self.module(f"layer{layer}_attend", *(self.projection(world, block, p) for p in range(3))),
+        )
+
+    def scores(self, world: str, block: int) -> fx.Node:
+        """Attention scores `[b, head, query, key]`, minus infinity where hidden."""
+        layer = self.residual.blocks[block].layer
+        return self._once(
+            ("scores", world, block),
+            lambda: self.module(f"layer{layer}_scores", *(self.projection(world, block, p) for p in range(2))),
+        )
+
+    def pattern(self, world: str, block: int) -> fx.Node:
+        """Their softmax."""
+        return self._once(("pattern", world, block), lambda: self.call(aten.softmax.int, self.scores(world, block), -1))
+
+    def post(self, world: str, block: int) -> fx.Node:
+        """An MLP's neurons `[b, s, d_mlp]`."""
+        layer, rank = self.residual.blocks[block].layer, self.residual.blocks[block].rank
+        return self._once(
+            ("post", world, block), lambda: self.module(f"layer{layer}_mlp_post", self.stream(world, rank))
         )
 
     def projection(self, world: str, block: int, port: int) -> fx.Node:

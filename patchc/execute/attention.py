@@ -8,7 +8,6 @@ variant. Variants that need every head are computed together; where only some he
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,77 +15,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from patchc.execute.banks import PAIRS, Bank, Item, Key
 from patchc.execute.indices import pick, rows, where
+from patchc.execute.inside import Inside
 from patchc.execute.packing import packed
 from patchc.ir.bits import bits
-from patchc.ir.dag import Core, Replaced, VariantId
+from patchc.ir.dag import PATTERN, SCORES, Core, VariantId
 from patchc.ir.tokens import Tokens
 
 if TYPE_CHECKING:
     from patchc.execute.walk import Walk
-
-Key = tuple[int, tuple[Replaced, ...]]
-"""Whose rows: the input that a port reads, or minus a core's number where some of its projections are set."""
-
-PAIRS = 4096
-"""(variant, prompt, head) triples of one attention call, times positions: bounds its memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRows:
-    """For every token: where its row begins in the bank, and whether it is the key's own. `heads`: those of its own
-    rows."""
-
-    first: npt.NDArray[np.int64]
-    own: npt.NDArray[np.bool_]
-    heads: list[int]
-
-
-@dataclass
-class Bank:
-    """Rows of one port, flattened to `[row * head, d_head]`; `first[key]`: where a key's rows begin; `tokens[key]`: at
-    which tokens it has some; `heads[key]`: which heads stand in each of its rows."""
-
-    parts: list[Tensor]
-    size: int
-    first: dict[Key, int] = field(default_factory=dict[Key, int])
-    tokens: dict[Key, Tokens] = field(default_factory=dict[Key, Tokens])
-    heads: dict[Key, list[int]] = field(default_factory=dict[Key, list[int]])
-    _rows: dict[Key, KeyRows] = field(default_factory=dict["Key", "KeyRows"])
-
-    def add(self, key: Key, tokens: Tokens, heads: list[int], values: Tensor) -> None:
-        self.first[key], self.tokens[key], self.heads[key] = self.size, tokens, heads
-        self.parts.append(values.reshape(-1, values.shape[-1]))
-        self.size += len(self.parts[-1])
-
-    def rows(self, key: Key, n_tokens: int, width: int) -> KeyRows:
-        """Where the rows of a key stand for every token."""
-        found = self._rows.get(key)
-        if found is None:
-            first = np.arange(n_tokens) * width
-            own = np.zeros(n_tokens, dtype=np.bool_)
-            tokens = np.array(list(bits(self.tokens.get(key, 0))), dtype=np.int64)
-            if len(tokens):
-                first[tokens] = self.first[key] + np.arange(len(tokens)) * len(self.heads[key])
-                own[tokens] = True
-            found = self._rows[key] = KeyRows(first, own, self.heads.get(key, []))
-        return found
-
-    def flat(self) -> Tensor:
-        if len(self.parts) > 1:
-            self.parts = [torch.cat(self.parts)]
-        return self.parts[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One variant on one prompt: the queries wanted, as positions, and how many keys they may read."""
-
-    core: VariantId
-    prompt: int
-    positions: tuple[int, ...]
-    n_keys: int
-    heads: tuple[int, ...]
 
 
 class Attention:
@@ -107,10 +45,11 @@ class Attention:
         for i in cores:
             heads = list(bits(self.demand.heads[i]))
             at = rows(self.demand.tokens[i])
-            out[i] = heads, -self.base.z[at][:, heads]
+            z = self.base.z[at][:, heads]
+            out[i] = heads, torch.zeros_like(z) if ops[i].is_base(0, 1, 2) else -z
         groups: dict[tuple[int, int, int, tuple[int, ...] | None], list[Item]] = {}
         by_head = self.pieces.masks_by_head(self.layer)
-        for item in self._items(cores):
+        for item in self._items(i for i in cores if not ops[i].is_base(0, 1, 2)):
             length = self.dag.layout.lengths[item.prompt]
             apart = item.heads if by_head or len(item.heads) == self.n_heads else None
             groups.setdefault((length, len(item.positions), item.n_keys, apart), []).append(item)
@@ -118,13 +57,15 @@ class Attention:
             step = max(1, PAIRS * 64 // ((n_queries + n_keys) * len(items[0].heads)))
             for first in range(0, len(items), step):
                 self._attend(items[first : first + step], length, ops, banks, out)
+        if any(op.replaced_at(SCORES, PATTERN) for op in ops.values()):
+            Inside(self, ops, banks).add(out)
         return out
 
     # ---- projections
     def _key(self, number: VariantId, core: Core, port: int) -> Key:
         """Rows with projections set belong to one core, whose demanded heads they have; others to whoever reads
         them."""
-        replaced = tuple(r for r in core.replaced if r.port == port)
+        replaced = core.replaced_at(port)
         return (-number if replaced else core.input(port)), replaced
 
     def _banks(self, ops: dict[VariantId, Core]) -> list[Bank]:
@@ -218,7 +159,7 @@ class Attention:
         banks: list[Bank],
         out: dict[VariantId, tuple[list[int], Tensor]],
     ) -> None:
-        q, k, v = (self._operand(items, ops, banks[port], port) for port in range(3))
+        q, k, v = (self.operand(items, ops, banks[port], port) for port in range(3))
         positions = torch.tensor([item.positions for item in items], device=self.pieces.device)
         heads = items[0].heads if len(items[0].heads) < self.n_heads and len({i.heads for i in items}) == 1 else None
         z = self.pieces.attend(self.layer, q, k, v, positions, length, self.walk.tables, heads)
@@ -231,7 +172,7 @@ class Attention:
             else:
                 all_rows[at, have.index(item.heads[0])] += values[:, 0]
 
-    def _operand(self, items: list[Item], ops: dict[VariantId, Core], bank: Bank, port: int) -> Tensor:
+    def operand(self, items: list[Item], ops: dict[VariantId, Core], bank: Bank, port: int) -> Tensor:
         """`[item, position, head, d_head]`: each item's rows of the bank, the base run's with its own laid over
         them."""
         width = self.n_heads if port == 0 else self.dag.graph.n_kv_heads

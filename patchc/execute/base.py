@@ -30,12 +30,13 @@ class AttentionRun:
 @dataclass
 class PlainRun:
     """One world's run. `embed` `[node, token, d_model]`; `stream[rank]` `[token, d_model]`, the stream below that
-    rank."""
+    rank. `post`: MLPs' neurons, of those that are asked for."""
 
     embed: Tensor
     stream: list[Tensor] = field(default_factory=list[Tensor])
     attention: dict[int, AttentionRun] = field(default_factory=dict[int, AttentionRun])
     mlp: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    post: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
 
 def by_length(layout: Layout) -> dict[int, list[int]]:

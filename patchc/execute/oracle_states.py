@@ -1,19 +1,19 @@
-"""A cell's paths walked from the logits back: in which states a writer is read, and which values start there.
+"""A cell's paths walked back from their ends: in which states a writer is read, and which values start there.
 
 For the hooks backend; what a state means is said once, here. No torch, no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from patchc.diagnostics import RULES, Note, PatchcError
 from patchc.execute.residuals import Move, Rest, Rests
 from patchc.ir.bits import bits
 from patchc.ir.experiment import Patch, Value
 from patchc.ir.graph import BlockKind, Kind, Node, Reader, ResidualGraph
-from patchc.ir.paths import Site, Step
+from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Layout, Tokens
 
 TWO_VALUES = RULES.add("hooks-two-values", "two patches of a cell start at one place with different values")
@@ -23,8 +23,16 @@ STREAM_SITES = (Site.STREAM, Site.ATTN_OUT)
 """Sites of the stream as a whole: their starts belong to an edge's reading, not to one writer."""
 
 PORT_SITES = (Site.Q, Site.K, Site.V)
-"""Sites of a head's ports: the head is still computed."""
+"""Sites of a head's ports."""
 
+ENTRY_SITES = (Site.SCORES, Site.PATTERN)
+"""Sites of attention, entry by entry."""
+
+MIDDLE_SITES = (*ENTRY_SITES, Site.POST)
+"""Sites between a node's ports and its output."""
+
+INNER_SITES = (*PORT_SITES, Site.IN, *MIDDLE_SITES)
+"""Sites inside a node: the node is still computed."""
 
 Continuation = tuple[frozenset[Rest] | None, ...]
 """A state on an edge, a member a patch: what may remain of its path below. None: the patch has nothing to say
@@ -36,23 +44,35 @@ Arrival = tuple[frozenset[Move] | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A value that enters at `tokens`."""
+    """A value that enters at `tokens`, of entries only at those that look at `sources`, of an MLP only at `neurons`;
+    without a value: what the node computes there in the state `kept`."""
 
     site: Site
     tokens: Tokens
-    value: Value
+    value: Value | None
     patch: Patch = field(compare=False)
+    sources: Tokens = EVERYWHERE
+    neurons: int = -1
+    kept: Arrival = ()
+
+    def meets(self, other: Start, layout: Layout) -> bool:
+        """Whether some place is in both."""
+        tokens = self.tokens & other.tokens
+        if self.site in ENTRY_SITES:
+            sources = self.sources & other.sources & layout.all
+            prompts = map(layout.prompt, range(layout.n_prompts))
+            return any(tokens & prompt and sources & prompt for prompt in prompts)
+        return bool(tokens and (self.site is not Site.POST or self.neurons & other.neurons))
 
 
 @dataclass(frozen=True, slots=True)
 class StreamStart:
-    """A value that replaces the stream below `rank` (or, with `block`, that block's whole output) at
-    `tokens`."""
+    """A value that replaces the stream below `rank` (or, with `block`, that block's whole output): starts that all
+    have that value."""
 
     rank: int
     block: int | None
-    tokens: Tokens
-    value: Value
+    starts: tuple[Start, ...]
 
 
 class Walk:
@@ -71,11 +91,17 @@ class Walk:
         return self._below[rank]
 
     # ---- states
-    def top(self) -> Arrival:
-        """The state at the logits."""
-        logits = self.graph.logits_set
+    def at_node(self, node: Node) -> Arrival:
+        """The state at a node where paths end: the logits, or one that a metric reads."""
+        return self._at_end(lambda step: step.site is not Site.STREAM and bool(step.nodes >> node.id & 1))
+
+    def at_stream(self, rank: int) -> Arrival:
+        """The state at the stream below a rank where paths end."""
+        return self._at_end(lambda step: step.site is Site.STREAM and step.rank == rank)
+
+    def _at_end(self, ends: Callable[[Step], bool]) -> Arrival:
         rests = (self._rests.of((patch.path,)) for patch in self.patches)
-        return tuple(frozenset(m for m in rest.moves if m.step.nodes & logits) for rest in rests)
+        return tuple(frozenset(m for m in rest.moves if ends(m.step)) for rest in rests)
 
     def arrival(self, continuation: Continuation, reader: Reader, writer: Node) -> Arrival:
         """The state at `writer`, read by `reader` in the state `continuation`."""
@@ -110,8 +136,8 @@ class Walk:
     def _onward(
         self, patch: int, moves: frozenset[Move], tokens: Tokens, node: Node, port: int | None
     ) -> frozenset[Rest] | None:
-        if self.patches[patch].complement and port is not None:
-            here = (m for m in moves if m.accepts and m.step.site is PORT_SITES[port])
+        if self.patches[patch].complement:
+            here = (m for m in moves if m.accepts and m.step.site is port_site(node, port))
             if any(m.step.tokens & tokens for m in here):
                 return None  # The path is complete at this port: the base run's value stays.
         return frozenset(m.rest for m in moves if m.step.tokens & tokens and (port is None or m.step.ports >> port & 1))
@@ -159,10 +185,33 @@ class Walk:
         return classes, starts
 
     def _starts(self, patch: Patch, moves: frozenset[Move]) -> list[Start]:
+        return [self._start(m.step, patch) for m in moves if m.accepts and m.step.site not in STREAM_SITES]
+
+    def _start(self, step: Step, patch: Patch) -> Start:
+        tokens = step.tokens & self.layout.all
+        return Start(step.site, tokens, patch.value, patch, step.sources, step.neurons)
+
+    def inner_starts(self, arrival: Arrival) -> list[Start]:
+        """The values that enter inside a node in that state; first what paths of a complement's set keep there."""
+        kept: list[Start] = []
+        entering: list[Start] = []
+        for i, (patch, moves) in enumerate(zip(self.patches, arrival, strict=True)):
+            starts = [s for s in self._starts(patch, moves or frozenset()) if s.site in INNER_SITES]
+            if patch.complement:
+                without = _with(arrival, i, None)
+                kept += [replace(s, value=None, kept=without) for s in starts if s.site in MIDDLE_SITES]
+            else:
+                entering += starts
+        return kept + entering
+
+    def end_starts(self, arrival: Arrival, site: Site) -> list[Start]:
+        """The values that enter at the very stream, or attention output, at which paths end in that state."""
         return [
-            Start(m.step.site, m.step.tokens & self.layout.all, patch.value, patch)
+            self._start(m.step, patch)
+            for patch, moves in zip(self.patches, arrival, strict=True)
+            if moves and not patch.complement
             for m in moves
-            if m.accepts and m.step.site not in STREAM_SITES
+            if m.accepts and m.step.site is site
         ]
 
     def stream_starts(self, continuation: Continuation, reader: Reader) -> list[StreamStart]:
@@ -173,13 +222,13 @@ class Walk:
             if rests is None or patch.complement:
                 continue
             for move in {m for rest in rests for m in rest.moves if m.accepts and m.step.site in STREAM_SITES}:
-                start = Start(move.step.site, move.step.tokens & self.layout.all, patch.value, patch)
+                start = self._start(move.step, patch)
                 for place in self._places(move.step, patch, reader.node.rank):
                     places.setdefault(place, []).append(start)
         return [
-            StreamStart(rank, block, tokens, value)
+            StreamStart(rank, block, tuple(starts))
             for rank, block in sorted(places, key=lambda place: place[0])
-            for tokens, value in agreed(places[rank, block], "the stream" if block is None else "an attention output")
+            for starts in self.agreed(places[rank, block], "the stream" if block is None else "an attention output")
         ]
 
     def _places(self, step: Step, patch: Patch, rank: int) -> Iterator[tuple[int, int | None]]:
@@ -211,13 +260,13 @@ class Walk:
         """Where a path is complete at a node's output."""
         tokens = 0
         for move in moves:
-            tokens |= move.step.tokens if move.accepts and move.step.site not in PORT_SITES else 0
+            tokens |= move.step.tokens if move.accepts and move.step.site not in INNER_SITES else 0
         return tokens & self.layout.all
 
     def _leading(self, moves: frozenset[Move], node: Node) -> frozenset[Move]:
         """The readings that matter to how the node is computed."""
-        at_port = (m for m in moves if m.accepts and m.step.site in PORT_SITES and m.step.tokens & self.layout.all)
-        return frozenset((*at_port, *(m for m in moves if self._leads_on(m, node))))
+        inside = (m for m in moves if m.accepts and m.step.site in INNER_SITES and m.step.tokens & self.layout.all)
+        return frozenset((*inside, *(m for m in moves if self._leads_on(m, node))))
 
     def _leads_on(self, move: Move, node: Node) -> bool:
         """Whether a path that passes through `node` so can be completed below it."""
@@ -265,6 +314,18 @@ class Walk:
             for port, rests in readings
         )
 
+    def agreed(self, starts: Iterable[Start], where: str) -> list[list[Start]]:
+        """Starts at one place, those of one value together. Two values at one token are an error."""
+        merged: dict[object, list[Start]] = {}
+        seen: list[Start] = []
+        for start in starts:
+            for other in seen:
+                if other.value and start.value and other.value != start.value and other.meets(start, self.layout):
+                    raise _two_values(other, start, where)
+            seen.append(start)
+            merged.setdefault((start.value, start.kept), []).append(start)
+        return [same for same in merged.values() if any(start.tokens for start in same)]
+
     def _useful(self, rests: frozenset[Rest], reader: Reader) -> frozenset[Rest]:
         return frozenset(rest for rest in rests if self._can_complete(rest, reader))
 
@@ -278,6 +339,22 @@ def ports_of(node: Node) -> tuple[int | None, ...]:
             return (None,)
         case _:
             return ()
+
+
+def port_site(node: Node, port: int | None) -> Site | None:
+    """The site at a node's input: a head's q, k or v, what an MLP reads, or the stream where it is read itself."""
+    match node.kind:
+        case Kind.HEAD:
+            return PORT_SITES[port or 0]
+        case Kind.MLP:
+            return Site.IN
+        case _:
+            return Site.STREAM if node.id < 0 else None
+
+
+def stream_end(rank: int) -> Node:
+    """The stream below a rank where a metric reads it, as a node that reads it."""
+    return Node(-1, Kind.LOGITS, rank, -1)
 
 
 def _joins(step: Step, reader: Reader, writer: Node) -> bool:
@@ -294,19 +371,6 @@ def _joins(step: Step, reader: Reader, writer: Node) -> bool:
 
 def _with(arrival: Arrival, index: int, moves: frozenset[Move] | None) -> Arrival:
     return (*arrival[:index], moves, *arrival[index + 1 :])
-
-
-def agreed(starts: Iterable[Start], where: str) -> list[tuple[Tokens, Value]]:
-    """Starts at one place as (tokens, value), each value once. Two values at one token are an error."""
-    merged: dict[Value, Tokens] = {}
-    seen: list[Start] = []
-    for start in starts:
-        for other in seen:
-            if other.value != start.value and other.tokens & start.tokens:
-                raise _two_values(other, start, where)
-        seen.append(start)
-        merged[start.value] = merged.get(start.value, 0) | start.tokens
-    return [(tokens, value) for value, tokens in merged.items() if tokens]
 
 
 def _two_values(one: Start, other: Start, where: str) -> PatchcError:

@@ -1,91 +1,40 @@
-"""Forward passes over all prompts, each world's own run kept whole, and patches' values taken from them.
+"""Every world's own run, kept whole, and where the model's sites stand in it.
 
-For the hooks backend. A tensor's first axis is the layout's tokens: prompts of one length share a pass, and
-none is padded.
+For the hooks backend. A head's output is kept as its z `[token, d_head]`, since what it writes follows from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from patchc.diagnostics import RULES
-from patchc.execute.hook_drivers import At, Driver, Point, points_of
+from patchc.execute.hook_points import At, Point, points_of
+from patchc.execute.oracle_passes import Passes, Record
+from patchc.execute.oracle_states import ENTRY_SITES, Start
+from patchc.execute.oracle_values import Change, Place, Values
 from patchc.ir.bits import bits
-from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Prompts, Source, Value
+from patchc.ir.experiment import Given, Noise, Probe, Value
 from patchc.ir.graph import BlockKind, Kind, Node, ResidualGraph
 from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 
-TENSOR_SHAPE = RULES.add("hooks-tensor", "a tensor that a patch names is not there, or has not the width of its site")
-
-TokenEdit = Callable[[Tensor, Tensor], Tensor]
-"""New values of an activation `[token, ...]`, given the numbers of those tokens `[token]`."""
-
-Record = dict[Point, Tensor]
-"""Activations by point, `[token, ...]`."""
-
-
-class Passes:
-    """Forward passes on whole worlds."""
-
-    def __init__(self, driver: Driver, prompts: Prompts, device: torch.device):
-        self.driver, self.prompts, self.device = driver, prompts, device
-        self.count = 0
-        layout = prompts.layout
-        self._groups: list[Tensor] = []
-        for length in sorted(set(layout.lengths)):
-            offsets = [o for o, n in zip(layout.offsets, layout.lengths, strict=False) if n == length]
-            self._groups.append(torch.tensor(offsets, device=device)[:, None] + torch.arange(length, device=device))
-
-    def run(self, world: str, edits: Mapping[Point, TokenEdit], capture: Collection[Point]) -> Record:
-        """Run the model on a world's tokens; one forward pass a length of prompt."""
-        ids = torch.tensor([i for row in self.prompts.world(world).ids for i in row], device=self.device)
-        out: Record = {}
-        for tokens in self._groups:
-            here = {point: _on_tokens(edit, tokens.flatten()) for point, edit in edits.items()}
-            got = self.driver.run(ids[tokens], here, capture)
-            self.count += 1
-            for point, x in got.items():
-                if point not in out:
-                    out[point] = x.new_zeros(len(ids), *x.shape[2:])
-                out[point][tokens.flatten()] = x.flatten(0, 1)
-        return out
-
-
-def _on_tokens(edit: TokenEdit, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: edit(x.flatten(0, 1), tokens).view(x.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """At `tokens` (`[token]`, bool): `constant + scale * what is there`; elsewhere what is there."""
-
-    tokens: Tensor
-    constant: Tensor
-    scale: float = 0.0
-
-    def __call__(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        tokens, constant = (self.tokens, self.constant) if rows is None else (self.tokens[rows], self.constant[rows])
-        new = constant + self.scale * x if self.scale else constant
-        return torch.where(tokens.view(-1, *[1] * (x.dim() - 1)), new, x)
-
-    @property
-    def forgets(self) -> bool:
-        """Nothing of what was there is left."""
-        return not self.scale and bool(self.tokens.all())
+PROJECTIONS = (At.Q, At.K, At.V)
+INSIDE = {Site.Q: At.Q, Site.K: At.K, Site.V: At.V, Site.Z: At.Z, Site.SCORES: At.SCORES, Site.PATTERN: At.PATTERN,
+          Site.IN: At.MLP_IN, Site.POST: At.POST}  # fmt: skip
+"""Where a pass has each site inside a node."""
 
 
 class Worlds:
     """Every world's own run, and values made of them."""
 
     def __init__(self, passes: Passes, graph: ResidualGraph, tensors: Mapping[str, Tensor]):
-        self.passes, self.graph, self.tensors = passes, graph, tensors
+        self.passes, self.graph = passes, graph
+        self.prompts = passes.prompts
         self.layout = passes.prompts.layout
+        self.values = Values(passes.prompts, self.record, tensors)
         self._records: dict[str, Record] = {}
         self._w_o = [passes.driver.w_o(layer) for layer in range(graph.n_layers)]
         self.mask = lru_cache(maxsize=4096)(self._mask)
@@ -93,13 +42,9 @@ class Worlds:
     def record(self, world: str) -> Record:
         """All that a world's own run computes."""
         if world not in self._records:
-            self._records[world] = self.passes.run(world, {}, points_of(self.graph))
+            kept = self.passes.run(world, {}, points_of(self.graph))
+            self._records[world] = Record(kept, lambda point: self.passes.run(world, {}, [point])[point])
         return self._records[world]
-
-    def _mask(self, tokens: Tokens) -> Tensor:
-        mask = torch.zeros(self.layout.n_tokens, dtype=torch.bool, device=self.passes.device)
-        mask[list(bits(tokens & self.layout.all))] = True
-        return mask
 
     # ---- where things stand in a record
     def own(self, record: Record, node: Node) -> Tensor:
@@ -118,14 +63,15 @@ class Worlds:
         """What an output adds to the stream, `[token, d_model]`."""
         return own @ self._w_o[_layer(node)][node.head] if node.kind is Kind.HEAD else own
 
-    def projection(self, record: Record, node: Node, port: int) -> Tensor:
-        """A head's view of its q, k or v, `[token, d_head]`."""
-        return record[Point(PROJECTIONS[port], _layer(node))][:, self.column(node, port)]
+    def inside(self, record: Record, node: Node, site: Site) -> Tensor:
+        """A head's own view of a site inside it, or an MLP's, `[token, width]`."""
+        x = record[Point(INSIDE[site], _layer(node))]
+        return x[:, self.column(node, site)] if node.kind is Kind.HEAD else x
 
-    def column(self, node: Node, port: int) -> int:
-        """Which of a layer's q, k or v heads a head reads."""
+    def column(self, node: Node, site: Site) -> int:
+        """Which of a layer's heads holds a head's site: grouped queries share k and v."""
         head = node.head or 0
-        return head if port == 0 else head // (self.graph.n_heads // self.graph.n_kv_heads)
+        return head // (self.graph.n_heads // self.graph.n_kv_heads) if site in (Site.K, Site.V) else head
 
     def stream(self, record: Record, rank: int) -> Tensor:
         """The stream below a rank, `[token, d_model]`."""
@@ -138,65 +84,84 @@ class Worlds:
         block = next(b for b in self.graph.blocks if b.rank == rank)
         return Point(At.RESID_PRE if block.kind is BlockKind.ATTENTION else At.MLP_IN, block.layer or 0)
 
-    # ---- values
-    def node_change(self, value: Value, tokens: Tokens, node: Node, site: Site) -> tuple[Change, Tensor | None]:
-        """A value for a node's output, in the form of `own`; and what a head then adds to the stream besides
-        its z, where a tensor is given for the output itself."""
-        beside = node.kind is Kind.HEAD and site is Site.OUT
-        change = self.change(value, tokens, lambda record: self.own(record, node), skip_given=beside)
-        given = [(c, s) for c, s in value.terms if isinstance(s, Given)]
-        if not beside or not given:
+    def attn_out(self, record: Record, block: int) -> Tensor:
+        """The whole output of an attention block, `[token, d_model]`."""
+        return record[Point(At.ATTN_OUT, self.graph.blocks[block].layer or 0)]
+
+    def probed(self, record: Record, probe: Probe) -> Tensor:
+        """What stands at a probe, `[token, width]`; of attention the width is that of the longest prompt."""
+        if probe.site is Site.STREAM:
+            return self.stream(record, probe.rank)
+        node = self.graph.nodes[next(bits(probe.nodes))]
+        if probe.site is Site.ATTN_OUT:
+            return self.attn_out(record, node.block)
+        return self.place(node, probe.site).read(record)
+
+    # ---- places and values
+    def place(self, node: Node, site: Site) -> Place:
+        """A site of a node."""
+        if site is Site.OUT:
+            return Place(node.name, lambda record: self.written(node, self.own(record, node)))
+        name = f"{node.name}.{site}"
+        return Place(name, lambda record: self.inside(record, node, site), site in ENTRY_SITES)
+
+    def stream_place(self, rank: int, block: int | None) -> Place:
+        """The stream below a rank, or with `block` that block's whole output."""
+        if block is None:
+            return Place(f"stream[{rank}]", lambda record: self.stream(record, rank))
+        return Place(f"attn_out[{self.graph.blocks[block].layer}]", lambda record: self.attn_out(record, block))
+
+    def output_change(self, value: Value, where: Tensor, node: Node, site: Site, run: str) -> Entering:
+        """A value for a node's output, in the form of `own`; and what a head then adds to the stream besides its z,
+        where the value for the output itself is none that z can have: a tensor, or noise."""
+        if node.kind is not Kind.HEAD:
+            return self.values.change(value, where, self.place(node, Site.OUT), run), None
+        beside = tuple(t for t in value.terms if site is Site.OUT and isinstance(t[1], Given | Noise))
+        inside = Value(tuple(t for t in value.terms if t not in beside))
+        change = self.values.change(inside, where, self.place(node, Site.Z), run)
+        if not beside:
             return change, None
-        whole = self.written(node, change.constant)
-        direct = self.change(Value(tuple(given)), tokens, lambda _: whole)
-        return change, torch.where(direct.tokens[:, None], direct.constant, 0.0)
+        direct = self.values.change(Value(beside), where, self.place(node, Site.OUT), run)
+        return change, torch.where(where[:, None], direct.constant, 0.0)
 
-    def change(
-        self, value: Value, tokens: Tokens, read: Callable[[Record], Tensor], skip_given: bool = False
-    ) -> Change:
-        """A value at some tokens; `read` finds the site in a record."""
-        scale = sum(c for c, source in value.terms if isinstance(source, Itself))
-        template = read(next(iter(self._records.values())))
-        constant = torch.zeros_like(template)
-        for c, source in value.terms:
-            if not isinstance(source, Itself) and not (skip_given and isinstance(source, Given)):
-                constant = constant + c * self._source(source, read, template)
-        return Change(self.mask(tokens), constant, scale)
+    # ---- where a value enters
+    def where(self, starts: Iterable[Start], node: Node, run: str) -> Tensor:
+        """What starts at one site of a node replace: bool, `[token]`, or of entries and neurons `[token, width]`."""
+        masks = [self._where(start, node, run) for start in starts]
+        return torch.stack(masks).any(0)
 
-    def _source(self, source: Source, read: Callable[[Record], Tensor], template: Tensor) -> Tensor:
-        match source:
-            case FromWorld(world):
-                return read(self.record(world))
-            case Mean(world, over_positions):
-                return self._mean(read(self.record(world)), over_positions)
-            case Given(key):
-                return self._given(key, template)
-            case Itself():
-                raise AssertionError("what is there is no constant")
+    def _where(self, start: Start, node: Node, run: str) -> Tensor:
+        tokens = self.mask(start.tokens)
+        if start.site in ENTRY_SITES:
+            shown = self.inside(self.record(run), node, Site.SCORES) > -torch.inf
+            return tokens[:, None] & self._row_of(self.mask(start.sources)) & shown
+        if start.site is Site.POST:
+            width = self.inside(self.record(run), node, Site.POST).shape[1]
+            neurons = [start.neurons < 0 or bool(start.neurons >> i & 1) for i in range(width)]
+            return tokens[:, None] & torch.tensor(neurons, device=tokens.device)
+        return tokens
 
-    def _mean(self, x: Tensor, over_positions: bool) -> Tensor:
-        if over_positions:
-            return x.mean(0, keepdim=True).expand_as(x)
-        total = x.new_zeros(max(self.layout.lengths), *x.shape[1:]).index_add(0, self._positions, x)
-        counts = torch.bincount(self._positions).to(x.dtype)
-        return (total / counts.view(-1, *[1] * (x.dim() - 1)))[self._positions]
+    def _row_of(self, sources: Tensor) -> Tensor:
+        """Tokens as the positions that each token of their prompt looks at, `[token, width]`."""
+        return torch.cat([sources, sources.new_zeros(1)])[self._looked_at]
 
     @cached_property
-    def _positions(self) -> Tensor:
-        places = [self.layout.place(t)[1] for t in range(self.layout.n_tokens)]
-        return torch.tensor(places, device=self.passes.device)
+    def _looked_at(self) -> Tensor:
+        """The token that stands at each position of each token's prompt; beyond its end the number of tokens."""
+        layout, none = self.layout, self.layout.n_tokens
+        rows: list[list[int]] = []
+        for offset, n in zip(layout.offsets, layout.lengths, strict=False):
+            rows += n * [[*range(offset, offset + n), *(self.passes.width - n) * [none]]]
+        return torch.tensor(rows, device=self.passes.device)
 
-    def _given(self, key: str, template: Tensor) -> Tensor:
-        if key not in self.tensors:
-            raise TENSOR_SHAPE.error(f"no tensor {key!r} was given; there are: {', '.join(self.tensors) or 'none'}")
-        x = self.tensors[key].to(template)
-        if x.shape != template.shape[1:]:
-            wanted = list(template.shape[1:])
-            raise TENSOR_SHAPE.error(f"tensor {key!r} has shape {list(x.shape)}; here it must be {wanted}")
-        return x.expand_as(template)
+    def _mask(self, tokens: Tokens) -> Tensor:
+        mask = torch.zeros(self.layout.n_tokens, dtype=torch.bool, device=self.passes.device)
+        mask[list(bits(tokens & self.layout.all))] = True
+        return mask
 
 
-PROJECTIONS = (At.Q, At.K, At.V)
+Entering = tuple[Change, Tensor | None]
+"""What becomes of a node's own output, and what it adds to the stream besides."""
 
 
 def _layer(node: Node) -> int:

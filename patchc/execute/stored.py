@@ -52,12 +52,30 @@ class Stored:
         """A head's q, k or v (before rotary) under `value`; `computed` is what the run itself has there: `[n,
         d_head]`."""
         column = head if port == 0 else self.pieces.kv_head(head)
+        return self._inside(value, at, computed, lambda run: run.attention[block].raw[port][:, column])
+
+    def neurons(self, block: int, value: Value, at: Tensor, computed: Tensor) -> Tensor:
+        """All neurons of an MLP under `value`; `computed` is what the run itself has there: `[n, d_mlp]`."""
+        return self._inside(value, at, computed, lambda run: self.post(run, block))
+
+    def post(self, run: PlainRun, block: int) -> Tensor:
+        """The neurons of an MLP in a run, `[token, d_mlp]`: computed when first asked for, kept till `forget`."""
+        if block not in run.post:
+            layer, rank = self.pieces.graph.blocks[block].layer, self.pieces.graph.blocks[block].rank
+            assert layer is not None
+            run.post[block] = self.pieces.mlp_post(layer, run.stream[rank])
+        return run.post[block]
+
+    def forget(self, block: int) -> None:
+        """Drop what was computed of a block's inside."""
+        for run in self.runs.values():
+            run.post.pop(block, None)
+
+    def _inside(self, value: Value, at: Tensor, computed: Tensor, site: Field) -> Tensor:
+        """A value inside a node, which may mix in what the run itself has there."""
         out = torch.zeros_like(computed)
         for factor, source in value.terms:
-            if isinstance(source, Itself):
-                out = out + factor * computed
-            else:
-                out = out + factor * self._source(source, at, lambda run: run.attention[block].raw[port][:, column])
+            out = out + factor * (computed if isinstance(source, Itself) else self._source(source, at, site))
         return out
 
     def _heads(self, block: int, layer: int, members: int, value: Value, at: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ At each block the rows of all variants are packed into common matrix products. V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from patchc.ir.dag import (
     Stream,
     Sum,
     Tokenwise,
+    ValueId,
     VariantId,
     children,
 )
@@ -78,7 +79,7 @@ class Walk:
             op = self.dag.ops[i]
             if isinstance(op, Const | Stream) and self.demand.tokens[i] and i not in self.zero:
                 return False
-            if isinstance(op, Core) and op.replaced:
+            if isinstance(op, Core | Tokenwise) and op.replaced:
                 return False
             todo.extend(children(op))
         return True
@@ -136,9 +137,23 @@ class Walk:
 
     def stream_rows(self, rank: int, parts: Sequence[tuple[VariantId, Tokens]]) -> Tensor:
         """The whole stream below `rank` for several variants, each at its tokens: `[rows, d_model]`."""
-        deltas = [pick(self.value(x), self.demand.tokens[x], tokens) for x, tokens in parts]
+        deltas = [
+            pick(self.value(x), self.demand.tokens[x], tokens)
+            if not tokens & ~self.dag.changed[x]
+            else self._spread_out(x, tokens)
+            for x, tokens in parts
+        ]
         at = torch.cat([rows(tokens) for _, tokens in parts])
         return torch.cat(deltas) + self.stored.base_run.stream[rank][at]
+
+    def _spread_out(self, x: VariantId, tokens: Tokens) -> Tensor:
+        """A variant's difference at tokens at some of which there is none."""
+        out = torch.zeros(
+            tokens.bit_count(), self.dag.graph.d_model, device=self.pieces.device, dtype=self.pieces.dtype
+        )
+        if here := tokens & self.dag.changed[x]:
+            out[where(tokens, here)] = pick(self.value(x), self.demand.tokens[x], here)
+        return out
 
     # ---- the model's nodes
     def _blocks(self) -> None:
@@ -169,17 +184,73 @@ class Walk:
         return out
 
     def _mlps(self, index: int, variants: list[VariantId]) -> None:
-        block = self.dag.graph.blocks[index]
-        assert block.layer is not None
+        ops = {i: op for i in variants if isinstance(op := self.dag.ops[i], Tokenwise)}
         tokens = self.demand.tokens
-        for batch in packed([(i, tokens[i].bit_count()) for i in variants]):
-            inputs = [op.input for i in batch if isinstance(op := self.dag.ops[i], Tokenwise)]
-            x = self.stream_rows(block.rank, [(x, tokens[i]) for x, i in zip(inputs, batch, strict=True)])
-            for x_id in inputs:
-                self.release(x_id)
-            at = torch.cat([rows(tokens[i]) for i in batch])
-            written = self.pieces.mlp(block.layer, x) - self.stored.base_run.mlp[index][at]
-            self._keep(batch, written)
+        for kind in (self._run_mlps, self._run_neurons, self._stored_neurons):
+            mine = [(i, tokens[i].bit_count()) for i, op in ops.items() if self._mlp_kind(op) == kind]
+            for batch in packed(mine):
+                self._keep(batch, kind(index, [(i, ops[i]) for i in batch]))
+        self.stored.forget(index)
+
+    def _mlp_kind(self, op: Tokenwise) -> Callable[[int, list[tuple[VariantId, Tokenwise]]], Tensor]:
+        if not op.replaced:
+            return self._run_mlps
+        return self._run_neurons if op.input else self._stored_neurons
+
+    def _run_mlps(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
+        """MLPs on changed streams, less what the base run's write."""
+        layer = self._layer(index)
+        at = torch.cat([rows(self.demand.tokens[i]) for i, _ in batch])
+        return self.pieces.mlp(layer, self._inputs(index, batch)) - self.stored.base_run.mlp[index][at]
+
+    def _run_neurons(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
+        """The same with neurons set."""
+        layer = self._layer(index)
+        post = self.pieces.mlp_post(layer, self._inputs(index, batch))
+        sizes = [self.demand.tokens[i].bit_count() for i, _ in batch]
+        for (i, op), mine in zip(batch, post.split(sizes), strict=True):
+            own = mine.clone()
+            for r in op.replaced:
+                if here := r.tokens & self.demand.tokens[i]:
+                    at, columns = where(self.demand.tokens[i], here), list(bits(r.neurons))
+                    value = self.stored.neurons(index, self.dag.values[r.value], rows(here), own[at])
+                    mine[at] = mine[at].index_copy(1, torch.tensor(columns, device=mine.device), value[:, columns])
+        at = torch.cat([rows(self.demand.tokens[i]) for i, _ in batch])
+        return self.pieces.mlp_down(layer, post) - self.stored.base_run.mlp[index][at]
+
+    def _stored_neurons(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
+        """Stored neurons less the base run's, written: one product for all, over the neurons that some variant sets."""
+        neurons = sorted({n for _, op in batch for r in op.replaced for n in bits(r.neurons)})
+        column = {n: c for c, n in enumerate(neurons)}
+        sizes = [self.demand.tokens[i].bit_count() for i, _ in batch]
+        gaps = torch.zeros(sum(sizes), len(neurons), device=self.pieces.device, dtype=self.pieces.dtype)
+        known: dict[tuple[ValueId, Tokens], Tensor] = {}
+        for (i, op), mine in zip(batch, gaps.split(sizes), strict=True):
+            for r in op.replaced:
+                here = r.tokens & self.demand.tokens[i]
+                if here and (r.value, here) not in known:
+                    own = self.stored.post(self.stored.base_run, index)[rows(here)]
+                    value = self.stored.neurons(index, self.dag.values[r.value], rows(here), own)
+                    known[r.value, here] = (value - own)[:, neurons]
+                if here:
+                    columns = [column[n] for n in bits(r.neurons)]
+                    at = torch.arange(len(mine), device=mine.device)[where(self.demand.tokens[i], here)]
+                    mine[at[:, None], columns] = known[r.value, here][:, columns]
+        return self.pieces.neurons(self._layer(index), gaps, neurons)
+
+    def _inputs(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
+        """The streams that some MLPs read, `[rows, d_model]`."""
+        rank, tokens = self.dag.graph.blocks[index].rank, self.demand.tokens
+        x = self.stream_rows(rank, [(op.input, tokens[i]) for i, op in batch])
+        for i, op in batch:
+            if tokens[i] & self.dag.changed[op.input]:  # else nobody has asked for it
+                self.release(op.input)
+        return x
+
+    def _layer(self, index: int) -> int:
+        layer = self.dag.graph.blocks[index].layer
+        assert layer is not None
+        return layer
 
     def _attention(self, index: int, variants: list[VariantId]) -> None:
         block = self.dag.graph.blocks[index]

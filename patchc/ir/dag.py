@@ -40,13 +40,29 @@ class Stream:
     tokens: Tokens
 
 
+SCORES, PATTERN = 3, 4
+"""Beside q, k and v, what of a head can be set: its attention scores, and the pattern that is their softmax."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """A head's q, k or v set to a value at some tokens: `heads` are bits within the block. `mask`: the mask that the
+    """A head's q, k, v, scores or pattern set to a value at some tokens: `heads` are bits within the block; of scores
+    and patterns the entries at which these tokens look at `sources` of their prompt. `mask`: the mask that the
     replacement is multiplied by (see `Masked`), -1 where it is outright."""
 
     port: int
     heads: int
+    value: ValueId
+    tokens: Tokens
+    mask: int = -1
+    sources: Tokens = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplacedNeurons:
+    """The same of an MLP's neurons (bits)."""
+
+    neurons: int
     value: ValueId
     tokens: Tokens
     mask: int = -1
@@ -55,7 +71,8 @@ class Replaced:
 @dataclass(frozen=True, slots=True)
 class Core:
     """Attention of one block over q, k and v inputs. Heads are no part of it: demand says which are computed, except
-    where projections are replaced. Its value is z, not a stream value: only `Out` reads it."""
+    where something inside them is replaced; scores are set before patterns. Its value is z, not a stream value: only
+    `Out` reads it."""
 
     block: int
     q: VariantId
@@ -65,6 +82,13 @@ class Core:
 
     def input(self, port: int) -> VariantId:
         return (self.q, self.k, self.v)[port]
+
+    def replaced_at(self, *ports: int) -> tuple[Replaced, ...]:
+        return tuple(r for r in self.replaced if r.port in ports)
+
+    def is_base(self, *ports: int) -> bool:
+        """Whether these projections are the base run's."""
+        return not any(self.input(port) for port in ports) and not self.replaced_at(*ports)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +101,12 @@ class Out:
 
 @dataclass(frozen=True, slots=True)
 class Tokenwise:
-    """An MLP run again on a changed stream."""
+    """An MLP run again on a changed stream, or with neurons set: on the base run's stream only the stored difference of
+    those is written."""
 
     block: int
     input: VariantId
+    replaced: tuple[ReplacedNeurons, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +214,10 @@ class Dag:
         asked = self.changed[q]
         looked_at = self.changed[k] | self.changed[v]
         for r in replaced:
-            if r.port == 0:
-                asked |= r.tokens
-            else:
+            if r.port in (1, 2):
                 looked_at |= r.tokens
+            else:
+                asked |= r.tokens
         return self.make(Core(block, q, k, v, replaced), asked | self.spread(looked_at), self.graph.blocks[block].rank)
 
     def out(self, core: VariantId, heads: int) -> VariantId:
@@ -199,9 +225,12 @@ class Dag:
             return EQUAL_TO_BASE
         return self.make(Out(core, heads), self.changed[core], self.low[core])
 
-    def tokenwise(self, block: int, input: VariantId) -> VariantId:
+    def tokenwise(self, block: int, input: VariantId, replaced: tuple[ReplacedNeurons, ...] = ()) -> VariantId:
+        changed = self.changed[input]
+        for r in replaced:
+            changed |= r.tokens
         rank = self.graph.blocks[block].rank
-        return self.make(Tokenwise(block, input), self.changed[input], min(rank, self.low[input]))
+        return self.make(Tokenwise(block, input, replaced), changed, min(rank, self.low[input]))
 
     def sum(self, parts: Iterable[VariantId]) -> VariantId:
         """A part that stands twice counts twice."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from patchc.ir.bits import bits
 from patchc.ir.dag import (
+    SCORES,
     Const,
     Core,
     Dag,
@@ -18,6 +19,7 @@ from patchc.ir.dag import (
     Op,
     Out,
     Replaced,
+    ReplacedNeurons,
     Run,
     Scale,
     Stream,
@@ -64,8 +66,8 @@ def _op(dag: Dag, op: Op) -> str:
             block = dag.ops[core]
             assert isinstance(block, Core)
             return f"{_members(dag, block.block, heads)} of {_name(core)}"
-        case Tokenwise(block, x):
-            return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})"
+        case Tokenwise(block, x, replaced):
+            return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
         case Sum(parts):
             return " + ".join(map(_name, parts))
         case Scale(factor, x):
@@ -84,8 +86,19 @@ def _members(dag: Dag, block: int, members: int) -> str:
 
 
 def _replaced(dag: Dag, r: Replaced) -> str:
-    heads = ",".join(map(str, bits(r.heads)))
-    return f" with {PORTS[r.port]} of heads {heads} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}"
+    site = f"{(*PORTS, 'scores', 'pattern')[r.port]} of heads {_numbers(r.heads)}"
+    looking = f", looking at {positions(dag, r.sources)}" if r.port >= SCORES else ""
+    return f" with {site} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}{looking}"
+
+
+def _neurons(dag: Dag, r: ReplacedNeurons) -> str:
+    every = r.neurons == (1 << dag.graph.d_mlp) - 1
+    which = "all neurons" if every else f"neurons {_numbers(r.neurons)}"
+    return f" with {which} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}"
+
+
+def _numbers(members: int) -> str:
+    return ",".join(map(str, bits(members)))
 
 
 def value_text(value: Value) -> str:

@@ -167,6 +167,14 @@ class ResidualGraph:
         """The attention or MLP block of a layer."""
         return next((b for b in self.blocks if b.kind is kind and b.layer == layer), None)
 
+    def stream_name(self, rank: int) -> str:
+        """The stream below a rank as a spec writes it: `resid_pre[2]`, after the last layer `resid_post[3]`."""
+        layer = next((b.layer for b in self.blocks if b.rank >= rank and b.layer is not None), None)
+        if layer is None:
+            return f"resid_post[{self.n_layers - 1}]"
+        is_first = all(b.rank >= rank for b in self.blocks if b.layer == layer)
+        return f"resid_pre[{layer}]" if is_first else f"resid_mid[{layer}]"
+
     # ---- as AutoCircuit and ACDC count
     @cached_property
     def writers(self) -> tuple[tuple[str, Nodes], ...]:

@@ -24,6 +24,18 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """A model's FLOPs: of an MLP a token row (by block), of a q, k or v projection and of W_O a head row, of attention
+    a (query, key, head) triple, of the unembedding a logit."""
+
+    mlp: dict[int, int]
+    projection: int
+    write: int
+    triple: int
+    logit: int
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """`roots[cell]` is the cell's final stream; `measured` the tokens that the metrics read; `columns` the token ids
     whose logits they read (None: the whole vocabulary); `worlds` the worlds that must be run, the base world first."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from patchc.ir.dag import (
+    PATTERN,
+    SCORES,
     Const,
     Core,
     Dag,
@@ -13,6 +15,7 @@ from patchc.ir.dag import (
     Mix,
     Op,
     Out,
+    Replaced,
     Run,
     Scale,
     Stream,
@@ -67,6 +70,7 @@ def _broken_by_kind(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]
             kind = BlockKind.ATTENTION if isinstance(op, Core) else BlockKind.MLP
             if dag.graph.blocks[block].kind is not kind:
                 yield "runs-a-block-of-its-kind", f"v{i} runs block {block}, {dag.graph.blocks[block].kind}"
+            yield from _broken_replaced(dag, i, op)
         case Out(_, heads):
             if not heads or heads >> dag.graph.n_heads:
                 yield "names-what-there-is", f"v{i} writes heads {heads:b}"
@@ -80,6 +84,20 @@ def _broken_by_kind(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]
                 yield "is-in-normal-form", f"v{i} scales by {factor}"
         case Stream() | Masked() | Run():
             pass
+
+
+def _broken_replaced(dag: Dag, i: VariantId, op: Core | Tokenwise) -> Iterator[tuple[str, str]]:
+    for r in op.replaced:
+        if isinstance(r, Replaced):
+            known = r.heads and not r.heads >> dag.graph.n_heads and 0 <= r.port <= PATTERN
+            if (r.port >= SCORES) != bool(r.sources):
+                yield "sources-belong-to-entries", f"v{i} sets port {r.port} looking at {r.sources:b}"
+        else:
+            known = r.neurons and not r.neurons >> dag.graph.d_mlp
+        if not known or not 0 <= r.value < len(dag.values):
+            yield "names-what-there-is", f"v{i} sets {r}"
+        if not r.tokens or r.tokens & ~dag.changed[i]:
+            yield "is-set-where-it-differs", f"v{i} is set at other tokens than it changes"
 
 
 def _broken_mix(dag: Dag, i: VariantId, parts: tuple[tuple[int, VariantId], ...]) -> Iterator[tuple[str, str]]:

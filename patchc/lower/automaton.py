@@ -18,6 +18,12 @@ from patchc.ir.paths import EVERYWHERE, Alt, Edges, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Tokens
 
 PORT_SITES = (Site.Q, Site.K, Site.V)
+INNER_SITES = (*PORT_SITES, Site.SCORES, Site.PATTERN)
+"""What can be set inside a head, by its number in `dag.Replaced`."""
+ENTERS: dict[Site, tuple[int | None, ...]] = {
+    Site.Q: (0,), Site.K: (1,), Site.V: (2,), Site.SCORES: (0, 1), Site.PATTERN: (0, 1), Site.IN: (None,)
+}  # fmt: skip
+"""The ports of a node whose paths all go through a site."""
 
 Atoms = int
 """A set of atoms: a state of the automaton."""
@@ -44,6 +50,8 @@ class Automaton:
         """Atoms of complement patches at which a path is wholly in the set."""
         self.watches: dict[int, tuple[Atoms, Start]] = {}
         """For each watch: the atoms that it watches, and the value that enters where none of them matches."""
+        self.partial: list[int] = []
+        """Complement patches whose own paths begin at a part of a pattern or of an MLP's neurons."""
         self.last: list[tuple[Tokens, Atoms]] = []
         """What the logits read: (tokens, atoms that may match the last writer)."""
         for number, patch in enumerate(patches):
@@ -66,6 +74,8 @@ class Automaton:
         start = Start(number, patch.value)
         if patch.complement:
             for i in bits(first):
+                if not self._is_whole(self.steps[i]):
+                    self.partial.append(number)
                 self._accept(i)
         else:
             self.starts.update(dict.fromkeys(bits(first), start))
@@ -80,6 +90,13 @@ class Automaton:
         self.watches[watch] = (own, start)
         self.last.append((EVERYWHERE, 1 << watch))
 
+    def _is_whole(self, step: Step) -> bool:
+        """Whether a step is not some entries of a pattern or some neurons, to whose complement no edges belong."""
+        if step.site in (Site.SCORES, Site.PATTERN):
+            return step.tokens == step.sources == EVERYWHERE
+        every = (1 << self.graph.d_mlp) - 1
+        return step.site is not Site.POST or step.neurons & every == every
+
     def _accept(self, atom: int) -> None:
         """In a complement's set the first step only ends the reading; nothing is stored there."""
         step = self.steps[atom]
@@ -89,7 +106,7 @@ class Automaton:
                 (r.node.id, -1 if r.port is None else r.port) for r in self.graph.readers if r.node.rank >= step.rank
             )
             self.steps[atom] = replace(step, site=Site.OUT, via=Edges(tuple((r, self.graph.all) for r in readers)))
-        elif step.site in (Site.ATTN_OUT, Site.Z):
+        elif step.site in (Site.ATTN_OUT, Site.Z, Site.POST):
             self.steps[atom] = replace(step, site=Site.OUT)
 
     def _add(self, path: Path) -> tuple[bool, Atoms, Atoms]:
@@ -155,7 +172,7 @@ class Automaton:
         """(tokens, atoms) that a port of a node so matched goes on reading with."""
         done: dict[int, Tokens] = {}  # where a complement's path is complete once this port is entered
         for i in bits(matched & self.accepts):
-            if port is not None and self.steps[i].site is PORT_SITES[port]:
+            if port in ENTERS.get(self.steps[i].site, ()):
                 for w in bits(matched & self.watch_atoms):
                     watched, _ = self.watches[w]
                     if watched >> i & 1:

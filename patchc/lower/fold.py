@@ -9,30 +9,25 @@ are no part of a state. Where, from a rank up, every node reads on in one plain 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from patchc.diagnostics import RULES, Diagnostic, Note
+from patchc.diagnostics import RULES, Diagnostic
 from patchc.ir.bits import bits
-from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, Replaced, VariantId
-from patchc.ir.experiment import Patch, Prompts, Value
-from patchc.ir.graph import Block, BlockKind, Kind, Reader
-from patchc.ir.paths import EVERYWHERE, Step
+from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, VariantId
+from patchc.ir.experiment import Patch, Prompts
+from patchc.ir.graph import Block, BlockKind, Reader
+from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
-from patchc.lower.automaton import PORT_SITES, Atoms, Automaton, Start
-from patchc.lower.changes import Changes, relative
+from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start
+from patchc.lower.entering import Entering, Entry
 
-TWO_VALUES = RULES.add("two-values", "two patches give one start two different values")
+PART_OF_A_NODE = RULES.add(
+    "complement-of-a-part", "a complement leaves out a part of a node that has no edges of its own"
+)
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A value that enters somewhere: its tokens there, its stored difference, and how much of `self` stays."""
-
-    tokens: Tokens
-    stored: VariantId
-    own: float
-    start: Start
+INSIDE = (*INNER_SITES, Site.IN, Site.POST)
+"""Sites of starts after which the node is still computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +39,13 @@ class Folded:
     faults: tuple[Diagnostic, ...] = ()
 
 
-class Fold:
+class Fold(Entering):
     """Folds one cell at a time into a shared Dag. With `masked`, every ordinary start is multiplied by the mask of that
     number (see `Masked`) instead of replacing outright; such a DAG holds for any data of the same shape, so no two
     worlds are taken to be equal anywhere."""
 
     def __init__(self, dag: Dag, prompts: Prompts, run: str, masked: Callable[[Start], int] | None = None):
-        self.dag, self.graph, self.run = dag, dag.graph, run
-        self.changes = Changes(dag, prompts, run, any_data=masked is not None)
-        self.masked = masked
+        super().__init__(dag, prompts, run, masked)
         self.blocks_at = [
             [(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)
         ]
@@ -65,7 +58,14 @@ class Fold:
         self.streams: dict[tuple[int, Atoms], VariantId] = {}
         self.nodes: dict[tuple[int, Atoms, int], list[VariantId]] = {}
         self.biting: set[int] = set()
-        self.faults: list[Diagnostic] = []
+        self.faults: list[Diagnostic] = [
+            PART_OF_A_NODE.at(
+                patches[i].span,
+                "all paths but those from some entries of a pattern or from some neurons cannot be patched",
+                fix="leave out the whole head, its `.q`, `.k` or `.v`, or the whole MLP",
+            )
+            for i in self.automaton.partial
+        ]
         self._find_live_atoms()
         root = self._by_token(self.automaton.last, Reader(self.graph.logits))
         return Folded(root, frozenset(self.biting), tuple(self.faults))
@@ -229,10 +229,10 @@ class Fold:
     def _variant(self, index: int, m: Atoms, members: int) -> VariantId:
         automaton = self.automaton
         entries: list[Entry] = []
-        replaced: list[tuple[Replaced, Start]] = []
+        inner: list[tuple[Step, Start]] = []
         for step, start in automaton.active_starts(m):
-            if step.site in PORT_SITES:
-                replaced += self._replaced(index, members, step, start)
+            if step.site in INSIDE:
+                inner.append((step, start))
             else:
                 entries.append(
                     self._entry(step.tokens, start, lambda value, tokens: self._stored(index, members, value, tokens))
@@ -240,19 +240,18 @@ class Fold:
         # A value that takes the node's place everywhere leaves nothing to compute; one that equals the base run's still
         # bites where it undoes another patch, so there the node is looked at.
         everywhere = any(e.tokens == EVERYWHERE and not e.own and e.stored for e in entries) and self.masked is None
-        computed = EQUAL_TO_BASE if everywhere else self._computed(index, automaton.settled(m), members, replaced)
+        computed = EQUAL_TO_BASE if everywhere else self._computed(index, automaton.settled(m), members, inner)
         return self._enter(computed, entries)
 
-    def _computed(self, index: int, m: Atoms, members: int, replaced: list[tuple[Replaced, Start]]) -> VariantId:
-        """The members run again on what their ports read."""
+    def _computed(self, index: int, m: Atoms, members: int, inner: list[tuple[Step, Start]]) -> VariantId:
+        """The members run again on what their ports read, with what is set inside them."""
         block = self.graph.blocks[index]
         node = self.graph.nodes[block.first + members.bit_length() - 1]
         match block.kind:
             case BlockKind.EMBED:
                 return EQUAL_TO_BASE
             case BlockKind.MLP:
-                x = self._input(m, Reader(node))
-                return self.dag.tokenwise(index, x) if x else EQUAL_TO_BASE
+                return self._mlp(index, self._input(m, Reader(node)), inner)
             case BlockKind.ATTENTION:
                 if not m & ~self.automaton.plain:
                     q = k = v = self._input(m, Reader(node, 0))
@@ -260,7 +259,7 @@ class Fold:
                         k, v = self._input(m, Reader(node, 1)), self._input(m, Reader(node, 2))
                 else:
                     q, k, v = (self._input(m, Reader(node, p)) for p in range(3))
-                sets = self._agreed(replaced, (q, k, v))
+                sets = self._agreed([self._replaced(members, *s) for s in inner], (q, k, v))
                 return self.dag.out(self.dag.core(index, q, k, v, sets), members)
 
     def _input(self, m: Atoms, reader: Reader) -> VariantId:
@@ -282,115 +281,3 @@ class Fold:
                         new[joined] = new.get(joined, 0) | some
             classes = new
         return self.dag.mix((tokens, self._read(reader, c)) for c, tokens in classes.items() if c)
-
-    # ---- values that enter
-    def _entry(self, tokens: Tokens, start: Start, stored: Callable[[Value, Tokens], VariantId]) -> Entry:
-        value, own = relative(start.value, self.run)
-        where = self.dag.layout.all if tokens == EVERYWHERE else tokens
-        return Entry(tokens, stored(value, where), own, start)
-
-    def _stored(self, index: int, members: int, value: Value, tokens: Tokens) -> VariantId:
-        """The stored difference of a block's members; members that cannot differ are left out."""
-        block = self.graph.blocks[index]
-        by_tokens: dict[Tokens, int] = {}
-        for i in bits(members):
-            here = self.changes.at_node(value, self.graph.nodes[block.first + i].kind) & tokens
-            by_tokens[here] = by_tokens.get(here, 0) | 1 << i
-        return self.dag.sum(self.dag.const(index, some, value, here) for here, some in by_tokens.items() if here)
-
-    def _enter(self, x: VariantId, entries: list[Entry]) -> VariantId:
-        """`x` with values put in its place at their tokens."""
-        if not entries:
-            return x
-        for e in entries:
-            if e.stored or (e.own != 1.0 and self.dag.changed[x] & e.tokens):
-                self.biting.add(e.start.patch)
-        if self.masked is not None:
-            return self.dag.masked(x, tuple(self._masked_starts(x, entries)))
-        left = self.dag.layout.all
-        parts: list[tuple[Tokens, VariantId]] = []
-        seen: list[tuple[Tokens, Entry]] = []
-        for e in entries:
-            tokens = self.dag.layout.all if e.tokens == EVERYWHERE else e.tokens
-            for other, earlier in seen:
-                if other & tokens and earlier.start.value != e.start.value:
-                    self._conflict(earlier.start, e.start)
-            seen.append((tokens, e))
-            parts.append((tokens & left, self._mixture(x, e)))
-            left &= ~tokens
-        return self.dag.mix([*parts, (left, x)])
-
-    def _masked_starts(self, x: VariantId, entries: list[Entry]) -> Iterator[tuple[int, Tokens, VariantId]]:
-        """One mask enters a token once, however many steps of its path match there."""
-        assert self.masked is not None
-        seen: dict[int, Tokens] = {}
-        for e in entries:
-            mask = self.masked(e.start)
-            tokens = e.tokens & self.dag.layout.all & ~seen.get(mask, 0)
-            seen[mask] = seen.get(mask, 0) | tokens
-            if tokens:
-                yield mask, tokens, self._mixture(x, e)
-
-    def _mixture(self, x: VariantId, entry: Entry) -> VariantId:
-        return self.dag.sum([entry.stored, self.dag.scale(entry.own, x)]) if entry.own else entry.stored
-
-    def _conflict(self, one: Start, other: Start) -> None:
-        first, second = self.patches[one.patch], self.patches[other.patch]
-        fault = TWO_VALUES.at(
-            second.span,
-            "two patches replace the same value by two different ones",
-            notes=[Note("the other patch", first.span)],
-            fix="patch each start once, or restrict each patch to its own positions with `@`",
-        )
-        if fault not in self.faults:
-            self.faults.append(fault)
-
-    def _enter_stream(self, x: VariantId, rank: int, c: Atoms) -> VariantId:
-        """The stream below `rank`, set where a stream value starts."""
-        atoms = c & self.stream_at[rank]
-        if not atoms:
-            return x
-
-        def stored(value: Value, tokens: Tokens) -> VariantId:
-            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens)
-
-        return self._enter(
-            x, [self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored) for i in bits(atoms)]
-        )
-
-    def _enter_attn_out(self, parts: list[VariantId], index: int, c: Atoms) -> list[VariantId]:
-        """A layer's whole attention output, set where such a value starts."""
-        block = self.graph.blocks[index]
-        members = (1 << block.size) - 1
-
-        def stored(value: Value, tokens: Tokens) -> VariantId:
-            return self._stored(index, members, value, tokens)
-
-        entries = [
-            self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored)
-            for i in bits(c & self.automaton.attn_out_atoms)
-            if self.automaton.steps[i].nodes & block.nodes
-        ]
-        return [self._enter(self.dag.sum(parts), entries)] if entries else parts
-
-    def _replaced(self, index: int, members: int, step: Step, start: Start) -> list[tuple[Replaced, Start]]:
-        tokens = self.dag.layout.all if step.tokens == EVERYWHERE else step.tokens
-        return [(Replaced(PORT_SITES.index(step.site), members, self.dag.value(start.value), tokens), start)]
-
-    def _agreed(
-        self, replaced: list[tuple[Replaced, Start]], inputs: tuple[VariantId, VariantId, VariantId]
-    ) -> tuple[Replaced, ...]:
-        """The projections that are set, at the tokens where that can change something."""
-        out: dict[tuple[int, int, int, int], Tokens] = {}
-        for i, (one, start) in enumerate(replaced):
-            for other, earlier in replaced[:i] if self.masked is None else ():
-                if one.port == other.port and one.tokens & other.tokens and one.value != other.value:
-                    self._conflict(earlier, start)
-            value, own = relative(start.value, self.run)
-            computed = self.dag.changed[inputs[one.port]] if own != 1.0 else 0
-            tokens = one.tokens & (self.changes.at_node(value, Kind.HEAD) | computed)
-            if tokens:
-                self.biting.add(start.patch)
-                key = (one.port, one.heads, one.value, -1 if self.masked is None else self.masked(start))
-                out[key] = out.get(key, 0) | tokens
-        return tuple(Replaced(p, heads, value, tokens, mask) for (p, heads, value, mask), tokens in sorted(out.items()))

@@ -23,11 +23,11 @@ from patchc.model.nodes import (
     cone,
     evaluate,
     is_pointwise,
-    is_tensor,
     need,
     shape_of,
     single,
 )
+from patchc.model.outputs import output_projection
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class Port:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """`core` is z as [batch, head, pos, d]. Column `columns[h] + j` of the output weight reads dimension j of
+    """`core` is z as [batch, head, pos, d], `weights` the softmax that makes the pattern, or the core itself where it
+    is fused. Column `columns[h] + j` of the output weight reads dimension j of
     head h; `scales` are static factors between the output projection and the stream. `kv_head[h]` is what
     query head h reads."""
 
     leaf: fx.Node
     ports: tuple[Port, Port, Port]
+    weights: fx.Node
     core: fx.Node
     out: fx.Node
     columns: tuple[int, ...]
@@ -88,7 +90,7 @@ class AttentionReader:
         return [n for n in inside if n.target is SDPA or (n.target in SOFTMAX and pos in shape_of(n)[-1])]
 
     def read(self, leaf: fx.Node) -> AttentionBlock:
-        core, query, key, value = self._core(leaf)
+        weights, core, query, key, value = self._core(leaf)
         n_heads, d_head = int(shape_of(core)[1]), int(shape_of(core)[3])
         need(
             shape_of(core) == self._heads(n_heads, d_head),
@@ -105,9 +107,9 @@ class AttentionReader:
         need(q[1] == tuple(range(n_heads)), "queries that are shared by heads", core)
         kv_head = k[1] if len(k[1]) == n_heads else k[1] * n_heads  # one key/value head is broadcast
         need(len(kv_head) == n_heads, "keys are not one per query head", core)
-        out, scales = self._output(leaf, core)
+        out, scales = self._output(leaf)
         columns = self._columns(out, core, n_heads, d_head)
-        return AttentionBlock(leaf, (q[0], k[0], v[0]), core, out, columns, scales, kv_head, d_head)
+        return AttentionBlock(leaf, (q[0], k[0], v[0]), weights, core, out, columns, scales, kv_head, d_head)
 
     def _heads(self, heads: int, d_head: int) -> tuple[str, ...]:
         return (self.exported.batch, str(heads), self.exported.pos, str(d_head))
@@ -117,13 +119,13 @@ class AttentionReader:
         return single((a for a in node.all_input_nodes if self.dynamic[a]), "two paths lead into attention here", node)
 
     # ---- the core
-    def _core(self, leaf: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
-        """z and the core's three operands, all [batch, head, pos, d]."""
+    def _core(self, leaf: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, fx.Node]:
+        """What makes the pattern, z and the core's three operands, these all [batch, head, pos, d]."""
         found = self.cores(cone(leaf, self.tree))
         need(len(found) == 1, f"{len(found)} attention patterns feed one write to the stream", leaf)
         node: Any = found[0]
         if node.target is SDPA:
-            return node, node.args[0], node.args[1], node.args[2]
+            return node, node, node.args[0], node.args[1], node.args[2]
         after = self._applied(node)
         before = self._scores(node)
         need(
@@ -131,7 +133,7 @@ class AttentionReader:
             "a pattern that is not applied from the left",
             after,
         )
-        return after, before.args[0], self._untransposed(before.args[1]), after.args[1]
+        return node, after, before.args[0], self._untransposed(before.args[1]), after.args[1]
 
     def _applied(self, pattern: fx.Node) -> Any:
         """The product of a pattern, after whatever is done to each of its entries, with the values."""
@@ -262,26 +264,15 @@ class AttentionReader:
         return tuple(int(h) for h in out[:, 0] // d_head)
 
     # ---- the output
-    def _output(self, leaf: fx.Node, core: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    def _output(self, leaf: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         """The output projection, and the static factors between it and the stream."""
-        node, scales = leaf, list[fx.Node]()
-        while node.target is not A.linear.default:
-            need(self._is_scaling(node), "between attention's output projection and the stream stands", node)
-            scales.append(node)
-            node = self._back(node)
-        return node, tuple(reversed(scales))
-
-    def _is_scaling(self, node: fx.Node) -> bool:
-        """Whether a node multiplies its one residual-dependent operand by a factor that all positions share."""
-        dynamic = [a for a in node.all_input_nodes if self.dynamic[a]]
-        others = [a for a in node.all_input_nodes if not self.dynamic[a]]
-        if len(dynamic) != 1 or not all(self._is_scale(a) for a in others):
-            return False
-        division = node.target in {A.div.Tensor, A.div.Scalar} and node.args[0] is dynamic[0]
-        return division or node.target in {A.mul.Tensor, A.mul.Scalar}
-
-    def _is_scale(self, node: fx.Node) -> bool:
-        return not self.dynamic[node] and is_tensor(node) and all(d.isdigit() for d in shape_of(node))
+        linear, scales = output_projection(leaf, self.dynamic)
+        need(
+            linear.target is A.linear.default,
+            "between attention's output projection and the stream stands",
+            linear,
+        )
+        return linear, scales
 
     def _columns(self, out: fx.Node, core: fx.Node, n_heads: int, d_head: int) -> tuple[int, ...]:
         """The first column of the output weight that reads each head."""

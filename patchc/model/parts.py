@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from patchc.model.attention import AttentionBlock, Port
 from patchc.model.emit import Emitter, Region, Statics, region, spans
+from patchc.model.inside import emit_scores
 from patchc.model.nodes import A, evaluate, is_pointwise, need
+from patchc.model.outputs import Neurons
 from patchc.model.trace import Layer, Structure
 
 
@@ -89,9 +91,28 @@ class Parts:
             return None
         return self.function(layer.mlp, f"Layer{index}Mlp", layer.mlp_entry, "an MLP")
 
+    def neurons(self, layer: Layer, neurons: Neurons | None, index: int) -> NeuronParts | None:
+        """The same in two steps, None where the MLP has no hidden layer."""
+        if neurons is None or layer.mlp is None or layer.mlp_entry is None:
+            return None
+        up = self.function(neurons.post, f"Layer{index}Post", layer.mlp_entry, "an MLP")
+        down = self.function(layer.mlp, f"Layer{index}Down", neurons.post, "an MLP")
+        return NeuronParts(up, down, self.matrix(neurons.linear), scale_of(self, neurons.scales))
+
     def run(self, module: fx.GraphModule, *args: Tensor) -> Any:
         """A module's function, with the detached weights for its own."""
         return type(module).forward(cast("fx.GraphModule", self.weights), *args)
+
+
+@dataclass(frozen=True)
+class NeuronParts:
+    """An MLP's functions: from the stream to its neurons, and from those to what it adds. `scale` times `output` is
+    the second without its bias."""
+
+    up: fx.GraphModule
+    down: fx.GraphModule
+    output: Matrix
+    scale: Tensor | float | None
 
 
 class AttentionParts:
@@ -110,8 +131,9 @@ class AttentionParts:
         operands = [(name, port.operand) for name, port in zip("qkv", ports, strict=True)]
         structure, statics = parts.structure, parts.statics
         self.core: Region = region(structure, statics, self.block.core, operands, f"Layer{index}Core", 2)
+        self.scores: Region = _scores(structure, statics, self.block, f"Layer{index}Scores")
         self.output = parts.matrix(self.block.out)
-        self.scale = _scale(parts, self.block)
+        self.scale = scale_of(parts, self.block.scales)
         bias = self.output.bias
         self.bias = bias if bias is None or self.scale is None else bias * self.scale
 
@@ -123,10 +145,16 @@ class AttentionParts:
         return region(parts.structure, parts.statics, port.prepared, given, f"Layer{index}Prepare", pos_axis)
 
 
-def _scale(parts: Parts, block: AttentionBlock) -> Tensor | float | None:
-    """The product of the factors between a block's output projection and the stream."""
+def _scores(structure: Structure, statics: Statics, block: AttentionBlock, name: str) -> Region:
+    """From operands q and k to scores; it reads the core's statics, in the same order."""
+    emitter = Emitter(structure, statics, ["q", "k"], [(block.core, [p.operand for p in block.ports])], 2)
+    return emitter.finish(emit_scores(emitter, block, *emitter.inputs), name)
+
+
+def scale_of(parts: Parts, scales: Sequence[fx.Node]) -> Tensor | float | None:
+    """The product of the factors between a node's output projection and the stream."""
     scale: Any = None
-    for node in block.scales:
+    for node in scales:
         dynamic = parts.structure.dynamic
         factor = next(a for a in node.args if not (isinstance(a, fx.Node) and dynamic[a]))
         value: Any = parts.constant(factor) if isinstance(factor, fx.Node) else factor

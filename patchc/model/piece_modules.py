@@ -13,6 +13,7 @@ from torch import fx
 
 from patchc.model.attention import AttentionBlock, Port
 from patchc.model.emit import Emitter, Region, Statics, region, spans, statics_region
+from patchc.model.inside import emit_scores
 from patchc.model.nodes import A, need
 from patchc.model.trace import Layer, Structure
 
@@ -26,6 +27,9 @@ class PieceModules:
     layer{l}_q, _k, _v(x [b, s, D]) -> [b, s, heads or key/value heads, d], before rotary and the like
     layer{l}_attend(q, k, v) -> z [b, s, heads, d]   from those, k and v repeated to one per query head
     layer{l}_write(z) -> [b, s, heads, D]            layer{l}_attn_bias() -> [D], where there is one
+    layer{l}_scores(q, k) -> [b, heads, query, key]  minus infinity where the mask hides
+    layer{l}_mix(pattern, v) -> z [b, s, heads, d]   a pattern [b, heads, query, key] applied to values
+    layer{l}_mlp_post(x) -> [b, s, d_mlp]            layer{l}_mlp_down(post) -> [b, s, D]
     layer{l}_mlp(x) -> [b, s, D]                     unembed(x) -> [b, s, d_vocab]
 
     `static_args[name]`: which members of the statics' tuple follow a module's own arguments.
@@ -42,7 +46,11 @@ def piece_modules(structure: Structure, statics: Statics) -> PieceModules:
     if structure.pos_embed is not None:
         regions["pos_embed"] = _embedding(structure, statics, structure.pos_embed, "PosEmbed")
     for i, layer in enumerate(structure.layers):
-        regions |= {f"layer{i}_{name}": made for name, made in _layer(structure, statics, layer, f"Layer{i}").items()}
+        made = _layer(structure, statics, layer, f"Layer{i}")
+        if (neurons := structure.neurons[i]) is not None and layer.mlp is not None and layer.mlp_entry is not None:
+            made["mlp_post"] = region(structure, statics, neurons.post, [("x", layer.mlp_entry)], f"Layer{i}MlpPost")
+            made["mlp_down"] = region(structure, statics, layer.mlp, [("post", neurons.post)], f"Layer{i}MlpDown")
+        regions |= {f"layer{i}_{name}": region for name, region in made.items()}
     unembed = region(structure, statics, structure.exported.logits, [("x", structure.final)], "Unembed")
     need(len(statics.nodes) == known, "a table that only some pieces read", structure.exported.logits)
     regions |= {"unembed": unembed, "statics": statics_region(structure, statics)}
@@ -65,6 +73,8 @@ def _layer(structure: Structure, statics: Statics, layer: Layer, name: str) -> d
         for port_name, port in zip("qkv", block.ports, strict=True)
     }
     out["attend"] = _attend(structure, statics, block, f"{name}Attend")
+    out["scores"] = _scores(structure, statics, block, f"{name}Scores")
+    out["mix"] = _mix(structure, statics, block, f"{name}Mix")
     out["write"] = _write(structure, statics, block, f"{name}Write")
     if len(block.out.args) > 2:
         out["attn_bias"] = _bias(structure, statics, block, f"{name}AttnBias")
@@ -96,9 +106,29 @@ def _attend(structure: Structure, statics: Statics, block: AttentionBlock, name:
     operands = [port.operand for port in block.ports]
     emitter = Emitter(structure, statics, ["q", "k", "v"], [*needs, (block.core, operands)])
     for given, port in zip(emitter.inputs, block.ports, strict=True):
-        emitter.bind(port.head, given if port.heads_last else emitter.call(A.transpose.int, given, 1, 2))
-        emitter.bind(port.operand, emitter.copy(port.prepared))
+        emitter.bind(port.operand, _prepared(emitter, port, given))
     return emitter.finish(emitter.call(A.transpose.int, emitter.copy(block.core), 1, 2), name)
+
+
+def _scores(structure: Structure, statics: Statics, block: AttentionBlock, name: str) -> Region:
+    ports = block.ports[:2]
+    needs = [(port.prepared, [port.head]) for port in ports]
+    emitter = Emitter(structure, statics, ["q", "k"], [*needs, (block.core, [p.operand for p in block.ports])])
+    operands = [_prepared(emitter, port, given) for port, given in zip(ports, emitter.inputs, strict=True)]
+    return emitter.finish(emit_scores(emitter, block, operands[0], operands[1]), name)
+
+
+def _mix(structure: Structure, statics: Statics, block: AttentionBlock, name: str) -> Region:
+    values = block.ports[2]
+    emitter = Emitter(structure, statics, ["pattern", "v"], [(values.prepared, [values.head])])
+    z = emitter.call(A.matmul.default, emitter.inputs[0], _prepared(emitter, values, emitter.inputs[1]))
+    return emitter.finish(emitter.call(A.transpose.int, z, 1, 2), name)
+
+
+def _prepared(emitter: Emitter, port: Port, given: fx.Node) -> fx.Node:
+    """A projection `given` as [batch, pos, head, d], as the attention core reads it."""
+    emitter.bind(port.head, given if port.heads_last else emitter.call(A.transpose.int, given, 1, 2))
+    return emitter.copy(port.prepared)
 
 
 def _write(structure: Structure, statics: Statics, block: AttentionBlock, name: str) -> Region:

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.tokens import Layout
 from patchc.model.emit import Statics, statics_region
+from patchc.model.inside import NOT_TAKEN_APART
 from patchc.model.nodes import need, shape_of
-from patchc.model.parts import AttentionParts, Parts, Unembedding
+from patchc.model.parts import AttentionParts, NeuronParts, Parts, Unembedding
 from patchc.model.piece_modules import PieceModules, piece_modules
 from patchc.model.trace import Structure
 
@@ -94,6 +95,20 @@ class Pieces(Protocol):
         where each query stands. `heads`: which query heads these are (None: all)."""
         ...
 
+    def scores(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor,
+        length: int,
+        tables: Tables,
+        heads: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The scores [c, h, s_q, s_k] whose softmax is the pattern that `attend` mixes values by; minus infinity where
+        the mask hides. Arguments as for `attend`. Error: `no-inside`."""
+        ...
+
     def masks_by_head(self, layer: int) -> bool:
         """Whether a mask of the layer differs from head to head."""
         ...
@@ -108,6 +123,18 @@ class Pieces(Protocol):
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """The stream [n, D] -> [n, D]: what the MLP adds to it, biases included."""
+        ...
+
+    def mlp_post(self, layer: int, x: Tensor) -> Tensor:
+        """The stream [n, D] -> [n, d_mlp]: the MLP's neurons as its output matrix reads them. Error: `no-inside`."""
+        ...
+
+    def mlp_down(self, layer: int, post: Tensor) -> Tensor:
+        """Neurons [n, d_mlp] -> [n, D]: what the MLP adds to the stream, biases included."""
+        ...
+
+    def neurons(self, layer: int, post: Tensor, neurons: Sequence[int]) -> Tensor:
+        """Some neurons [n, m] -> [n, D]: what they together add to the stream, without the bias."""
         ...
 
     def unembed(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -127,8 +154,15 @@ class TracedPieces:
         self._embeddings = [self._parts.embedding(n) for n in structure.embeddings]
         self._attention = [AttentionParts(self._parts, x, i) for i, x in enumerate(structure.layers)]
         self._mlps = [self._parts.mlp(x, i) for i, x in enumerate(structure.layers)]
+        self._neurons = [self._parts.neurons(x, structure.neurons[i], i) for i, x in enumerate(structure.layers)]
         self._unembed = Unembedding(self._parts)
         self._statics = statics_region(structure, self.statics).module
+        self.not_apart: dict[tuple[str, int], str] = {
+            ("neurons", i): "its output is not one linear map of its neurons"
+            for i, x in enumerate(structure.layers)
+            if x.mlp is not None and self._neurons[i] is None
+        }
+        """Why ("scores" or "neurons", layer) cannot be had, though the whole node can."""
         self._by_length: dict[int, tuple[Tensor, ...]] = {}
 
     @property
@@ -228,6 +262,27 @@ class TracedPieces:
         z = self._parts.run(core.module, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *statics)
         return z.transpose(1, 2)
 
+    def scores(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor,
+        length: int,
+        tables: Tables,
+        heads: Sequence[int] | None = None,
+    ) -> Tensor:
+        self.need_apart("scores", layer)
+        region, whole = self._attention[layer].scores, tables.whole[length]
+        statics = [self._mask(n, whole[n], positions, k.shape[1], heads) for n in region.statics]
+        return self._parts.run(region.module, q.transpose(1, 2), k.transpose(1, 2), *statics)
+
+    def need_apart(self, what: str, layer: int) -> None:
+        """Raise `no-inside` where the "scores" or "neurons" of a layer cannot be had."""
+        if why := self.not_apart.get((what, layer)):
+            node = f"head[{layer}, *]" if what == "scores" else f"mlp[{layer}]"
+            raise NOT_TAKEN_APART.error(f"the {what} inside `{node}` cannot be had from {self.graph.model}: {why}")
+
     def _mask(self, number: int, mask: Tensor, positions: Tensor, s_k: int, heads: Sequence[int] | None) -> Tensor:
         """A static of an attention core, right-aligned with [c, head, query, key], for these queries and keys."""
         node, pos = self.statics.nodes[number], self.structure.exported.pos
@@ -263,6 +318,24 @@ class TracedPieces:
         if module is None:
             raise ValueError(f"layer {layer} has no MLP")
         return self._parts.run(module, x[None])[0]
+
+    def mlp_post(self, layer: int, x: Tensor) -> Tensor:
+        return self._parts.run(self._hidden(layer).up, x[None])[0]
+
+    def mlp_down(self, layer: int, post: Tensor) -> Tensor:
+        return self._parts.run(self._hidden(layer).down, post[None])[0]
+
+    def neurons(self, layer: int, post: Tensor, neurons: Sequence[int]) -> Tensor:
+        hidden = self._hidden(layer)
+        out = F.linear(post, hidden.output.columns(neurons, 1))
+        return out if hidden.scale is None else out * hidden.scale
+
+    def _hidden(self, layer: int) -> NeuronParts:
+        self.need_apart("neurons", layer)
+        hidden = self._neurons[layer]
+        if hidden is None:
+            raise ValueError(f"layer {layer} has no MLP")
+        return hidden
 
     def unembed(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         return self._unembed(x, columns)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from patchc.diagnostics import RULES
+from patchc.diagnostics import RULES, PatchcError
 from patchc.ir.graph import BlockKind, ResidualGraph
 from patchc.ir.tokens import Layout
 from patchc.model.attention import AttentionReader
@@ -112,6 +112,49 @@ def prove_parts(pieces: TracedPieces) -> None:
                 raise NOT_UNDERSTOOD.error(message) from None
             if not torch.allclose(part, whole[:, :, [h]], rtol=0, atol=TOLERANCE.get(pieces.dtype, 1e-1) * 10):
                 raise NOT_UNDERSTOOD.error(f"attention {layer} differs where only head {h} and some keys are computed")
+
+
+@torch.no_grad()
+def prove_insides(pieces: TracedPieces) -> None:
+    """What a spec may reach inside nodes gives the whole node again; where it does not, `pieces.not_apart` says so."""
+    (n,) = _lengths(pieces.graph, (7,))
+    for layer in range(len(pieces.structure.layers)):
+        for what, check in (("scores", _scores_give_z), ("neurons", _neurons_give_the_mlp)):
+            if (what, layer) in pieces.not_apart:
+                continue
+            try:
+                if not check(pieces, layer, n):
+                    pieces.not_apart[what, layer] = "put together again they do not give what it computes"
+            except (RuntimeError, PatchcError) as error:
+                pieces.not_apart[what, layer] = str(error).splitlines()[0]
+
+
+def _scores_give_z(pieces: TracedPieces, layer: int, n: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, n, pieces.graph.n_heads, pieces.graph.d_head)
+    q, k, v = (torch.randn(shape, generator=generator).to(pieces.device, pieces.dtype) for _ in range(3))
+    positions = torch.arange(n, device=pieces.device).expand(2, n)
+    scores = pieces.scores(layer, q, k, positions, n, pieces.tables(Layout((n,))))
+    z = torch.einsum("chqk,ckhd->cqhd", scores.softmax(-1), v)
+    return _close(pieces, z, _attend(pieces, layer, q, k, v, n))
+
+
+def _neurons_give_the_mlp(pieces: TracedPieces, layer: int, n: int) -> bool:
+    if pieces.structure.layers[layer].mlp is None:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((n, pieces.graph.d_model), generator=generator).to(pieces.device, pieces.dtype)
+    post = pieces.mlp_post(layer, x)
+    every = range(post.shape[1])
+    bias = pieces.mlp_down(layer, torch.zeros_like(post))
+    whole = pieces.mlp(layer, x)
+    return _close(pieces, pieces.mlp_down(layer, post), whole) and _close(
+        pieces, pieces.neurons(layer, post, every) + bias, whole
+    )
+
+
+def _close(pieces: TracedPieces, got: Tensor, want: Tensor) -> bool:
+    return torch.allclose(got, want, rtol=0, atol=TOLERANCE.get(pieces.dtype, 1e-1) * 10)
 
 
 def _zeros(pieces: TracedPieces, c: int, n: int) -> Tensor:

@@ -18,6 +18,7 @@ from patchc.ir.graph import ResidualGraph, residual_graph
 from patchc.model.attention import AttentionBlock, AttentionReader
 from patchc.model.export import Exported
 from patchc.model.nodes import SDPA, SOFTMAX, A, cone, need, op_name, path_of, place, shape_of
+from patchc.model.outputs import Neurons, neurons_of
 from patchc.model.positions import check_positions
 
 ADD = A.add.Tensor
@@ -56,13 +57,19 @@ class Structure:
         return (self.embed,) if self.pos_embed is None else (self.embed, self.pos_embed)
 
     @cached_property
+    def neurons(self) -> tuple[Neurons | None, ...]:
+        """Each layer's MLP from its hidden layer on; None without one, or where its output is no linear map of one."""
+        return tuple(
+            None
+            if layer.mlp is None or layer.mlp_entry is None
+            else neurons_of(layer.mlp, layer.mlp_entry, self.dynamic)
+            for layer in self.layers
+        )
+
+    @property
     def d_mlp(self) -> int:
         """The width of the MLPs' hidden layer, 0 where there is none."""
-        for layer in self.layers:
-            if layer.mlp is not None:
-                linears = [n for n in cone(layer.mlp, self.tree) if n.target is A.linear.default]
-                return max((int(shape_of(n.args[0])[-1]) for n in linears), default=0)
-        return 0
+        return next((n.width for n in self.neurons if n is not None), 0)
 
     def graph(self, name: str, n_ctx: int, causal: bool) -> ResidualGraph:
         """The names and numbers of this structure."""

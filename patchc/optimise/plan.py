@@ -1,85 +1,147 @@
-"""A program in words: what will run, before anything does."""
+"""A program as numbers and remarks: what will run, what it costs, and which optimisation applied or why it could not.
+
+Nothing runs for it. How a plan is printed is `report.plans`' matter.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
 
-from patchc.ir.dag import Dag
+from patchc.ir.dag import Const, Core, Dag, Out, Run, Tokenwise, VariantId
 from patchc.ir.graph import BlockKind
-from patchc.ir.program import Program
+from patchc.ir.program import Program, Rates
+from patchc.optimise.memory import Live, plain_run_bytes, readout_bytes
+from patchc.optimise.remarks import Remark, remarks
+from patchc.optimise.work import Counter as WorkCounter
+from patchc.optimise.work import Work
 
-KINDS = {
-    "Const": "stored values of nodes",
-    "Stream": "stored streams",
-    "Core": "attention, run again",
-    "Out": "heads written again",
-    "Tokenwise": "MLPs, run again",
-    "Sum": "sums",
-    "Scale": "multiples",
-    "Mix": "mixes by position",
-    "Run": "suffixes: the plain model from some layer up",
-}
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs of multiplications with weights and of attention, and bytes at the fullest moment beside the model."""
+
+    passes: int
+    plain_runs: int
+    unembedding: int
+    unfused: int
+    """A forward pass a cell, each a lean one: the metrics' columns at their positions only."""
+    bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Of the whole run."""
+        return self.passes + self.plain_runs + self.unembedding
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an experiment will run. `str()` is the printed form."""
+    """What an experiment will run. `str()` is the printed form; counts are over all passes."""
 
     experiment: str
+    run: str
+    dims: tuple[tuple[str, int], ...]
+    metrics: tuple[str, ...]
     n_cells: int
     n_passes: int
     no_effect: int
     worlds: tuple[str, ...]
     variants: dict[str, int]
+    """How many variants of each class of node there are, in words."""
     rows: dict[str, int]
-    """Token rows that each block computes, over all passes."""
+    """Token rows that each block computes."""
     plain_rows: int
     """Token rows that a block computes in one plain run: a cell run alone costs this at every block."""
     columns: int | None
-    measured: int
-    bytes: int
+    measured_tokens: int
+    cost: Cost
+    remarks: tuple[Remark, ...]
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        from patchc.report.plans import plan_text
 
-    def _lines(self) -> list[str]:
-        cells = "1 cell" if self.n_cells == 1 else f"{self.n_cells:,} cells"
-        passes = "1 pass" if self.n_passes == 1 else f"{self.n_passes:,} passes"
-        lines = [f"experiment {self.experiment}: {cells} in {passes} (one a cell: {self.n_cells:,})"]
-        lines.append(f"  plain runs  {', '.join(self.worlds)}")
-        lines.append(f"  no effect   {self.no_effect:,} cells provably equal the base run: nothing runs for them")
-        lines += [f"  variants    {n:>8,}  {KINDS[kind]}" for kind, n in self.variants.items()]
-        most = self.n_cells * self.plain_rows
-        lines += [f"  rows        {n:>8,}  {block} (one pass a cell: {most:,})" for block, n in self.rows.items()]
-        columns = "the whole vocabulary" if self.columns is None else f"{self.columns} answer columns"
-        lines.append(f"  unembed     {columns} at {self.measured} tokens")
-        lines.append(f"  memory      {self.bytes / 2**20:,.1f} MiB at most in a pass, estimated")
-        return lines
+        return plan_text(self)
 
 
-def plan(program: Program) -> Plan:
-    """Describe a program."""
+def plan(program: Program, rates: Rates, budget: int, element: int) -> Plan:
+    """Describe a program that was cut for `budget` bytes; `element` is the bytes of a number."""
     dag = program.dag
-    kinds = Counter(type(op).__name__ for op in dag.ops[1:])
     rows: Counter[int] = Counter()
     for work in program.passes:
         rows.update(dict(enumerate(work.rows)))
     return Plan(
         program.experiment.name,
+        program.experiment.run,
+        tuple((d.name, len(d.coords)) for d in program.experiment.dims),
+        tuple(m.name for m in program.experiment.metrics),
         len(program.roots),
         program.n_passes,
         len(program.no_effect),
         program.worlds,
-        {kind: kinds[kind] for kind in KINDS if kinds[kind]},
-        {_block_name(dag, i): rows[i] for i in sorted(rows) if rows[i]},
+        _classes(dag),
+        {block_name(dag, i): rows[i] for i in sorted(rows) if rows[i]},
         program.prompts.layout.n_tokens,
         None if program.columns is None else len(program.columns),
         program.measured.bit_count(),
-        max((work.bytes for work in program.passes), default=0),
+        _cost(program, rates, element),
+        remarks(program, budget),
     )
 
 
-def _block_name(dag: Dag, index: int) -> str:
+def block_name(dag: Dag, index: int) -> str:
     block = dag.graph.blocks[index]
     return f"attention {block.layer}" if block.kind is BlockKind.ATTENTION else f"mlp {block.layer}"
+
+
+# ---- variants by class of node
+
+
+def _classes(dag: Dag) -> dict[str, int]:
+    found: Counter[str] = Counter(_class_of(dag, i) for i in range(1, len(dag.ops)))
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _class_of(dag: Dag, i: VariantId) -> str:
+    match dag.ops[i]:
+        case Const(block):
+            return {
+                BlockKind.ATTENTION: "heads, stored values",
+                BlockKind.MLP: "MLPs, stored values",
+                BlockKind.EMBED: "embeddings, stored values",
+            }[dag.graph.blocks[block].kind]
+        case Core():
+            return "attention, computed again"
+        case Out():
+            return "heads, written again"
+        case Tokenwise():
+            return "MLPs, computed again"
+        case Run():
+            return "rest of the model, run as it is"
+        case _:
+            return "streams and their sums"
+
+
+# ---- cost
+
+
+def _cost(program: Program, rates: Rates, element: int) -> Cost:
+    counter, live = WorkCounter(program.dag), Live(program.dag, element)
+    done, peak = Work(), 0
+    for work in program.passes:
+        roots = [program.roots[cell] for cell in work.cells]
+        own = counter.of_roots(roots, program.measured)
+        done.add(own)
+        peak = max(peak, live.peak(roots, program.measured, own))
+    graph, prompts = program.dag.graph, program.prompts
+    columns = graph.d_vocab if program.columns is None else len(program.columns)
+    logits = program.measured.bit_count() * columns
+    plain = counter.plain().flops(rates)
+    cells = sum(len(work.cells) for work in program.passes)
+    return Cost(
+        done.flops(rates),
+        len(program.worlds) * plain,
+        (cells + len(program.worlds)) * logits * rates.logit,
+        len(program.roots) * (plain + logits * rates.logit),
+        len(program.worlds) * plain_run_bytes(graph, prompts.layout.n_tokens, element)
+        + max(peak, readout_bytes(cells * program.measured.bit_count(), columns, element)),
+    )

@@ -32,8 +32,10 @@ def rows_of(dag: Dag, demand: Demand, variants: list[VariantId]) -> Counter[int]
     out: Counter[int] = Counter()
     for i in variants:
         match dag.ops[i]:
-            case Core(block) | Tokenwise(block):
+            case Core(block):
                 out[block] += demand.tokens[i].bit_count()
+            case Tokenwise(block, x):
+                out[block] += demand.tokens[i].bit_count() if x else 0
             case Run(rank, x):
                 out += run_rows(dag, rank, dag.changed[x], demand.tokens[i])
             case _:

@@ -1,4 +1,6 @@
-"""The dims of a result: a variable over heads gives `layer` and `head`, any other variable one dim."""
+"""The dims of a result: a variable over heads gives `layer` and `head`, one over neurons `layer` and `neuron`, any
+other variable one dim.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from patchc.ir.graph import ResidualGraph
 from patchc.ir.paths import Site
 from patchc.resolve.bindings import Binding, Number, Place
 from patchc.resolve.loops import Label, label_of
-from patchc.resolve.terms import NodeSet, is_head
+from patchc.resolve.terms import Member, NodeSet, is_head
 
 Place_ = tuple[int, ...]
 
@@ -27,9 +29,9 @@ class Axes:
 
 def axes_of(graph: ResidualGraph, variable: str, universe: Sequence[Binding], tokens: Sequence[str] | None) -> Axes:
     """The dims of a variable; `tokens` are those of the first prompt where all prompts have its length."""
-    heads = _heads(graph, universe)
-    if heads is not None:
-        return _of_heads(variable, heads)
+    numbered = _numbered(graph, universe)
+    if numbered:
+        return _of_numbered(variable, numbered)
     coords = tuple(label_of(b) for b in universe)
     name, labels = _name(variable, universe), None
     if tokens is not None and name == "position":
@@ -55,39 +57,54 @@ def _own(axes: Axes, dim: Dim) -> str:
     return f"{axes.variable}.{dim.name}" if len(axes.dims) > 1 else axes.variable
 
 
-# ---- heads
+# ---- heads, neurons, key-value heads
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class _Numbered:
+    """A thing that its layer and a number in the layer name, and its site."""
+
+    dims: tuple[str, str]
     layer: int
-    head: int
-    site: str | None
+    number: int
+    site: str
 
 
-def _heads(graph: ResidualGraph, universe: Sequence[Binding]) -> list[_Head] | None:
-    """The values as heads, or None where one is none. Bare heads do not mix with sites."""
-    found: list[_Head] = []
+def _numbered(graph: ResidualGraph, universe: Sequence[Binding]) -> list[_Numbered] | None:
+    """The values as heads, as neurons or as key-value heads; None where they are not all of one kind, or where two
+    differ in something else."""
+    found: list[_Numbered] = []
     for b in universe:
-        if not isinstance(b, NodeSet) or not all(is_head(graph, m) for m in b.members):
+        one = _one(graph, b.members[0]) if isinstance(b, NodeSet) and len(b.members) == 1 else None
+        if one is None or one.dims != (found or [one])[0].dims:
             return None
-        member = b.members[0]
-        node = graph.nodes[next(bits(member.nodes))]
-        site = None if member.site is Site.OUT else member.site.value
-        found.append(_Head(node.layer or 0, node.head or 0, site))
-    bare = {h.site is None for h in found}
-    return found if len(bare) == 1 else None
+        found.append(one)
+    return found if len(set(found)) == len(found) else None
 
 
-def _of_heads(variable: str, heads: Sequence[_Head]) -> Axes:
-    layers = sorted({h.layer for h in heads})
-    numbers = sorted({h.head for h in heads})
-    sites = [s for s in dict.fromkeys(h.site for h in heads) if s is not None]
-    dims = [Dim("layer", tuple(layers)), Dim("head", tuple(numbers))]
+def _one(graph: ResidualGraph, member: Member) -> _Numbered | None:
+    node = graph.nodes[next(bits(member.nodes), 0)]
+    layer = node.layer or 0
+    if member.kv >= 0:
+        return _Numbered(("layer", "kv"), layer, member.kv, member.site)
+    if member.site is Site.POST and member.nodes.bit_count() == 1 and member.neurons.bit_count() == 1:
+        return _Numbered(("layer", "neuron"), layer, member.neurons.bit_length() - 1, member.site)
+    if is_head(graph, member):
+        return _Numbered(("layer", "head"), layer, node.head or 0, member.site)
+    return None
+
+
+def _of_numbered(variable: str, found: Sequence[_Numbered]) -> Axes:
+    layers = sorted({n.layer for n in found})
+    numbers = sorted({n.number for n in found})
+    sites = list(dict.fromkeys(n.site for n in found))
+    first, second = found[0].dims
+    dims = [Dim(first, tuple(layers)), Dim(second, tuple(numbers))]
+    row, column = ({value: i for i, value in enumerate(values)} for values in (layers, numbers))
     if len(sites) < 2:
-        return Axes(variable, tuple(dims), tuple((layers.index(h.layer), numbers.index(h.head)) for h in heads))
-    places = tuple((layers.index(h.layer), numbers.index(h.head), sites.index(h.site or "")) for h in heads)
-    return Axes(variable, (*dims, Dim("site", tuple(sites))), places)
+        return Axes(variable, tuple(dims), tuple((row[n.layer], column[n.number]) for n in found))
+    places = tuple((row[n.layer], column[n.number], sites.index(n.site)) for n in found)
+    return Axes(variable, (*dims, Dim("site", tuple(map(str, sites)))), places)
 
 
 # ---- other variables

@@ -1,7 +1,7 @@
 """Indices of layers, heads and the like: `9`, `-1`, `*`, `2..5`, `..8`, `{1, 4}`, `l + 1`.
 
 An index outside the model is an error, except in a range with a loop variable in it, which is cut to the
-model.
+model: `mlp[l - 5..l + 4]` is a window, narrower at the model's ends, and nothing where it is wholly outside.
 """
 
 from __future__ import annotations

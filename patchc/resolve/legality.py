@@ -11,19 +11,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from patchc.diagnostics import RULES, Diagnostic
+from patchc.diagnostics import RULES, Diagnostic, Span
 from patchc.ir.bits import bitset
 from patchc.ir.graph import Kind, ResidualGraph
 from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Layout, Tokens
-from patchc.resolve.terms import Chain, Either, NodeSet, Ready, Repeat, Term
+from patchc.resolve.terms import Chain, Circuit, Either, NodeSet, Repeat, Term
 
 BACKWARD_EDGE = RULES.add("backward-edge", "a path goes from a node to one that reads before the node writes")
 EMPTY_SET = RULES.add("empty-set", "a set of nodes with nothing in it")
 NO_POSITION = RULES.add("no-position", "no position takes every step of a path")
 
+EMPTY_CIRCUIT = RULES.add("empty-circuit", "a circuit that holds no path from the input to the logits")
+
 LONG = 60
 """A set whose names take more characters is told by their number."""
+
+
+def empty_circuit(span: Span | None) -> Diagnostic:
+    message = "no path from the input to the logits is in this circuit: its first nodes are not `input`'s"
+    return EMPTY_CIRCUIT.at(span, message, fix="add `input`, or `embed`")
 
 
 class Legality:
@@ -84,8 +91,9 @@ class Legality:
                 return min(end for end, _ in ends), next((f for _, f in ends if f), None)
             case Repeat():
                 return after, None
-            case Ready():
-                return self._graph.top, None
+            case Circuit():
+                fault = None if term.starts(self._graph) else empty_circuit(term.span)
+                return self._graph.top, fault
 
     def _turned(self, steps: Sequence[Term]) -> str | None:
         """The fix for two nodes that stand the wrong way round."""
@@ -149,6 +157,8 @@ class Reach:
                 return tokens
 
     def _through(self, step: Step, tokens: Tokens, first: bool) -> Tokens:
+        if step.site is Site.STREAM:
+            return tokens
         moves = step.site in (Site.K, Site.V) if first else step.ports & 6 and step.nodes & self.graph.heads
         if not moves:
             return tokens

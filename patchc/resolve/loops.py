@@ -91,7 +91,7 @@ class Loops:
 
     def _length(self, span: Span | None) -> int:
         """The length that all prompts have."""
-        lengths = self._data.layout.lengths
+        lengths = self._data.lengths
         if len(set(lengths)) > 1:
             shortest, longest = min(lengths), max(lengths)
             message = f"the prompts have {shortest} to {longest} tokens, and no position has one number in all"

@@ -11,24 +11,31 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
-from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Patch, Value
+from patchc.ir.experiment import FromWorld, Itself, Mean, Patch, Value
 from patchc.ir.graph import Kind, ResidualGraph
 from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
 from patchc.resolve.data import Dataset
+from patchc.resolve.ends import LOGITS, Ends
+from patchc.resolve.entry import Entry
 from patchc.resolve.legality import BACKWARD_EDGE, NO_POSITION, Legality, Reach
 from patchc.resolve.paths import BAD_START, Paths
 from patchc.resolve.scope import WRONG_KIND
 from patchc.resolve.sets import Sets
-from patchc.resolve.tensors import TENSOR_SHAPE, Tensors
+from patchc.resolve.tensors import Tensors
 from patchc.resolve.terms import NodeSet, Term
 from patchc.resolve.values import Values
 
 WORLDS_EQUAL = RULES.add("worlds-equal", "an experiment whose patches give every node what the run itself has there")
 
+LOOKS_AHEAD = RULES.add("looks-ahead", "a pattern's entries at which a position would look at a later one")
+
 T = TypeVar("T")
 Found = Path | None
+
+ANYWHERE = Ends(certain=False)
+"""For what has to hold wherever a path ends."""
 
 
 class Patches:
@@ -48,60 +55,82 @@ class Patches:
         self._sets = sets
         self._paths = paths
         self._values = values
-        self._tensors = tensors
+        self._entry = Entry(graph, tensors, values.other.worlds)
         self._legality = Legality(graph)
 
-    def cells(self, clauses: Sequence[tree.Patch], run: str) -> OneExperiment:
+    def cells(self, clauses: Sequence[tree.Patch], run: str, ends: Ends) -> OneExperiment:
         """The patches of one experiment, to be asked for cell by cell."""
-        return OneExperiment(self, clauses, run)
+        return OneExperiment(self, clauses, run, ends)
 
     # ---- targets
 
-    def target(self, node: tree.Target, env: Env) -> Found:
+    def target(self, node: tree.Target, env: Env, ends: Ends) -> Found:
         """The paths of a target; None where loop variables make it one that the model has no path for."""
         if node.what is None:
-            return self._paths.everything()
+            return self._paths.everything(ends)
         term = self._sets.term(node.what, env)
-        path = self._path(node, term)
+        path = self._path(node, term, ends)
         if not self._sets.locals_of(node.what, env):
             self._check(node, term, path)
-        return path if self._legality.lowest(path) is not None else None
+        return path if self._is_legal(node, term, path, ends) else None
 
-    def _path(self, node: tree.Target, term: Term) -> Path:
+    def _path(self, node: tree.Target, term: Term, ends: Ends) -> Path:
         span = node.what.span if node.what else node.span
         match node.kind:
             case "node":
-                return self._paths.node(term, span)
+                return self._paths.node(term, span, ends)
             case "edge":
-                return self._paths.edge(term, span)
+                return self._paths.edge(term, span, ends)
             case "path":
-                return self._paths.path(term, span)
+                return self._paths.path(term, span, ends)
             case "all":
                 if isinstance(term, NodeSet):
                     message = "`patch all except` takes paths, and these are nodes"
                     fix = "write `circuit(...)` of the nodes, or `a -> b -> logits`"
                     raise WRONG_KIND.error(message, fix=fix, span=span)
-                return self._paths.path(term, span)
+                return self._paths.path(term, span, ends)
+
+    def _is_legal(self, node: tree.Target, term: Term, path: Path, ends: Ends) -> bool:
+        """Whether the model has such a path. A node or an edge above all that is measured is one without effect."""
+        if self._legality.lowest(path) is not None:
+            return True
+        if not ends.probes or node.kind not in ("node", "edge"):
+            return False
+        return self._legality.lowest(self._path(node, term, LOGITS)) is not None
 
     def _check(self, node: tree.Target, term: Term, path: Path) -> None:
         """The rank rule for every alternative as written, and that some position takes every step."""
+        span = node.what.span if node.what else node.span
         if fault := self.fault(node, term):
             raise PatchcError([fault])
         constants = self._graph.of(Kind.ATTN_BIAS)
         if all(not step.nodes & ~constants for step in starts(path)):
             raise BAD_START.error("a bias is the same in every run: no value changes it", span=term.span)
         reach = Reach(self._graph, self._data.layout)
-        if not reach.end(path):
+        if self._legality.lowest(path) is not None and not reach.end(path):
             message = (
                 "no position takes every step of this path: a value stays at its position, except that "
                 "a head's k and v move it to later ones"
             )
-            raise NO_POSITION.error(message, span=node.what.span if node.what else node.span)
+            raise NO_POSITION.error(message, span=span)
+        if all(self._is_hidden(step) for step in starts(path)):
+            message = (
+                "no position looks at a later one, and here each would: "
+                "the one that asks stands first, [asks, looked at]"
+            )
+            raise LOOKS_AHEAD.error(message, span=span)
+
+    def _is_hidden(self, step: Step) -> bool:
+        """Whether a start is entries of a pattern or of scores that stand above the diagonal in every prompt."""
+        if step.site not in (Site.PATTERN, Site.SCORES) or not self._graph.causal:
+            return False
+        layout = self._data.layout
+        return not layout.upto(step.tokens & layout.all) & step.sources
 
     def fault(self, node: tree.Target, term: Term) -> Diagnostic | None:
         """Why a target has no path in the model, in the words of the spec."""
         fault = self._legality.fault(term)
-        if fault is None and self._legality.lowest(self._path(node, term)) is None:
+        if fault is None and self._legality.lowest(self._path(node, term, ANYWHERE)) is None:
             fault = BACKWARD_EDGE.at(None, "the model has no such path: every edge leads from a node to a later one")
         return fault.at(node.what.span if node.what else node.span) if fault else None
 
@@ -114,29 +143,11 @@ class Patches:
     def value(self, node: tree.Value, env: Env, run: str) -> Value:
         return self._values.value(node, env, run)
 
-    def check_width(self, path: Path, value: Value, span: Span | None) -> None:
-        """A tensor is as wide as what it replaces."""
-        keys = [source.key for _, source in value.terms if isinstance(source, Given)]
-        if keys:
-            self._check_one_node(path, span)
-        for site in {step.site for step in starts(path)} if keys else ():
-            width = self._graph.d_head if site in (Site.Q, Site.K, Site.V) else self._graph.d_model
-            for key in keys:
-                shape = self._tensors.shapes[key]
-                if shape != (width,):
-                    message = f"tensor {key!r} has shape {list(shape)}, and what it replaces has [{width}]"
-                    raise TENSOR_SHAPE.error(message, span=span)
-
-    def _check_one_node(self, path: Path, span: Span | None) -> None:
-        """A tensor is the output of one node: of several together it would be unclear whether each writes it."""
-        for step in starts(path):
-            if step.site is Site.Z:
-                fix = "patch the head itself, with what it writes: [d_model]"
-                raise TENSOR_SHAPE.error("a tensor cannot stand for a head's z", fix=fix, span=span)
-            if step.site is Site.OUT and step.nodes.bit_count() != 1:
-                names = ", ".join(n.name for n in self._graph.members(step.nodes)[:3])
-                message = f"a tensor takes the place of one node, and this start is several ({names}, ...)"
-                raise TENSOR_SHAPE.error(message, fix="sweep over the nodes, or name one", span=span)
+    def check_value(self, path: Path, value: Value, span: Span | None) -> None:
+        """A value can enter wherever a path starts."""
+        if not all(isinstance(source, FromWorld | Itself) for _, source in value.terms):
+            for step in starts(path):
+                self._entry.check(step, value, self._data.layout, span)
 
     def locals_of(self, node: Any, env: Env) -> tuple[str, ...]:
         return self._sets.locals_of(node, env)
@@ -154,8 +165,10 @@ class Patches:
                 return True
             case FromWorld(world):
                 return all(self._data.same(world, run))
-            case Mean(world, over_positions):
-                return not over_positions and len(self._data.records) == 1 and all(self._data.same(world, run))
+            case Mean(world, over_positions, groups) if world not in self._values.other.worlds:
+                n = len(self._data.records)
+                is_alone = n == 1 or (groups is not None and len(set(groups)) == n)
+                return not over_positions and is_alone and all(self._data.same(world, run))
             case _:
                 return False
 
@@ -164,8 +177,9 @@ class OneExperiment:
     """The patches of one experiment. A part that takes some of the loop variables is kept for each choice of
     them."""
 
-    def __init__(self, patches: Patches, clauses: Sequence[tree.Patch], run: str):
+    def __init__(self, patches: Patches, clauses: Sequence[tree.Patch], run: str, ends: Ends):
         self._patches = patches
+        self._ends = ends
         self._clauses = clauses
         self._run = run
         self._memo: dict[tuple[int, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -179,12 +193,12 @@ class OneExperiment:
         out: list[Patch] = []
         for clause in self._clauses:
             target = clause.target
-            path: Found = self._kept(target, env, lambda t=target: self._patches.target(t, env))
+            path: Found = self._kept(target, env, lambda t=target: self._patches.target(t, env, self._ends))
             if path is None:
                 self.nothing = self.nothing or (target, dict(env))
                 return None
             value: Value = self._kept(clause.value, env, lambda c=clause: self._value(c, env))
-            self._patches.check_width(path, value, clause.value.span)
+            self._patches.check_value(path, value, clause.value.span)
             out.append(Patch(path, value, target.kind == "all" and target.what is not None, clause.span))
         return tuple(out)
 

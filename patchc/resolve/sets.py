@@ -6,17 +6,15 @@ the parts that do not depend on its variables.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from patchc.diagnostics import RULES, PatchcError, Span
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS, Env
-from patchc.resolve.circuits import circuit
+from patchc.resolve.circuits import circuit, less_nodes, nodes_of
 from patchc.resolve.indices import UNKNOWN_NODE
-from patchc.resolve.positions import Positions
+from patchc.resolve.places import Places, names_in
 from patchc.resolve.scope import (
     NODE_NAMES,
     NOT_SUPPORTED_YET,
@@ -24,14 +22,16 @@ from patchc.resolve.scope import (
     UNKNOWN_NAME,
     WRONG_KIND,
     Scope,
+    written,
 )
 from patchc.resolve.selectors import Selectors
 from patchc.resolve.terms import (
+    BAD_DIFFERENCE,
     Chain,
+    Circuit,
     Difference,
     Either,
     NodeSet,
-    Ready,
     Repeat,
     Term,
     of_nodes,
@@ -44,7 +44,7 @@ ARGUMENT_COUNT = RULES.add("argument-count", "a let is given more or fewer sets 
 
 _OF_NAMES = (UNKNOWN_NAME.code, UNKNOWN_NODE.code, RECURSIVE_LET.code)
 """What is wrong with a let whatever its parameters are."""
-TERMS = (NodeSet, Chain, Either, Repeat, Ready)
+TERMS = (NodeSet, Chain, Either, Repeat, Circuit)
 
 
 class Sets:
@@ -55,13 +55,13 @@ class Sets:
         scope: Scope,
         graph: ResidualGraph,
         selectors: Selectors,
-        positions: Positions,
+        places: Places,
         difference: Difference,
     ):
         self._scope = scope
         self._graph = graph
         self._selectors = selectors
-        self._positions = positions
+        self._places = places
         self._difference = difference
         self._names: dict[int, tuple[str, ...]] = {}
         self._memo: dict[tuple[int, ...], tuple[Term, tuple[Any, ...]]] = {}
@@ -111,7 +111,7 @@ class Sets:
             case tree.Ref():
                 return self._ref(node, env)
             case tree.Group():
-                return self._sited(self.term(node.inner, env), node.sites, node.span)
+                return self._sited(self.term(node.inner, env), node.sites, env, node.span)
             case tree.Call():
                 return self._call(node, env)
             case tree.Star():
@@ -125,32 +125,39 @@ class Sets:
             case tree.Difference():
                 return self._without(node, env)
 
-    def _sited(self, term: Term, sites: tuple[tree.Site, ...], span: Span | None) -> Term:
+    def _sited(self, term: Term, sites: tuple[tree.Site, ...], env: Env, span: Span | None) -> Term:
         if not sites:
             return term
         if isinstance(term, NodeSet):
-            return self._selectors.at_sites(term, sites, span)
+            return self._selectors.at_sites(term, sites, env, span)
         raise WRONG_KIND.error("a path has no site; write the site at one of its steps", span=sites[0].span)
 
     def _placed(self, node: tree.Placed, env: Env) -> NodeSet:
         inner = self.nodes(node.inner, env, "`@` belongs to one step; a set of nodes")
-        tokens = self._positions.tokens(self._positions.place(node.place, env))
-        return placed(inner, tokens, node.span)
+        return placed(inner, self._places.tokens(node.place, env), node.span)
 
     def _union(self, parts: list[Term], span: Span | None) -> Term:
         sets = [p for p in parts if isinstance(p, NodeSet)]
         return union(sets, span) if len(sets) == len(parts) else Either(tuple(parts), span)
 
-    def _without(self, node: tree.Difference, env: Env) -> NodeSet:
+    def _without(self, node: tree.Difference, env: Env) -> NodeSet | Circuit:
         terms = [self.term(part, env) for part in node.parts]
         sets = [t for t in terms if isinstance(t, NodeSet)]
+        if isinstance(terms[0], Circuit) and len(sets) == len(terms) - 1:
+            return self._less(terms[0], sets, node.span)
         if len(sets) != len(terms):
-            message = "a difference of paths is not supported yet; `patch all except` takes every other path"
-            raise NOT_SUPPORTED_YET.error(message, span=node.span)
+            less = written(node.parts[1]) if len(node.parts) == 2 else "(...) | (...)"
+            message = "paths are not taken out of paths; `patch all except` is every path but those that it names"
+            raise BAD_DIFFERENCE.error(message, fix=f"write `patch all except {less}`", span=node.span)
         whole = sets[0]
         for less in sets[1:]:
             whole = self._difference.of(whole, less, node.span)
         return whole
+
+    def _less(self, of: Circuit, sets: list[NodeSet], span: Span | None) -> Circuit:
+        for less in sets:
+            of = less_nodes(self._difference, of, less, span)
+        return of
 
     # ---- names
 
@@ -158,12 +165,12 @@ class Sets:
         name = node.name.text
         if name in env:
             self._no_indices(node)
-            return self._sited(self._of_local(node, env), node.sites, node.span)
+            return self._sited(self._of_local(node, env), node.sites, env, node.span)
         if name in self._scope.lets:
             self._no_indices(node)
-            return self._sited(self._of_let(self._scope.lets[name], node.name), node.sites, node.span)
+            return self._sited(self._of_let(self._scope.lets[name], node.name), node.sites, env, node.span)
         if name in NODE_NAMES:
-            return self._selectors.at_sites(self._selectors.select(node, env), node.sites, node.span)
+            return self._selectors.at_sites(self._selectors.select(node, env), node.sites, env, node.span)
         if name in NUMBER_DOMAINS:
             message = f"{name!r} are numbers to range over (`for l in {name}`), not nodes"
             raise WRONG_KIND.error(message, fix="did you mean `head`?" if name == "heads" else None, span=node.span)
@@ -210,8 +217,10 @@ class Sets:
         name = node.name.text
         if name == "circuit":
             return self._circuit(node, env)
-        if name in ("nodes", "edges"):
-            raise NOT_SUPPORTED_YET.error(f"{name}(...) of a circuit is not supported yet", span=node.span)
+        if name == "nodes":
+            return self._nodes_of(node, env)
+        if name == "edges":
+            raise NOT_SUPPORTED_YET.error("edges(...) of a circuit is not supported yet", span=node.span)
         let = self._scope.lets.get(name)
         if let is None:
             known = [n for n, other in self._scope.lets.items() if other.parameters] + ["circuit"]
@@ -227,21 +236,14 @@ class Sets:
             raise WRONG_KIND.error("a set of nodes or a path is needed here, not a text", span=node.span)
         return self.term(node, env)
 
+    def _nodes_of(self, node: tree.Call, env: Env) -> NodeSet:
+        terms = [self._argument(a, env) for a in node.arguments]
+        if len(terms) == 1 and isinstance(terms[0], Circuit):
+            return nodes_of(self._graph, terms[0], node.span)
+        raise WRONG_KIND.error("nodes(...) takes one circuit", fix="as in `nodes(circuit(...))`", span=node.span)
+
     def _circuit(self, node: tree.Call, env: Env) -> Term:
         for argument in node.arguments:
             if isinstance(argument, tree.Text | tree.Parameter):
                 raise NOT_SUPPORTED_YET.error("circuit files are not supported yet; list the edges", span=node.span)
         return circuit(self._graph, [self._argument(a, env) for a in node.arguments], node.span)
-
-
-def names_in(node: Any) -> Iterator[str]:
-    """Every name in a part of the syntax tree."""
-    if isinstance(node, tree.Name):
-        yield node.text
-    elif isinstance(node, tuple):
-        for item in node:  # pyright: ignore[reportUnknownVariableType]
-            yield from names_in(item)
-    elif isinstance(node, tree.Construct) and is_dataclass(node):
-        for f in fields(node):
-            if f.name != "span":
-                yield from names_in(getattr(node, f.name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Sou
 from patchc.ir.experiment import Experiment, ModelChoice, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
+from patchc.resolve.answers import AnswerReader
+from patchc.resolve.continuations import Continuations
 from patchc.resolve.data import Dataset
 from patchc.resolve.encode import Encoder
 from patchc.resolve.expects import Expects
@@ -19,9 +21,12 @@ from patchc.resolve.indices import Indexer
 from patchc.resolve.loops import Loops
 from patchc.resolve.metrics import Metrics
 from patchc.resolve.model_choice import choose_model, missing_model
+from patchc.resolve.parameters import wrong_parameters
 from patchc.resolve.patches import Patches
 from patchc.resolve.paths import Paths
+from patchc.resolve.places import Places
 from patchc.resolve.positions import Positions
+from patchc.resolve.probes import Probes
 from patchc.resolve.records import EMPTY_DATA, Given, read_records
 from patchc.resolve.scope import BUILT_IN, NAME_CLASH, NOT_SUPPORTED_YET, Scope, collecting
 from patchc.resolve.selectors import Selectors
@@ -68,6 +73,9 @@ def resolve(
     """
     report = Report()
     scope = Scope(report, parameters or {})
+    for diagnostic in wrong_parameters(spec, scope.parameters):
+        report.add(diagnostic)
+    report.raise_errors()
     chosen = choose_model(spec, scope)
     if model is None and chosen is None and not any(isinstance(i, tree.Model) for i in spec.items):
         report.add(missing_model(spec).diagnostics[0].at(_start(source)))
@@ -79,7 +87,10 @@ def resolve(
         raise PatchcError(_in_order(report.diagnostics, source))
     study.dataset.check_unused(report)  # only now: what has an error uses less than it will
     choice = model or chosen or ModelChoice("")
-    found = Study(choice, study.dataset.prompts(), experiments, tuple(study.tensors.sources.items()))
+    prompts = study.dataset.prompts()
+    prompts = replace(prompts, worlds=(*prompts.worlds, *study.values.other.worlds.values()))
+    seeds = (*study.values.sources.seeds, *_seeds(experiments))
+    found = Study(choice, prompts, experiments, tuple(study.tensors.sources.items()), seeds)
     return Resolved(found, tuple(_in_order(report.diagnostics, source)))
 
 
@@ -95,6 +106,12 @@ def _in_order(diagnostics: Sequence[Diagnostic], source: Source) -> list[Diagnos
 def _model(spec: tree.Spec) -> Span | None:
     """Where the spec names its model."""
     return next((item.span for item in spec.items if isinstance(item, tree.Model)), None)
+
+
+def _seeds(experiments: Sequence[Experiment]) -> tuple[tuple[str, int], ...]:
+    """What is random, with its seed, each once."""
+    intervals = (m.interval for e in experiments for m in e.metrics if m.interval is not None)
+    return tuple(dict.fromkeys(("interval", i.seed) for i in intervals))
 
 
 def _start(source: Source) -> Span:
@@ -131,16 +148,22 @@ class _Study:
         scope, dataset = self.scope, self.dataset
         self.positions = Positions(dataset)
         difference = Difference(graph, lambda: dataset.layout.all)
-        self.sets = Sets(scope, graph, Selectors(graph, Indexer(scope)), self.positions, difference)
-        self.metrics = Metrics(scope, dataset, self.positions)
-        values = Values(scope, dataset, self.tensors)
+        places = Places(self.positions)
+        indexer = Indexer(scope)
+        self.sets = Sets(scope, graph, Selectors(graph, indexer, places), places, difference)
+        answers = AnswerReader(dataset)
+        continuations = Continuations(self.spec, dataset, answers)
+        dataset.following = lambda: continuations.endings
+        probes = Probes(graph, dataset, self.positions, self.sets, indexer, self.tensors)
+        self.metrics = Metrics(scope, dataset, self.positions, probes, answers, continuations)
+        self.values = Values(scope, dataset, self.tensors, places)
         self._resolve = Experiments(
             self.report,
             scope,
             graph,
             dataset,
             Loops(scope, graph, dataset, self.positions, self.sets),
-            Patches(graph, dataset, self.sets, Paths(graph, self.report), values, self.tensors),
+            Patches(graph, dataset, self.sets, Paths(graph, self.report), self.values, self.tensors),
             self.metrics,
             Expects(scope, self.positions, self.sets),
         )

@@ -1,21 +1,27 @@
-"""Values, what stands after `with`: worlds, means, tensors, `self`, zero, and linear combinations of them."""
+"""Values, what stands after `with`: linear combinations of worlds, means, tensors, noise, `self` and zero.
+
+What the sources themselves mean is for `sources`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from patchc.diagnostics import RULES, Span
-from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Source, Value
+from patchc.ir.experiment import Blocked, FromWorld, Itself, Mean, Source, Value
 from patchc.parse import tree
 from patchc.resolve.bindings import Env, Number, WorldName
 from patchc.resolve.data import Dataset
-from patchc.resolve.scope import NOT_SUPPORTED_YET, WRONG_KIND, Scope
+from patchc.resolve.other_data import OtherData
+from patchc.resolve.places import Places
+from patchc.resolve.scope import WRONG_KIND, Scope
+from patchc.resolve.sources import BAD_ARGUMENT, NOISE, Sources
 from patchc.resolve.tensors import Tensors
 
 NOT_LINEAR = RULES.add("not-linear", "a value that is no linear combination of worlds, means, tensors and self")
 
-NAMES = ("zero", "mean", "self")
+NAMES = ("zero", "mean", "self", "resample", "noise", "tensor", "blocked")
+EXAMPLES = {"noise": NOISE, "tensor": 'tensor("v.safetensors", "key")'}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +40,12 @@ class Linear:
 class Values:
     """The values of a spec. `run` is the world of the experiment, for a bare `mean`."""
 
-    def __init__(self, scope: Scope, dataset: Dataset, tensors: Tensors):
+    def __init__(self, scope: Scope, dataset: Dataset, tensors: Tensors, places: Places):
         self._scope = scope
         self._data = dataset
-        self._tensors = tensors
+        self._places = places
+        self.other = OtherData(dataset, tensors.base)
+        self.sources = Sources(dataset, tensors, self.other, self._number)
 
     def value(self, node: tree.Value, env: Env, run: str) -> Value:
         """What is patched in."""
@@ -47,7 +55,11 @@ class Values:
         if found.number is not None:
             message = f"this is the number {found.number:g}; a value is a world, a mean, a tensor, self or zero"
             raise NOT_LINEAR.error(message, fix="write `zero`" if found.number == 0 else None, span=node.span)
-        return Value(_merged(found.terms))
+        terms = _merged(found.terms)
+        if any(isinstance(source, Blocked) for _, source in terms) and terms != ((1.0, Blocked()),):
+            message = "`blocked` is no attention at all: it stands alone, without a factor"
+            raise NOT_LINEAR.error(message, fix="write `blocked` alone", span=node.span)
+        return Value(terms)
 
     # ---- arithmetic
 
@@ -68,7 +80,7 @@ class Values:
             case tree.Product():
                 return self._product(node, env, run)
             case tree.At():
-                raise NOT_SUPPORTED_YET.error("a value from another position is not supported yet", span=node.span)
+                return self._at(node, env, run)
 
     def _sum(self, node: tree.Sum, env: Env, run: str) -> Linear:
         parts = [self._linear(t, env, run).scaled(1 if sign == "+" else -1) for sign, t in node.terms]
@@ -102,6 +114,20 @@ class Values:
 
     # ---- sources
 
+    def _at(self, node: tree.At, env: Env, run: str) -> Linear:
+        inner = self._linear(node.inner, env, run)
+        if inner.number is not None:
+            raise WRONG_KIND.error("a number is the same at every position", span=node.span)
+        tokens = self._places.tokens(node.place, env)
+        return Linear(None, tuple((c, self.sources.moved(s, tokens, node.span)) for c, s in inner.terms))
+
+    def _number(self, node: tree.Value, env: Env) -> float:
+        """Arithmetic that has to be a number."""
+        found = self._linear(_arithmetic(node), env, "")
+        if found.number is None:
+            raise WRONG_KIND.error("a number is needed here", span=node.span)
+        return found.number
+
     def _name(self, node: tree.Ref, env: Env, run: str) -> Linear:
         if node.indices or node.sites:
             raise WRONG_KIND.error("a node is no value; a value is what the node has in some world", span=node.span)
@@ -110,7 +136,7 @@ class Values:
             case Number(value):
                 return Linear(float(value))
             case WorldName(world):
-                return Linear(None, ((1.0, FromWorld(world)),))
+                return _only(FromWorld(world))
             case None:
                 return self._global(node.name, run)
             case _:
@@ -121,62 +147,45 @@ class Values:
             case "zero":
                 return Linear(None)
             case "self":
-                return Linear(None, ((1.0, Itself()),))
+                return _only(Itself())
             case "mean":
-                return Linear(None, ((1.0, Mean(run)),))
-            case "blocked" | "resample" | "noise":
-                raise _unsupported(name.text, name.span)
+                return _only(Mean(run))
+            case "blocked":
+                return _only(Blocked())
+            case "resample":
+                return _only(self.sources.resampled(run, None, 0, name.span))
+            case "noise" | "tensor" as function:
+                message = f"{function} needs its arguments"
+                raise BAD_ARGUMENT.error(message, fix=EXAMPLES[function], span=name.span)
             case _:
                 if name.text not in self._data.columns and self._data.records:
                     raise self._scope.not_a("a value", name, [*self._data.columns, *NAMES])
-                return Linear(None, ((1.0, FromWorld(self._data.world(name))),))
+                return _only(FromWorld(self._data.world(name)))
 
     def _function(self, node: tree.Function, env: Env, run: str) -> Linear:
         match node.name.text:
             case "mean":
-                return Linear(None, ((1.0, self._mean(node, env, run)),))
+                return _only(self.sources.mean(node, env, run))
             case "tensor":
-                return Linear(None, ((1.0, self._tensor(node)),))
-            case "resample" | "noise" | "blocked" as name:
-                raise _unsupported(name, node.span)
+                return _only(self.sources.tensor(node))
+            case "resample":
+                return _only(self.sources.resample(node, env, run))
+            case "noise":
+                return _only(self.sources.noise(node, env))
+            case "zero" | "self" | "blocked" as name:
+                raise BAD_ARGUMENT.error(f"{name} takes no arguments", fix=name, span=node.span)
             case _:
-                raise self._scope.not_a("a value", node.name, ["mean", "tensor"])
+                raise self._scope.not_a("a value", node.name, ["mean", "resample", "noise", "tensor"])
 
-    def _mean(self, node: tree.Function, env: Env, run: str) -> Mean:
-        world, over_positions = run, False
-        for argument in node.arguments:
-            match argument:
-                case tree.Named(tree.Name("over"), tree.Ref(tree.Name("positions"), (), ())):
-                    over_positions = True
-                case tree.Named(tree.Name("by")):
-                    raise NOT_SUPPORTED_YET.error("mean(by=...) is not supported yet", span=argument.span)
-                case tree.Text():
-                    raise NOT_SUPPORTED_YET.error("the mean of another file is not supported yet", span=argument.span)
-                case tree.Ref(name, (), ()):
-                    local = env.get(name.text)
-                    world = local.label if isinstance(local, WorldName) else self._data.world(name)
-                case _:
-                    raise WRONG_KIND.error("mean takes a world, and over=positions", span=argument.span)
-        return Mean(world, over_positions)
 
-    def _tensor(self, node: tree.Function) -> Given:
-        texts = [a.text for a in node.arguments if isinstance(a, tree.Text)]
-        if len(texts) != len(node.arguments) or len(texts) not in (1, 2):
-            message = "tensor takes a safetensors file and a key, or the name of a tensor given in Python"
-            raise WRONG_KIND.error(message, fix='as in `tensor("v.safetensors", "key")`', span=node.span)
-        if len(texts) == 1:
-            return Given(self._tensors.from_python(texts[0], node.span))
-        return Given(self._tensors.from_file(texts[0], texts[1], node.span))
+def _only(source: Source) -> Linear:
+    return Linear(None, ((1.0, source),))
 
 
 def _arithmetic(node: tree.Value) -> tree.Arithmetic:
     if isinstance(node, tree.Normalised):
         raise WRONG_KIND.error("`from ... to` stands at the end of a metric, not inside parentheses", span=node.span)
     return node
-
-
-def _unsupported(name: str, span: Span | None) -> Any:
-    return NOT_SUPPORTED_YET.error(f"{name} is not supported yet; zero, mean and another world are", span=span)
 
 
 def _merged(terms: tuple[tuple[float, Source], ...]) -> tuple[tuple[float, Source], ...]:

@@ -14,6 +14,7 @@ from patchc.execute.stored import Stored
 from patchc.execute.walk import Walk
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Cell
+from patchc.ir.verify import faults
 from patchc.lower.fold import Fold, Folded
 from tests.drawn import Case, case
 from tests.unrolled import Unrolled
@@ -63,14 +64,30 @@ def test_compiled_equals_brute_force(rng: Random) -> None:
     assert same >= unchanged  # what is said to equal the base run does
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_starts_inside_nodes_equal_brute_force(rng: Random) -> None:
+    c = case(rng, inside=True)
+    dag, folded = fold(c, c.cell)
+    if folded.faults:
+        return
+    assert not list(faults(dag, [folded.root]))
+    expected = unrolled(c, c.cell)
+    (got,) = compiled(c, dag, folded.root)
+    assert (got - expected).abs().max() < EPS
+    untouched = [t for t in range(c.prompts.layout.n_tokens) if not dag.changed[folded.root] >> t & 1]
+    assert torch.equal(got[untouched], base(c)[untouched])
+    assert (expected[untouched] - base(c)[untouched]).abs().sum() < EPS
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(2, 4))
 def test_cells_of_a_sweep_do_not_disturb_each_other(rng: Random, n: int) -> None:
     """Cells folded into one DAG and run in one pass give what each gives alone."""
     from tests.drawn import Draw
 
-    c = case(rng)
-    cells = [c.cell, *(Draw(rng, c.graph, c.prompts.layout).cell() for _ in range(n - 1))]
+    c = case(rng, inside=True)
+    cells = [c.cell, *(Draw(rng, c.graph, c.prompts.layout, inside=True).cell() for _ in range(n - 1))]
     dag = Dag(c.graph, c.prompts.layout)
     folder = Fold(dag, c.prompts, "clean")
     folded = [folder.cell(cell.patches) for cell in cells]

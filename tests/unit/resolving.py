@@ -20,9 +20,11 @@ WORDS = (
 ).split()
 HERE = Path(__file__).parent
 
-SMALL = residual_graph("small", n_layers=4, n_heads=4, d_model=32, d_head=8, d_vocab=60, has_pos_embed=True, n_ctx=16)
+SMALL = residual_graph(
+    "small", n_layers=4, n_heads=4, d_model=32, d_head=8, d_vocab=60, has_pos_embed=True, n_ctx=16, d_mlp=64
+)
 GPT2 = residual_graph(
-    "gpt2", n_layers=12, n_heads=12, d_model=768, d_head=64, d_vocab=50257, has_pos_embed=True, n_ctx=1024
+    "gpt2", n_layers=12, n_heads=12, d_model=768, d_head=64, d_vocab=50257, has_pos_embed=True, n_ctx=1024, d_mlp=3072
 )
 ATTENTION_ONLY = residual_graph(
     "attn", n_layers=2, n_heads=2, d_model=8, d_head=4, d_vocab=60, has_pos_embed=True, has_mlp=False

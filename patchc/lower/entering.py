@@ -1,0 +1,218 @@
+"""Where values enter: starts put stored values in the place of what a cell computes, all of it or some tokens of it.
+
+Which starts are active at a node, `fold` says; what a value is at run time is the executor's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from patchc.diagnostics import RULES, Diagnostic, Note
+from patchc.ir.bits import bits
+from patchc.ir.dag import SCORES, Dag, Replaced, ReplacedNeurons, VariantId
+from patchc.ir.experiment import Patch, Prompts, Value
+from patchc.ir.graph import Kind
+from patchc.ir.paths import EVERYWHERE, Site, Step
+from patchc.ir.tokens import Tokens
+from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start
+from patchc.lower.changes import Changes, relative
+
+TWO_VALUES = RULES.add("two-values", "two patches give one start two different values")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A value that enters somewhere: its tokens there, its stored difference, and how much of `self` stays."""
+
+    tokens: Tokens
+    stored: VariantId
+    own: float
+    start: Start
+
+
+class Entering:
+    """The part of a fold that puts values in. `automaton`, `patches`, `stream_at`, `biting` and `faults` are the
+    cell's that is being folded."""
+
+    automaton: Automaton
+    patches: tuple[Patch, ...]
+    stream_at: list[Atoms]
+    biting: set[int]
+    faults: list[Diagnostic]
+
+    def __init__(self, dag: Dag, prompts: Prompts, run: str, masked: Callable[[Start], int] | None = None):
+        self.dag, self.graph, self.run = dag, dag.graph, run
+        self.changes = Changes(dag, prompts, run, any_data=masked is not None)
+        self.masked = masked
+
+    def _entry(self, tokens: Tokens, start: Start, stored: Callable[[Value, Tokens], VariantId]) -> Entry:
+        value, own = relative(start.value, self.run)
+        where = self.dag.layout.all if tokens == EVERYWHERE else tokens
+        return Entry(tokens, stored(value, where), own, start)
+
+    def _stored(self, index: int, members: int, value: Value, tokens: Tokens) -> VariantId:
+        """The stored difference of a block's members; members that cannot differ are left out."""
+        block = self.graph.blocks[index]
+        by_tokens: dict[Tokens, int] = {}
+        for i in bits(members):
+            here = self.changes.at_node(value, self.graph.nodes[block.first + i].kind) & tokens
+            by_tokens[here] = by_tokens.get(here, 0) | 1 << i
+        return self.dag.sum(self.dag.const(index, some, value, here) for here, some in by_tokens.items() if here)
+
+    def _enter(self, x: VariantId, entries: list[Entry]) -> VariantId:
+        """`x` with values put in its place at their tokens."""
+        if not entries:
+            return x
+        for e in entries:
+            if e.stored or (e.own != 1.0 and self.dag.changed[x] & e.tokens):
+                self.biting.add(e.start.patch)
+        if self.masked is not None:
+            return self.dag.masked(x, tuple(self._masked_starts(x, entries)))
+        left = self.dag.layout.all
+        parts: list[tuple[Tokens, VariantId]] = []
+        seen: list[tuple[Tokens, Entry]] = []
+        for e in entries:
+            tokens = self.dag.layout.all if e.tokens == EVERYWHERE else e.tokens
+            for other, earlier in seen:
+                if other & tokens and earlier.start.value != e.start.value:
+                    self._conflict(earlier.start, e.start)
+            seen.append((tokens, e))
+            parts.append((tokens & left, self._mixture(x, e)))
+            left &= ~tokens
+        return self.dag.mix([*parts, (left, x)])
+
+    def _masked_starts(self, x: VariantId, entries: list[Entry]) -> Iterator[tuple[int, Tokens, VariantId]]:
+        """One mask enters a token once, however many steps of its path match there."""
+        assert self.masked is not None
+        seen: dict[int, Tokens] = {}
+        for e in entries:
+            mask = self.masked(e.start)
+            tokens = e.tokens & self.dag.layout.all & ~seen.get(mask, 0)
+            seen[mask] = seen.get(mask, 0) | tokens
+            if tokens:
+                yield mask, tokens, self._mixture(x, e)
+
+    def _mixture(self, x: VariantId, entry: Entry) -> VariantId:
+        return self.dag.sum([entry.stored, self.dag.scale(entry.own, x)]) if entry.own else entry.stored
+
+    def _conflict(self, one: Start, other: Start) -> None:
+        first, second = self.patches[one.patch], self.patches[other.patch]
+        fault = TWO_VALUES.at(
+            second.span,
+            "two patches replace the same value by two different ones",
+            notes=[Note("the other patch", first.span)],
+            fix="patch each start once, or restrict each patch to its own positions with `@`",
+        )
+        if fault not in self.faults:
+            self.faults.append(fault)
+
+    def _enter_stream(self, x: VariantId, rank: int, c: Atoms) -> VariantId:
+        """The stream below `rank`, set where a stream value starts."""
+        atoms = c & self.stream_at[rank]
+        if not atoms:
+            return x
+
+        def stored(value: Value, tokens: Tokens) -> VariantId:
+            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens)
+
+        return self._enter(
+            x, [self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored) for i in bits(atoms)]
+        )
+
+    def _enter_attn_out(self, parts: list[VariantId], index: int, c: Atoms) -> list[VariantId]:
+        """A layer's whole attention output, set where such a value starts."""
+        block = self.graph.blocks[index]
+        members = (1 << block.size) - 1
+
+        def stored(value: Value, tokens: Tokens) -> VariantId:
+            return self._stored(index, members, value, tokens)
+
+        entries = [
+            self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored)
+            for i in bits(c & self.automaton.attn_out_atoms)
+            if self.automaton.steps[i].nodes & block.nodes
+        ]
+        return [self._enter(self.dag.sum(parts), entries)] if entries else parts
+
+    # ---- values that enter inside a node
+    def _replaced(self, members: int, step: Step, start: Start) -> tuple[Replaced, Start]:
+        """A start at a head's port, scores or pattern; of entries those that the model's direction shows."""
+        layout = self.dag.layout
+        tokens = step.tokens & layout.all
+        port, sources = INNER_SITES.index(step.site), 0
+        if port >= SCORES:
+            sources = step.sources & layout.all
+            tokens &= self.dag.spread(sources)
+        return Replaced(port, members, self.dag.value(start.value), tokens, sources=sources), start
+
+    def _agreed(
+        self, replaced: list[tuple[Replaced, Start]], inputs: tuple[VariantId, VariantId, VariantId]
+    ) -> tuple[Replaced, ...]:
+        """What is set inside a head, at the tokens where that can change something; q, k and v first, then scores, then
+        the pattern."""
+        changed = [self.dag.changed[x] for x in inputs]
+        entries = changed[0] | self.dag.spread(changed[1])
+        out: dict[tuple[int, int, int, int, Tokens], Tokens] = {}
+        for i, (one, start) in sorted(enumerate(replaced), key=lambda item: item[1][0].port):
+            for other, earlier in replaced[:i] if self.masked is None else ():
+                if one.value != other.value and self._overlap(one, other):
+                    self._conflict(earlier, start)
+            tokens = one.tokens & self._differs(start, entries if one.port >= SCORES else changed[one.port])
+            if tokens:
+                self.biting.add(start.patch)
+                key = (one.port, one.heads, one.value, self._mask_number(start), one.sources)
+                out[key] = out.get(key, 0) | tokens
+                entries |= self.dag.spread(tokens) if one.port == 1 else tokens if one.port != 2 else 0
+        return tuple(Replaced(p, h, v, tokens, mask, s) for (p, h, v, mask, s), tokens in sorted(out.items()))
+
+    def _overlap(self, one: Replaced, other: Replaced) -> bool:
+        both = one.tokens & other.tokens
+        if one.port != other.port or one.port < SCORES:
+            return one.port == other.port and both != 0
+        return both & self.dag.spread(one.sources & other.sources) != 0
+
+    def _mlp(self, index: int, x: VariantId, inner: list[tuple[Step, Start]]) -> VariantId:
+        """An MLP with values in the place of its input, then of neurons."""
+        rank = self.graph.blocks[index].rank
+        neurons = [(step, start) for step, start in inner if step.site is Site.POST]
+        inputs = [(step, start) for step, start in inner if step.site is Site.IN]
+        shortcut = self.masked is None and not neurons and all(start.value.world for _, start in inputs)
+
+        def stored(value: Value, tokens: Tokens) -> VariantId:
+            """The stream that it reads, or where that is a world's own, what the MLP wrote there."""
+            if shortcut:
+                return self._stored(index, 1, value, tokens)
+            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens)
+
+        entries = [self._entry(step.tokens, start, stored) for step, start in inputs]
+        if shortcut:
+            return self._enter(self.dag.tokenwise(index, x) if x else x, entries)
+        x = self._enter(x, entries)
+        sets = self._agreed_neurons(neurons, x)
+        return self.dag.tokenwise(index, x, sets) if x or sets else x
+
+    def _agreed_neurons(self, members: list[tuple[Step, Start]], input: VariantId) -> tuple[ReplacedNeurons, ...]:
+        """An MLP's neurons that are set, at the tokens where that can change something."""
+        out: dict[tuple[int, int, int], Tokens] = {}
+        every = (1 << self.graph.d_mlp) - 1
+        for i, (step, start) in enumerate(members):
+            for other, earlier in members[:i] if self.masked is None else ():
+                both = step.tokens & other.tokens & self.dag.layout.all
+                if both and step.neurons & other.neurons & every and start.value != earlier.value:
+                    self._conflict(earlier, start)
+            tokens = step.tokens & self._differs(start, self.dag.changed[input])
+            if tokens:
+                self.biting.add(start.patch)
+                key = (step.neurons & every, self.dag.value(start.value), self._mask_number(start))
+                out[key] = out.get(key, 0) | tokens
+        return tuple(ReplacedNeurons(n, value, tokens, mask) for (n, value, mask), tokens in sorted(out.items()))
+
+    def _differs(self, start: Start, own_changes: Tokens) -> Tokens:
+        """Where a value put inside a node can differ from the base run's: there the stored value does, or it undoes
+        what the node itself would have."""
+        value, own = relative(start.value, self.run)
+        return self.changes.at_node(value, Kind.HEAD) | (own_changes if own != 1.0 else 0)
+
+    def _mask_number(self, start: Start) -> int:
+        return -1 if self.masked is None else self.masked(start)

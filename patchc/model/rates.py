@@ -1,0 +1,29 @@
+"""What a model's pieces cost, in FLOPs a row: what the plan multiplies its counts by. No weight's value matters."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from patchc.ir.graph import BlockKind
+from patchc.ir.program import Rates
+from patchc.model.pieces import Pieces
+
+
+def rates(pieces: Pieces) -> Rates:
+    """An MLP is counted by running one row of zeros through it; the others follow from the graph's widths."""
+    graph = pieces.graph
+    mlp = {
+        index: _flops_of_mlp(pieces, block.layer)
+        for index, block in enumerate(graph.blocks)
+        if block.kind is BlockKind.MLP and block.layer is not None
+    }
+    projection = 2 * graph.d_model * graph.d_head
+    return Rates(mlp, projection, projection, 4 * graph.d_head, 2 * graph.d_model)
+
+
+def _flops_of_mlp(pieces: Pieces, layer: int) -> int:
+    row = torch.zeros(1, pieces.graph.d_model, device=pieces.device, dtype=pieces.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pieces.mlp(layer, row)
+    return counter.get_total_flops()

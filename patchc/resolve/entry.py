@@ -1,0 +1,105 @@
+"""Whether a value can enter where a patch starts: widths of tensors, what goes with patterns and scores, and
+positions that a mean of other data has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from patchc.diagnostics import RULES, Span
+from patchc.ir.bits import bits
+from patchc.ir.experiment import Blocked, Given, Mean, Moved, Noise, Source, Value, World
+from patchc.ir.graph import ResidualGraph
+from patchc.ir.paths import Site, Step
+from patchc.ir.tokens import Layout
+from patchc.resolve.tensors import TENSOR_SHAPE, Tensors
+
+VALUE_SITE = RULES.add("value-site", "a value that cannot enter at the site where it is put")
+MEAN_POSITION = RULES.add("mean-position", "a mean of other data at a position that no prompt there has")
+
+ENTRIES = (Site.PATTERN, Site.SCORES)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Checks values against starts. `worlds` are those of other data."""
+
+    graph: ResidualGraph
+    tensors: Tensors
+    worlds: Mapping[str, World]
+    _lengths: dict[str, int] = field(default_factory=dict[str, int])
+
+    def check(self, step: Step, value: Value, layout: Layout, span: Span | None) -> None:
+        """Raise what is wrong with a value at a start."""
+        for _, source in value.terms:
+            match source:
+                case Given(key):
+                    self._check_tensor(step, key, span)
+                case Blocked() if step.site is not Site.SCORES:
+                    fix = "head[l, h].scores[dest, src] with blocked"
+                    raise VALUE_SITE.error("`blocked` is no attention: a value of scores alone", fix=fix, span=span)
+                case Noise(relative=True) if step.site in ENTRIES:
+                    message = f"the rows of .{step.site} differ in length, so that no one deviation is their own"
+                    raise VALUE_SITE.error(message, fix="as in `noise(std=0.1, seed=0)`", span=span)
+                case Mean() | Moved():
+                    self._check_mean(step, source, layout, span)
+                case _:
+                    pass
+
+    # ---- tensors
+
+    def _check_tensor(self, step: Step, key: str, span: Span | None) -> None:
+        self._check_takes_tensor(step, span)
+        shape, widths = self.tensors.shapes[key], self._widths(step)
+        if shape not in [(w,) for w in widths]:
+            told = " or ".join(f"[{w}]" for w in widths)
+            message = f"tensor {key!r} has shape {list(shape)}, and what it replaces has {told}"
+            raise TENSOR_SHAPE.error(message, span=span)
+
+    def _widths(self, step: Step) -> list[int]:
+        match step.site:
+            case Site.Q | Site.K | Site.V:
+                return [self.graph.d_head]
+            case Site.POST:
+                return [self.graph.d_mlp, *([1] if step.neurons.bit_count() == 1 and step.neurons > 0 else [])]
+            case _:
+                return [self.graph.d_model]
+
+    def _check_takes_tensor(self, step: Step, span: Span | None) -> None:
+        """A tensor is the output of one node: of several together it would be unclear whether each writes it."""
+        if step.site is Site.Z:
+            fix = "patch the head itself, with what it writes: [d_model]"
+            raise TENSOR_SHAPE.error("a tensor cannot stand for a head's z", fix=fix, span=span)
+        if step.site in ENTRIES:
+            message = f"a tensor cannot stand for .{step.site}, whose rows differ in length"
+            raise VALUE_SITE.error(message, fix="write `zero`, `mean` or another world", span=span)
+        if step.site is Site.OUT and step.nodes.bit_count() != 1:
+            names = ", ".join(n.name for n in self.graph.members(step.nodes)[:3])
+            message = f"a tensor takes the place of one node, and this start is several ({names}, ...)"
+            raise TENSOR_SHAPE.error(message, fix="sweep over the nodes, or name one", span=span)
+
+    # ---- means
+
+    def _check_mean(self, step: Step, source: Source, layout: Layout, span: Span | None) -> None:
+        at = source.tokens if isinstance(source, Moved) else None
+        mean = source.source if isinstance(source, Moved) else source
+        if not isinstance(mean, Mean):
+            return
+        if mean.over_positions:
+            if step.site in ENTRIES:
+                message = f"the rows of .{step.site} differ in length, and have no mean over positions"
+                raise VALUE_SITE.error(message, fix=f"write `mean({mean.world})`", span=span)
+        elif mean.world in self.worlds:
+            tokens = (at[t] if at else t for t in bits(step.tokens & layout.all))
+            self._check_position(mean.world, max((layout.place(t)[1] for t in tokens), default=0), span)
+
+    def _check_position(self, world: str, position: int, span: Span | None) -> None:
+        if world not in self._lengths:
+            self._lengths[world] = max(map(len, self.worlds[world].ids))
+        longest = self._lengths[world]
+        if position >= longest:
+            message = f"the mean of {world} is needed at position {position}; its longest prompt has {longest} tokens"
+            file, column = world.rsplit(":", 1)
+            fix = f'write `mean("{file}", {column}, over=positions)`'
+            raise MEAN_POSITION.error(message, fix=fix, span=span)
