@@ -96,7 +96,7 @@ class Metrics:
     def _interval(self, node: tree.Interval) -> Interval:
         level = self._scope.number(node.level)
         if not 0 < level < 1:
-            fix = f"interval {level / 100:g}" if 50 <= level < 100 else "interval 0.95"
+            fix = f"write `interval {level / 100:g}`" if 50 <= level < 100 else "as in `interval 0.95`"
             message = f"an interval's level lies between 0 and 1, and this is {level:g}"
             raise BAD_INTERVAL.error(message, fix=fix, span=node.level.span)
         options = self._options(node)
@@ -182,7 +182,7 @@ class Metrics:
             answer = tree.Ref(tree.Name("answer", span=node.span), span=node.span)
             return self._read(Measure(name), answer, at, node)
         if name in FUNCTIONS:
-            raise WRONG_KIND.error(f"{name} takes {TAKES[name]}", fix=EXAMPLES[name], span=node.span)
+            raise WRONG_KIND.error(f"{name} takes {TAKES[name]}", fix=f"as in `{EXAMPLES[name]}`", span=node.span)
         raise self._scope.not_a("a metric", node.name, [*self._scope.metrics, *self._scope.called, *FUNCTIONS])
 
     def _inner(self, node: tree.Ref, value: tree.Value, at: Tokens | None) -> Typed:

@@ -304,9 +304,9 @@ def _no_port(member: Member, span: Span | None) -> PatchcError:
         return NOT_A_PORT.error(message, fix=f"write `{member.name}.{{k, v}}`", span=span)
     if member.site is Site.POST:
         message = f"no edge enters {member.name}: a path goes through the MLP itself"
-        return NOT_A_PORT.error(message, fix=whole, span=span)
+        return NOT_A_PORT.error(message, fix=f"did you mean `{whole}`?", span=span)
     message = f"no edge enters {member.name}: a head's ports are .q .k .v, and the head itself is all three"
-    return NOT_A_PORT.error(message, fix=whole, span=span)
+    return NOT_A_PORT.error(message, fix=f"did you mean `{whole}`?", span=span)
 
 
 def _nodes(members: Iterable[Member]) -> Nodes:

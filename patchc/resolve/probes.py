@@ -71,7 +71,7 @@ class Probes:
             raise WRONG_KIND.error("dot takes a node and a tensor", fix=fix, span=target.span)
         if _inner(target) in ENTRIES or (_inner(target) is Site.POST and target.sites[-1].indices):
             message = f"{written(target)} is a number already, and dot takes a vector"
-            raise NOT_A_NUMBER.error(message, fix=written(target), span=target.span)
+            raise NOT_A_NUMBER.error(message, fix=f"write `{written(target)}`", span=target.span)
         probe, tokens = self._probe(target)
         key = self.tensors.named(tensor)
         self._check_width(probe, key, target, tensor.span)
@@ -81,7 +81,7 @@ class Probes:
         """An entry of a pattern says its positions itself."""
         if isinstance(node.inner, tree.Ref) and _inner(node.inner) in ENTRIES:
             message = f"{written(node.inner)} names its positions itself: `@` has nothing to say"
-            raise WRONG_KIND.error(message, fix=written(node.inner), span=node.span)
+            raise WRONG_KIND.error(message, fix=f"write `{written(node.inner)}`", span=node.span)
 
     def _arguments(self, node: tree.Function) -> tuple[tree.Argument, tree.Function]:
         match node.arguments:
@@ -120,7 +120,9 @@ class Probes:
             raise WRONG_KIND.error("logits are read by answer", fix="write `logit(answer)`", span=node.span)
         if kinds == {Kind.ATTN_BIAS}:
             message = f"{member.name} is a constant: it is the same in every run"
-            raise WRONG_KIND.error(message, fix=member.name.replace("attn_bias", "attn_out"), span=node.span)
+            raise WRONG_KIND.error(
+                message, fix=f"did you mean `{member.name.replace('attn_bias', 'attn_out')}`?", span=node.span
+            )
         if member.nodes.bit_count() != 1:
             names = ", ".join(n.name for n in self.graph.members(member.nodes)[:3])
             fix = "resid_pre[0]" if member.nodes == self.graph.input else "name one of them"

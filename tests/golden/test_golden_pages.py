@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from pages import blocks, has_errors, lay_out, outcome, printed, with_text
-from provoked import PROVOKED
+from provoked import PROVOKED, WITHOUT_EXAMPLE
 
 import patchc
 from patchc.diagnostics import RULES, PatchcError, Rule
@@ -35,7 +35,7 @@ def rules() -> dict[str, Rule]:
     return RULES.rules
 
 
-@pytest.mark.parametrize("code", codes())
+@pytest.mark.parametrize("code", sorted(set(codes()) - WITHOUT_EXAMPLE))
 def test_the_wrong_example_gives_the_code(
     code: str, folder: Path, capsys: pytest.CaptureFixture[str], pytestconfig: pytest.Config
 ) -> None:
@@ -74,6 +74,11 @@ def test_the_right_example_does_not(code: str, folder: Path) -> None:
         assert code not in [d.code for d in found]
         assert not has_errors(found), render(found, color=False)
     assert right or not [b for b in parts if b.info[:2] == ("patch", "wrong")], "a wrong spec without a right one"
+
+
+@pytest.mark.parametrize("code", sorted(WITHOUT_EXAMPLE))
+def test_a_page_without_an_example_has_none(code: str) -> None:
+    assert not blocks(page(code))
 
 
 def test_every_code_has_a_page() -> None:
