@@ -233,24 +233,33 @@ class Walk:
         return self.pieces.mlp_down(layer, post) - self.stored.base_run.mlp[index][at]
 
     def _stored_neurons(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
-        """Stored neurons less the base run's, written: one product for all, over the neurons that some variant sets."""
-        neurons = sorted({n for _, op in batch for r in op.replaced for n in bits(r.neurons)})
-        column = {n: c for c, n in enumerate(neurons)}
-        sizes = [self.demand.tokens[i].bit_count() for i, _ in batch]
-        gaps = torch.zeros(sum(sizes), len(neurons), device=self.pieces.device, dtype=self.pieces.dtype)
+        """Stored neurons less the base run's, written: variants that set the same neurons in one product."""
+        groups: dict[int, list[tuple[VariantId, Tokenwise]]] = {}
+        for i, op in batch:
+            groups.setdefault(op.neurons, []).append((i, op))
         known: dict[tuple[ValueId, Tokens], Tensor] = {}
-        for (i, op), mine in zip(batch, gaps.split(sizes), strict=True):
-            for r in op.replaced:
-                here = r.tokens & self.demand.tokens[i]
-                if here and (r.value, here) not in known:
+        written: dict[VariantId, Tensor] = {}
+        for neurons, group in groups.items():
+            gaps = [self._gap(index, i, op, known) for i, op in group]
+            out = self.pieces.neurons(self._layer(index), torch.cat(gaps), list(bits(neurons)))
+            for (i, _), part in zip(group, out.split([len(g) for g in gaps]), strict=True):
+                written[i] = part
+        return torch.cat([written[i] for i, _ in batch])
+
+    def _gap(self, index: int, i: VariantId, op: Tokenwise, known: dict[tuple[ValueId, Tokens], Tensor]) -> Tensor:
+        """What the neurons that a variant sets have more than in the base run, `[token, neuron]`; `known` has the
+        differences of whole layers."""
+        neurons, demanded = list(bits(op.neurons)), self.demand.tokens[i]
+        out = torch.zeros(demanded.bit_count(), len(neurons), device=self.pieces.device, dtype=self.pieces.dtype)
+        for r in op.replaced:
+            if here := r.tokens & demanded:
+                if (r.value, here) not in known:
                     own = self.stored.post(self.stored.base_run, index)[rows(here)]
-                    value = self.stored.neurons(index, self.dag.values[r.value], rows(here), own)
-                    known[r.value, here] = (value - own)[:, neurons]
-                if here:
-                    columns = [column[n] for n in bits(r.neurons)]
-                    at = torch.arange(len(mine), device=mine.device)[where(self.demand.tokens[i], here)]
-                    mine[at[:, None], columns] = known[r.value, here][:, columns]
-        return self.pieces.neurons(self._layer(index), gaps, neurons)
+                    known[r.value, here] = self.stored.neurons(index, self.dag.values[r.value], rows(here), own) - own
+                mine = [column for column, n in enumerate(neurons) if r.neurons >> n & 1]
+                at = torch.arange(len(out), device=out.device)[where(demanded, here)]
+                out[at[:, None], mine] = known[r.value, here][:, [neurons[column] for column in mine]]
+        return out
 
     def _inputs(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
         """The streams that some MLPs read, `[rows, d_model]`."""

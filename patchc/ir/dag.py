@@ -113,6 +113,14 @@ class Tokenwise:
     input: VariantId
     replaced: tuple[ReplacedNeurons, ...] = ()
 
+    @property
+    def neurons(self) -> int:
+        """All neurons that are set somewhere."""
+        out = 0
+        for r in self.replaced:
+            out |= r.neurons
+        return out
+
 
 @dataclass(frozen=True, slots=True)
 class Sum:

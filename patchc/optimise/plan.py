@@ -124,12 +124,16 @@ def _class_of(dag: Dag, i: VariantId) -> str:
                 BlockKind.MLP: "MLPs, stored values",
                 BlockKind.EMBED: "embeddings, stored values",
             }[dag.graph.blocks[block].kind]
+        case Core() as core if core.is_base(0, 1, 2):
+            return "attention, scores or patterns set"
         case Core():
             return "attention, computed again"
         case Projected() | HeadZ() | StoredZ():
             return "insides of heads, read by metrics"
         case Out():
             return "heads, written again"
+        case Tokenwise(_, 0):
+            return "neurons, stored values"
         case Tokenwise():
             return "MLPs, computed again"
         case Run():
