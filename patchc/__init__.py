@@ -8,9 +8,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from patchc.api import Compiled, Model, load, load_graph
+    from patchc.checking import check
     from patchc.diagnostics import PatchcError
 
-__all__ = ["Compiled", "Model", "PatchcError", "__version__", "load", "load_graph"]
+__all__ = ["Compiled", "Model", "PatchcError", "__version__", "check", "load", "load_graph"]
 
 
 def __dir__() -> list[str]:
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from patchc import api
 
         return getattr(api, name)
+    if name == "check":
+        from patchc.checking import check
+
+        return check
     if name == "PatchcError":
         from patchc.diagnostics import PatchcError
 

@@ -37,16 +37,15 @@ from patchc.optimise import reads
 from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.plan import Plan, plan
 from patchc.parse import parse
-from patchc.parse.tree import Data, Spec, Text
 from patchc.pipeline import Given
-from patchc.report.files import refuse_places, save_picture, save_table
+from patchc.places import check_places, input_paths, result_path
+from patchc.report.files import save_picture, save_table
 from patchc.report.record import run_record
 from patchc.report.results import Check, Result, Results
 from patchc.spec import read_spec
 
 SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
 CALLED_LENGTHS = RULES.add("metric-needs-one-length", "a Python metric needs prompts of one length")
-
 BAD_BUDGET = RULES.add("bad-memory", "an amount of memory that no pass can keep to")
 BAD_TENSOR = RULES.add("bad-tensor", "a tensor given in Python is none, or holds NaN or infinity")
 
@@ -129,6 +128,7 @@ class Model:
         tensors: Mapping[str, Tensor] | None = None,
         metrics: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         *,
+        parameters: Mapping[str, str | int | float] | None = None,
         memory: int = DEFAULT_BUDGET,
     ) -> Compiled:
         """Compile a spec (a path, or its text) against this model; its own `model` statement, if any, is not looked at.
@@ -136,20 +136,21 @@ class Model:
         `data`: records (dicts), a DataFrame, or columns by name, where the spec's own data are not to be used.
         `tensors`: what the spec's `tensor("name")` reads, `[d_model]`. `metrics`: functions of the logits
         `[prompt, pos, d_vocab]` that give one number a prompt, under names that the spec measures.
+        `parameters`: the values of `${NAME}`.
         `memory`: the bytes beyond the model that a pass aims at; one cell is always run. Raises `PatchcError` with
         every error of the spec.
         """
         self.loaded.check_unchanged()
         source, base = read_spec(spec)
-        given = Given(data, _checked_tensors(tensors or {}), dict(metrics or {}))
+        given = Given(data, _checked_tensors(tensors or {}), dict(metrics or {}), dict(parameters or {}))
         if memory <= 0:
             raise BAD_BUDGET.error("a pass needs some memory")
         tree = parse(source)
         study, warnings = pipeline.to_study(tree, source, self.loaded, self.choice, base, given)
-        given = Given(data, _tensors(study, base, given.tensors, self.loaded), given.metrics)
+        given = replace(given, tensors=_tensors(study, base, given.tensors, self.loaded))
         _check_called(study)
         programs = pipeline.to_programs(study, self.loaded, memory)
-        inputs = _inputs(tree, study, source, base, self.choice)
+        inputs = input_paths(tree, study, source, base, given.parameters, self.choice.name)
         return Compiled(self, source, base, study, programs, given, warnings, inputs, memory)
 
 
@@ -190,18 +191,10 @@ class Compiled:
     def check_files(self) -> None:
         """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`,
         `overwrites-input`."""
-        places = (
-            (self._path(e, line), line.span)
-            for e in self.study.experiments
-            for line in (*e.saves, *e.shows)
-            if not (isinstance(line, Show) and line.kind == "table" and line.path is None)
-        )
-        refuse_places(places, self.inputs)
+        check_places(self.study, self.source, self.base, self.inputs)
 
     def _path(self, experiment: Experiment, line: Save | Show) -> Path:
-        """A picture without a name is called after its spec and experiment."""
-        stem = "" if self.source.name == "<spec>" else Path(self.source.name).stem + "."
-        return self.base / (line.path or f"{stem}{experiment.name}.png")
+        return result_path(self.source, self.base, experiment, line)
 
     # ---- running
     def run(
@@ -224,8 +217,8 @@ class Compiled:
             self.check_files()
         tell = _bars() if progress is True else (progress or (lambda *_: None))
         results = {p.experiment.name: self._run(p, _count(check), tell, per_prompt) for p in self.programs}
-        study, weights = self.study, self.model.loaded.fingerprint
-        out = Results(results, run_record(self.source.text, study.prompts, weights, study.seeds))
+        prompts, seeds, weights = self.study.prompts, self.study.seeds, self.model.loaded.fingerprint
+        out = Results(results, run_record(self.source.text, prompts, weights, seeds, self.given.parameters))
         if write:
             self._write(out)
         return out
@@ -238,7 +231,7 @@ class Compiled:
                 if show.kind != "table":
                     result.files.append(save_picture(result, self._path(result.experiment, show), show.span, show.kind))
                 elif show.path is not None:
-                    result.files.append(save_table(result, self.base / show.path, show.span))
+                    result.files.append(save_table(result, self._path(result.experiment, show), show.span))
 
     def _run(self, program: Program, count: int | bool | None, tell: Progress, per_prompt: bool) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)
@@ -328,14 +321,6 @@ def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _inputs(tree: Spec, study: Study, source: Source, base: Path, choice: ModelChoice) -> tuple[Path, ...]:
-    """Every file or directory that a spec's run reads: no result may take its place."""
-    data = [i.file.text for i in tree.items if isinstance(i, Data) and isinstance(i.file, Text)]
-    tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
-    named = [base / name for name in (*data, *tensors, choice.name) if name]
-    return (Path(source.name), *(path for path in named if path.exists()))
-
-
 def _tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
     """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file."""
     out = {name: t.to(model.pieces.device, model.pieces.dtype) for name, t in given.items()}
@@ -351,14 +336,10 @@ def _check_called(study: Study) -> None:
     if len(set(study.prompts.layout.lengths)) == 1:
         return
     report = Report()
-    for experiment in study.experiments:
-        for metric in experiment.metrics:
-            if any(isinstance(leaf, Called) for leaf in reads.leaves(metric.expression)):
-                report.add(
-                    CALLED_LENGTHS.at(
-                        metric.span, f"`{metric.name}` is a Python function, and the prompts differ in length"
-                    )
-                )
+    for metric in (m for experiment in study.experiments for m in experiment.metrics):
+        if any(isinstance(leaf, Called) for leaf in reads.leaves(metric.expression)):
+            message = f"`{metric.name}` is a Python function, and the prompts differ in length"
+            report.add(CALLED_LENGTHS.at(metric.span, message))
     report.raise_errors()
 
 

@@ -10,13 +10,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
 from patchc import __version__
-from patchc.diagnostics import Diagnostic, PatchcError
+from patchc.commands.options import CHECK, FORMAT, MEMORY, SET, SPEC, THREADS, Parameters, cells_to_check
+from patchc.diagnostics import RULES, Diagnostic, PatchcError
 
 
 class Exit(IntEnum):
@@ -30,18 +32,26 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+INTERNAL = RULES.add("internal", "a fault in patchc itself", exit=Exit.RUN)
+USAGE = RULES.add("usage", "the command line is not understood", exit=Exit.USAGE)
+INTERRUPTED = RULES.add("interrupted", "the run was stopped before it was done", exit=Exit.INTERRUPTED)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
-    # `--check` alone takes no value, so that the spec after it is not read as one.
-    args = ["--check=sample" if a == "--check" else a for a in (sys.argv[1:] if argv is None else argv)]
+    args = [*(sys.argv[1:] if argv is None else argv)]
+    if args[:1] == ["run"]:
+        # `--check` alone takes no value, so that the spec after it is not read as one.
+        args = ["--check=sample" if a == "--check" else a for a in args]
     try:
         sys.exit(cli.main(args, prog_name="patchc", standalone_mode=False) or 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(Exit.INTERRUPTED)
+        sys.exit(_failed(_output_of(args), (INTERRUPTED.at(None, "interrupted"),)))
     except click.ClickException as error:
-        error.show()
-        sys.exit(Exit.USAGE)
+        output, context = _output_of(args), getattr(error, "ctx", None)
+        if context is not None and output == "text":
+            click.echo(context.get_usage(), err=True)
+        sys.exit(_failed(output, (_misused(error, context),)))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,51 +60,50 @@ def cli() -> None:
     """Compile and run activation-patching experiments written as .patch specs."""
 
 
-FORMAT = click.option(
-    "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What stdout gets."
-)
-THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that torch may use.")
-MEMORY = click.option("--memory", callback=lambda _c, _p, v: _bytes(v), help="What a pass aims to hold, e.g. 4GiB.")
-SPEC = click.argument("spec", type=click.Path(path_type=Path))
-CHECK = click.option(
-    "--check",
-    metavar="[=all|N]",
-    help="Recompute a sample of the cells (or all, or N) with forward hooks, and compare.",
-)
-
-
 @cli.command()
 @SPEC
 @CHECK
+@SET
 @FORMAT
 @THREADS
 @MEMORY
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--per-prompt", is_flag=True, help="Each prompt's number, in a dim more, instead of their mean.")
 def run(
-    spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool, per_prompt: bool
+    spec: Path,
+    check: str | None,
+    parameters: Parameters,
+    output: str,
+    threads: int | None,
+    memory: int | None,
+    quiet: bool,
+    per_prompt: bool,
 ) -> int:
     """Run every experiment of SPEC."""
-    return _guarded(output, lambda: _run(spec, check, output, threads, memory, quiet, per_prompt))
+    return _guarded(output, lambda: _run(spec, check, parameters, output, threads, memory, quiet, per_prompt))
 
 
 @cli.command()
 @SPEC
+@SET
 @FORMAT
 @MEMORY
 @click.option("--analyze", "analyse", is_flag=True, help="Run it, and set what is measured beside what is planned.")
 @THREADS
-def plan(spec: Path, output: str, memory: int | None, analyse: bool, threads: int | None) -> int:
+def plan(
+    spec: Path, parameters: Parameters, output: str, memory: int | None, analyse: bool, threads: int | None
+) -> int:
     """Print what SPEC will run and what it costs: variants, rows, passes, FLOPs, memory. Runs nothing."""
-    return _guarded(output, lambda: _plan(spec, output, memory, analyse, threads))
+    return _guarded(output, lambda: _plan(spec, parameters, output, memory, analyse, threads))
 
 
 @cli.command()
 @click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@SET
 @FORMAT
-def check(specs: tuple[Path, ...], output: str) -> int:
-    """Report every error of SPECS. Runs nothing."""
-    return _guarded(output, lambda: _check(specs, output))
+def check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
+    """Report every error of SPECS. Runs nothing and reads no weights."""
+    return _guarded(output, lambda: _check(specs, parameters, output))
 
 
 @cli.command()
@@ -105,14 +114,49 @@ def nodes(model: str, output: str) -> int:
     return _guarded(output, lambda: _nodes(model, output))
 
 
+@cli.command()
+@click.argument("code", required=False)
+@FORMAT
+def explain(code: str | None, output: str) -> int:
+    """Say what the diagnostic CODE means, with a wrong and a right example; without CODE, list them all."""
+    from patchc.diagnostics.explain import explained
+
+    return _guarded(output, lambda: explained(code, output) or Exit.OK)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file would change, and name it.")
+@click.option("--diff", is_flag=True, help="Write nothing; print what would change, and exit as with --check.")
+def fmt(files: tuple[Path, ...], check: bool, diff: bool) -> int:
+    """Rewrite FILES in the canonical layout; `-` is stdin to stdout. Comments stay, and so does the meaning."""
+    return _guarded("text", lambda: _fmt(files, check, diff))
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace FILE where it is there already.")
+def init(model: str, file: Path | None, force: bool) -> int:
+    """Write a spec for MODEL that runs, to start from; to FILE, MODEL.patch unless told, or to stdout (`-`)."""
+    return _guarded("text", lambda: _init(model, file, force))
+
+
 # ---- commands
 
 
 def _run(
-    spec: Path, check: str | None, output: str, threads: int | None, memory: int | None, quiet: bool, per_prompt: bool
+    spec: Path,
+    check: str | None,
+    parameters: Parameters,
+    output: str,
+    threads: int | None,
+    memory: int | None,
+    quiet: bool,
+    per_prompt: bool,
 ) -> int:
-    count = _cells_to_check(check)
-    compiled = _compile(spec, memory, threads)
+    count = cells_to_check(check)
+    compiled = _compile(spec, parameters, memory, threads)
     results = compiled.run(check=count, progress=not quiet, per_prompt=per_prompt)
     from patchc.report.expects import failed_expects
 
@@ -129,8 +173,10 @@ def _run(
     return Exit.EXPECT if failed else Exit.OK
 
 
-def _plan(spec: Path, output: str, memory: int | None, analyse: bool, threads: int | None) -> int:
-    compiled = _compile(spec, memory, threads)
+def _plan(
+    spec: Path, parameters: Parameters, output: str, memory: int | None, analyse: bool, threads: int | None
+) -> int:
+    compiled = _compile(spec, parameters, memory, threads)
     from patchc.report.plans import plan_json, plan_text
 
     plans = compiled.plan()
@@ -143,63 +189,63 @@ def _plan(spec: Path, output: str, memory: int | None, analyse: bool, threads: i
     return Exit.OK
 
 
-def _check(specs: tuple[Path, ...], output: str) -> int:
-    found: list[Diagnostic] = []
-    models: dict[Any, Any] = {}
-    for spec in specs:
-        try:
-            found += _checked(spec, models)
-        except PatchcError as error:
-            found += error.diagnostics
+def _check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
+    from patchc.checking import check
+
+    found = check(*specs, parameters=parameters)
     if output == "json":
         from patchc.diagnostics.render import to_json
 
         click.echo(json.dumps({"format_version": 1, "diagnostics": to_json(found)}))
     else:
+        from patchc.diagnostics.render import counted
+
         _say(found)
-        n_errors = sum(d.is_error for d in found)
-        counted = f"{n_errors or 'no'} error{'' if n_errors == 1 else 's'}"
-        click.echo(f"{len(specs)} checked, {counted}", err=True)
+        more = "; `patchc explain CODE` says more about a code" if found else ""
+        click.echo(("\n" if found else "") + f"{len(specs)} checked, {counted(found)}{more}", err=True)
     return max((d.exit for d in found if d.is_error), default=Exit.OK)
 
 
-def _checked(spec: Path, models: dict[Any, Any]) -> list[Diagnostic]:
-    """The warnings of a spec; raises its errors. Parsed before torch is imported."""
-    choice, base = _parsed(spec)
-    from patchc import api
-
-    key = (choice.name, choice.options, base)
-    if key not in models:
-        models[key] = api.load(choice, base=base)
-    compiled = models[key].compile(spec)
-    compiled.check_files()
-    return list(compiled.warnings)
-
-
 def _nodes(model: str, output: str) -> int:
-    from patchc import api
+    from patchc.model.outline import outline
     from patchc.report.nodes import nodes_json, nodes_text
 
-    graph = api.load(model).graph
+    graph = outline(model).graph
     click.echo(json.dumps(nodes_json(graph)) if output == "json" else nodes_text(graph))
+    return Exit.OK
+
+
+def _fmt(files: tuple[Path, ...], check: bool, diff: bool) -> int:
+    from patchc.commands.fmt import format_files
+
+    changed, found = format_files(files, check, diff)
+    _say(found)
+    return max([d.exit for d in found] + [Exit.SPEC * (changed > 0 and (check or diff))])
+
+
+def _init(model: str, file: Path | None, force: bool) -> int:
+    from patchc.commands.init import write_starter
+
+    if path := write_starter(model, file, force):
+        click.echo(f"{path} written; to run it: patchc run {path}", err=True)
     return Exit.OK
 
 
 # ---- shared
 
 
-def _parsed(spec: Path) -> tuple[Any, Path]:
+def _parsed(spec: Path, parameters: Parameters) -> tuple[Any, Path]:
     """The model that a spec asks for; every syntax error is raised here, without torch."""
     from patchc.parse import parse
     from patchc.resolve.model_choice import model_choice
     from patchc.spec import read_spec
 
     source, base = read_spec(spec)
-    return model_choice(parse(source)), base
+    return model_choice(parse(source), parameters), base
 
 
-def _compile(spec: Path, memory: int | None, threads: int | None) -> Any:
-    choice, base = _parsed(spec)
+def _compile(spec: Path, parameters: Parameters, memory: int | None, threads: int | None) -> Any:
+    choice, base = _parsed(spec, parameters)
     from patchc import api
     from patchc.optimise.cut import DEFAULT_BUDGET
 
@@ -207,7 +253,7 @@ def _compile(spec: Path, memory: int | None, threads: int | None) -> Any:
         import torch
 
         torch.set_num_threads(threads)
-    compiled = api.load(choice, base=base).compile(spec, memory=memory or DEFAULT_BUDGET)
+    compiled = api.load(choice, base=base).compile(spec, parameters=parameters, memory=memory or DEFAULT_BUDGET)
     _say(compiled.warnings)
     return compiled
 
@@ -217,20 +263,29 @@ def _guarded(output: str, command: Callable[[], int]) -> int:
     try:
         return command()
     except PatchcError as error:
-        if output == "json":
-            from patchc.diagnostics.render import to_json
-
-            click.echo(json.dumps({"format_version": 1, "diagnostics": to_json(error.diagnostics)}))
-        else:
-            _say(error.diagnostics)
-        return error.exit
+        return _failed(output, error.diagnostics)
     except (KeyboardInterrupt, click.ClickException):
         raise
     except Exception as error:
-        return _internal(output, error)
+        return _failed(output, (_internal(error),))
 
 
-def _internal(output: str, error: Exception) -> int:
+def _failed(output: str, diagnostics: Sequence[Diagnostic]) -> int:
+    """Say why a command came to nothing; gives its exit status."""
+    if output == "json":
+        from patchc.diagnostics.render import to_json
+
+        click.echo(json.dumps({"format_version": 1, "diagnostics": to_json(diagnostics)}))
+    else:
+        _say(diagnostics)
+        if sum(d.is_error for d in diagnostics) > 1:
+            from patchc.diagnostics.render import counted
+
+            click.echo(f"\n{counted(diagnostics)}; `patchc explain CODE` says more about a code", err=True)
+    return PatchcError(diagnostics).exit
+
+
+def _internal(error: Exception) -> Diagnostic:
     """A bug of ours: said in one line, with the place, and the traceback where PATCHC_DEBUG asks for it."""
     import os
     import traceback
@@ -239,45 +294,28 @@ def _internal(output: str, error: Exception) -> int:
         traceback.print_exc()
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-    diagnostic = Diagnostic("internal", message, fix="please report this; PATCHC_DEBUG=1 shows where", exit=Exit.RUN)
-    return _guarded(output, lambda: _raise(diagnostic))
+    return INTERNAL.at(None, message, fix="please report this; `PATCHC_DEBUG=1` in the environment shows where")
 
 
-def _raise(diagnostic: Diagnostic) -> int:
-    raise PatchcError([diagnostic])
+def _misused(error: click.ClickException, context: click.Context | None) -> Diagnostic:
+    """What click says about a command line, as one of our diagnostics."""
+    fix = None if context is None else f"`{context.command_path} --help` says what it takes"
+    return USAGE.at(None, error.format_message(), fix=fix)
+
+
+def _output_of(args: Sequence[str]) -> str:
+    """What a command line that click did not read to its end asks stdout to be."""
+    asked = [after for option, after in pairwise([*args, ""]) if option == "--format"]
+    asked += [a.removeprefix("--format=") for a in args if a.startswith("--format=")]
+    return "json" if "json" in asked else "text"
 
 
 def _say(diagnostics: Sequence[Diagnostic]) -> None:
+    """Diagnostics on stderr, as text."""
     if diagnostics:
         from patchc.diagnostics.render import render
 
-        click.echo(render(diagnostics, color=sys.stderr.isatty()), err=True)
-
-
-def _cells_to_check(check: str | None) -> bool | int | str:
-    if check is None:
-        return False
-    if check in ("all", "sample"):
-        return check
-    if check.isdecimal() and int(check):
-        return int(check)
-    raise click.UsageError(f"--check takes nothing, `all` or a number of cells, not {check!r}")
-
-
-def _bytes(text: str | None) -> int | None:
-    """`4GiB`, `512MiB` or a number of bytes."""
-    if text is None:
-        return None
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
-    number = text.rstrip("KMGTiB")
-    unit = text[len(number) :]
-    try:
-        value = int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise click.BadParameter(f"{text!r} is no amount of memory; write 4GiB or 512MiB") from None
-    if value <= 0:
-        raise click.BadParameter("a pass needs some memory")
-    return value
+        click.echo(render(diagnostics, color=sys.stderr.isatty()), err=True, nl=False)
 
 
 __all__ = ["Exit", "cli", "main"]

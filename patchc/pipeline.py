@@ -27,15 +27,17 @@ from patchc.model.load import LoadedModel
 from patchc.optimise import optimise, reads
 from patchc.parse.tree import Spec
 from patchc.resolve import resolve
+from patchc.resolve.parameters import Literal
 
 
 @dataclass(frozen=True)
 class Given:
-    """What Python gives beside the spec: data, tensors and metric functions, by name."""
+    """What is given beside the spec: data, tensors, metric functions, and the values of `${NAME}`, by name."""
 
     data: Any = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     metrics: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict[str, Callable[[Tensor], Tensor]])
+    parameters: Mapping[str, Literal] = field(default_factory=dict[str, Literal])
 
 
 def to_study(
@@ -52,6 +54,7 @@ def to_study(
         data=given.data,
         tensors={name: tuple(tensor.shape) for name, tensor in given.tensors.items()},
         metrics=tuple(given.metrics),
+        parameters=given.parameters,
         bos=model.bos,
     )
     return resolved.study, resolved.warnings

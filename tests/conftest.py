@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         # One process: two would overwrite each other's cases of a file.
         config.option.numprocesses = 0
         config.option.dist = "no"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What patchc keeps on disk stays out of the user's own cache directory."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["PATCHC_CACHE"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

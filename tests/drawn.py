@@ -160,11 +160,12 @@ class Draw:
 
     def inner_start(self, tokens: Tokens) -> Step:
         """A start inside heads or MLPs; of a complement a whole one."""
-        site = self.rng.choice([Site.SCORES, Site.PATTERN, Site.IN, Site.POST])
-        neurons = -1 if self.rng.random() < 0.3 or self.complement else self.rng.randrange(1, 1 << self.graph.d_mlp)
+        sites = [Site.SCORES, Site.PATTERN] + [Site.IN, Site.POST] * bool(self.graph.mlps)
+        site = self.rng.choice(sites)
         if site in (Site.IN, Site.POST):
+            some = -1 if self.rng.random() < 0.3 or self.complement else self.rng.randrange(1, 1 << self.graph.d_mlp)
             of_mlps = self.nodes() & self.graph.mlps or self.graph.mlps
-            return Step(of_mlps, tokens=tokens, site=site, neurons=neurons if site is Site.POST else -1, via=self.via())
+            return Step(of_mlps, tokens=tokens, site=site, neurons=some if site is Site.POST else -1, via=self.via())
         sources = self.tokens(0.4)
         if self.complement:
             tokens = sources = EVERYWHERE

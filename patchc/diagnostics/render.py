@@ -26,6 +26,13 @@ def render(diagnostics: Iterable[Diagnostic], *, color: bool) -> str:
     return "\n".join("\n".join(_drawn(d, _Paint(color))) + "\n" for d in diagnostics)
 
 
+def counted(diagnostics: Iterable[Diagnostic]) -> str:
+    """`3 errors, 1 warning`; `no errors` where there are none."""
+    found = [d.severity for d in diagnostics]
+    told = [(found.count(s), s.value) for s in Severity if s in found or s is Severity.ERROR]
+    return ", ".join(f"{n or 'no'} {word}{'' if n == 1 else 's'}" for n, word in told)
+
+
 def to_json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
     """A dict each. Lines and columns count code points from 1; the end is after the last character."""
     return [
@@ -91,16 +98,22 @@ def _line(span: Span) -> int:
 def _excerpt(span: Span, margin: str, style: str, paint: _Paint) -> Iterator[str]:
     """`--> file:line:column`, the line, and carets under what of the span stands on it."""
     number, column = span.source.position(span.start)
-    text = span.source.line(number)
+    text, column = _clipped(span.source.line(number), column)
     before, marked = text[: column - 1], text[column - 1 : column - 1 + span.end - span.start]
     shown, skipped = _window(_cells(text), _width(before))
     indent = " " * (_width(before) - skipped)
     carets = "^" * max(1, min(_width(marked), WIDEST - len(indent)))
     bar = paint(_PLACE, "|")
-    yield f"{margin}{paint(_PLACE, '-->')} {_safe(span.source.name)}:{number}:{column}"
+    yield f"{margin}{paint(_PLACE, '-->')} {_safe(span.source.name)}:{number}:{span.source.position(span.start)[1]}"
     yield f"{margin} {bar}"
     yield f"{paint(_PLACE, str(number).rjust(len(margin)))} {bar} {shown}".rstrip()
     yield f"{margin} {bar} {indent}{paint(style, carets)}"
+
+
+def _clipped(line: str, column: int) -> tuple[str, int]:
+    """The part of a very long line round a column, and the column in it: a data file may be one line."""
+    skipped = max(0, column - 4 * WIDEST)
+    return line[skipped : column + 4 * WIDEST], column - skipped
 
 
 def _window(cells: list[str], start: int) -> tuple[str, int]:

@@ -59,7 +59,7 @@ def prove(driver: Driver, eager: nn.Module, graph: ResidualGraph) -> None:
     assert isinstance(added, Tensor)
     _must_agree(added, got[Point(At.FINAL_IN)], "its writers miss the final stream by")
     _prove_heads(driver, graph, got)
-    driver.refused = _unproved(driver, graph, ids, got)
+    driver.refused = _unproved(driver, graph, ids)
 
 
 def _prove_heads(driver: Driver, graph: ResidualGraph, got: Mapping[Point, Tensor]) -> None:
@@ -69,10 +69,10 @@ def _prove_heads(driver: Driver, graph: ResidualGraph, got: Mapping[Point, Tenso
         _must_agree(bias, bias[:1, :1].expand_as(bias), f"the heads of layer {layer} miss its attention output by")
 
 
-def _unproved(driver: Driver, graph: ResidualGraph, ids: Tensor, outer: Mapping[Point, Tensor]) -> dict[Point, str]:
+def _unproved(driver: Driver, graph: ResidualGraph, ids: Tensor) -> dict[Point, str]:
     """The points inside nodes that are not what they should be, and why."""
     try:
-        got = {**outer, **driver.run(ids, {}, [Point(At.LOGITS), *inner_points(graph)])}
+        got = driver.run(ids, {}, [*points_of(graph), *inner_points(graph)])
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
         return dict.fromkeys(inner_points(graph), str(error))
     refused: dict[Point, str] = {}

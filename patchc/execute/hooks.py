@@ -57,7 +57,7 @@ class Oracle:
 
     def read(self, experiment: Experiment, cell: Cell, probe: Probe) -> Tensor:
         """What stands at a probe in the patched run, `[token, width]`; of attention: one entry a position."""
-        return CellRun(self._worlds, experiment.run, cell).read(probe)
+        return CellRun(self._worlds, experiment.run, cell).read(probe).clone()
 
     @torch.no_grad()
     def measure(

@@ -91,8 +91,11 @@ class PlainRows:
         """Rows of a world at tokens of its own layout."""
         layout = self.stored.prompts.world(world).layout
         tables = self.tables if layout is None else self.stored.pieces.tables(layout)
-        scores = self._scores(self.stored.runs[world], layout or self.stored.layout, tables, tokens, width)
-        return scores if port == SCORES else pattern_of(scores)
+        layout = layout or self.stored.layout
+        # A token of a longer prompt looks at more than this many positions: its softmax is over all of them.
+        longest = max(width, *layout.lengths)
+        scores = self._scores(self.stored.runs[world], layout, tables, tokens, longest)
+        return (scores if port == SCORES else pattern_of(scores))[:, :width]
 
     def _noise(self, port: int, noise: Noise, tokens: Tensor, width: int) -> Tensor:
         """Noise has rows of the prompt's length."""

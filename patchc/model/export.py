@@ -77,8 +77,9 @@ class Logits(nn.Module):
         return out if isinstance(out, Tensor) else out.logits
 
 
-def export(model: nn.Module) -> Exported:
-    """The canonical graph of a model in eval mode. Refuses what `torch.export` cannot follow."""
+def export(model: nn.Module, *, blank: bool = False) -> Exported:
+    """The canonical graph of a model in eval mode. Refuses what `torch.export` cannot follow. A `blank` model has no
+    weights and cannot run; the graph is the same."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     ids = torch.zeros(EXAMPLE, dtype=torch.long, device=device)
     sizes = {"ids": {0: Dim.AUTO, 1: Dim.AUTO}}
@@ -87,7 +88,8 @@ def export(model: nn.Module) -> Exported:
         try:
             # Run first as it is: a module that finishes building itself in its first forward pass would build
             # the tracer's stand-ins into itself (a TransformerLens bridge wires its hook points then).
-            Logits(model)(ids)
+            if not blank:
+                Logits(model)(ids)
             program = torch.export.export(Logits(model), (ids,), strict=False, dynamic_shapes=sizes)
             if any(is_mutable(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -108,7 +110,8 @@ def _untraceable(error: Exception) -> PatchcError:
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
     """Export remarks on what this stage checks itself, and where it fails it prints its whole graph."""
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.fx.experimental.symbolic_shapes")]
+    loud = ("torch._export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in loud]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

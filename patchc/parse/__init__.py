@@ -3,7 +3,8 @@
 The grammar is `grammar/patchc.lark`. Knows nothing of models, data or torch: names stay words.
 """
 
+from patchc.parse.format import format_spec
 from patchc.parse.parser import parse
 from patchc.parse.printer import print_spec
 
-__all__ = ["parse", "print_spec"]
+__all__ = ["format_spec", "parse", "print_spec"]

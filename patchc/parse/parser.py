@@ -52,6 +52,12 @@ def parser() -> Lark:
     return Lark(grammar_text(), parser="lalr", lexer="basic", start="spec", propagate_positions=True)
 
 
+@cache
+def concrete_parser() -> Lark:
+    """The same parser, with every token in its tree."""
+    return Lark(grammar_text(), parser="lalr", lexer="basic", start="spec", keep_all_tokens=True)
+
+
 def _check_limits(source: Source, report: Report) -> None:
     """Recursion further on follows brackets only: this bounds it."""
     size = len(source.text.encode(errors="replace"))

@@ -1,27 +1,24 @@
-"""Results to files, by suffix. A file is written whole or not at all: beside its place, then moved there.
+"""Results to files, by suffix; what can go wrong is said before anything runs.
 
-What is in a file comes from `Result`; this says how it gets to the disk and what can go wrong.
+What is in a file comes from `Result`; how it gets to the disk is `writing`'s matter.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Span
+from patchc.diagnostics import RULES, Note, Report, Span
+from patchc.writing import no_directory, write_whole
 
 if TYPE_CHECKING:
     from patchc.report.results import Result
 
 UNKNOWN_FORMAT = RULES.add("unknown-format", "a file name whose suffix names no format that patchc writes")
 OVERWRITES = RULES.add("overwrites-input", "a result would be written over a file that the run reads")
-NO_DIRECTORY = RULES.add("no-such-directory", "a file should be written into a directory that does not exist")
 SAME_FILE = RULES.add("same-file", "two results would be written to one file")
-CANNOT_WRITE = RULES.add("cannot-write", "the system refused to write a file", exit=3)
 
 TABLES = (".json", ".csv", ".parquet")
 PICTURES = (".png", ".svg", ".pdf")
@@ -74,7 +71,7 @@ def refuse_places(places: Iterable[tuple[Path, Span | None]], inputs: Collection
     for path, span in places:
         whole = path.absolute()
         if not path.parent.is_dir():
-            report.add(_no_directory(path, span))
+            report.add(no_directory(path, span))
         if {path.resolve(), *path.resolve().parents} & kept and (path.exists() or path.resolve() in kept):
             report.add(OVERWRITES.at(span, f"{path} is read by this run; its results would take its place"))
         if whole in seen:
@@ -84,33 +81,11 @@ def refuse_places(places: Iterable[tuple[Path, Span | None]], inputs: Collection
     report.raise_errors()
 
 
-def _no_directory(path: Path, span: Span | None) -> Diagnostic:
-    return NO_DIRECTORY.at(span, f"there is no directory {path.parent} for {path.name}")
-
-
-def write_whole(path: Path, write: Callable[[Path], None], span: Span | None = None) -> Path:
-    """Let `write` fill a new file beside `path`, then put it in its place; a failure leaves nothing."""
-    if not path.parent.is_dir():
-        raise PatchcError([_no_directory(path, span)])
-    if path.is_dir():
-        raise CANNOT_WRITE.error(f"{path} is a directory", span=span)
-    # The suffix stays at the end: the writers look at it. The point hides the file while it is not whole.
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CANNOT_WRITE.error(f"{path} cannot be written: {error.strerror or error}", span=span) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def _check_suffix(path: Path, known: tuple[str, ...], what: str, span: Span | None) -> None:
     if path.suffix.lower() not in known:
         shown = f"`{path.suffix}`" if path.suffix else "no suffix"
         message = f"{path.name} has {shown}; {what} are written as {', '.join(known)}"
-        raise UNKNOWN_FORMAT.error(message, span=span, fix=f'"{path.stem or "results"}{known[0]}"')
+        raise UNKNOWN_FORMAT.error(message, span=span, fix=f'as in `"{path.stem or "results"}{known[0]}"`')
 
 
 def _json(result: Result) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -14,14 +14,21 @@ from patchc.ir.experiment import Prompts
 PACKAGES = ("patchc", "torch", "transformers", "transformer-lens")
 
 
-def run_record(spec: str, prompts: Prompts, weights: str, seeds: Sequence[tuple[str, int]] = ()) -> dict[str, Any]:
-    """Hashes of the spec's text, the data as tokenised and the weights' fingerprint; versions; the seeds of what is
-    random, by what it is."""
+def run_record(
+    spec: str,
+    prompts: Prompts,
+    weights: str,
+    seeds: Sequence[tuple[str, int]] = (),
+    parameters: Mapping[str, str | int | float] | None = None,
+) -> dict[str, Any]:
+    """Hashes of the spec's text, the data as tokenised and the weights' fingerprint; the values of its `${NAME}`;
+    versions; the seeds of what is random, by what it is."""
     by_use: dict[str, list[int]] = {}
     for use, seed in seeds:
         by_use.setdefault(use, []).append(seed)
     return {
         "spec": sha256(spec),
+        "parameters": dict(sorted((parameters or {}).items())),
         "data": sha256(_canonical(prompts)),
         "weights": sha256(weights),
         "versions": versions(),

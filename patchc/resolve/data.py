@@ -6,14 +6,15 @@ Answers and positions, which are columns too, are for `answers` and `positions`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
 from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity, Span
+from patchc.ir.bits import bitset
 from patchc.ir.experiment import Prompts, World
 from patchc.ir.graph import ResidualGraph
-from patchc.ir.tokens import Layout
+from patchc.ir.tokens import Layout, Tokens
 from patchc.parse import tree
 from patchc.resolve.encode import Encoder, Ids
 from patchc.resolve.records import Record
@@ -24,6 +25,7 @@ UNEQUAL_LENGTHS = RULES.add("unequal-lengths", "two worlds of one prompt have di
 TEXT_TOO_LONG = RULES.add("text-too-long", "a text has more tokens than the model's context")
 EMPTY_TEXT = RULES.add("empty-text", "a text has no tokens")
 BAD_TOKEN_ID = RULES.add("bad-token-id", "a token id that the model's vocabulary does not have")
+DOUBLE_BOS = RULES.add("double-bos", "a text begins with the token that the tokenizer adds", Severity.WARNING)
 UNUSED_COLUMN = RULES.add("unused-column", "a column that nothing uses", Severity.WARNING)
 
 
@@ -37,7 +39,8 @@ class Dataset:
     """The records of a spec and the worlds read from them so far.
 
     `runs` are the names of the worlds that experiments run on: the first of them that is a column fixes the
-    layout.
+    lengths. `following` gives, for each copy of the prompts, the ids that follow each prompt there (see
+    `continuations`); none at all where nothing follows any prompt.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Dataset:
         self.graph = graph
         self.scope = scope
         self.used: set[str] = set()
+        self.following: Callable[[], tuple[tuple[Ids, ...], ...]] = tuple
+        self._told: set[str] = set()
         self._runs = runs
         self._worlds: dict[str, tuple[Ids, ...] | None] = {}
 
@@ -80,6 +85,11 @@ class Dataset:
             if written and column not in self.used:
                 fix = f"remove it, or write `at {column} ...` if it is meant as a position"
                 report.add(UNUSED_COLUMN.at(written[0], f"nothing uses the column {column!r}", fix=fix))
+
+    def n_leading(self, prompt: int) -> int:
+        """How many special tokens the tokenizer puts before a prompt's text."""
+        text = self.records[prompt].cells.get(self.base)
+        return self.encoder.n_leading(text) if isinstance(text, str) else 0
 
     # ---- worlds
 
@@ -113,12 +123,22 @@ class Dataset:
         cell, where = self.cell(prompt, column, span), self.records[prompt].span(column) or span
         if isinstance(cell, str):
             ids = self.encoder.prompt(cell, where)
+            self._warn_double_bos(ids, column, where)
         elif isinstance(cell, list | tuple) and all(_is_id(i) for i in cell):  # pyright: ignore[reportUnknownVariableType]
             ids = tuple(int(i) for i in cell)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         else:
-            raise WRONG_KIND.error(f"{column!r} is used as a world, and prompt {prompt} has {cell!r} there", span=where)
+            told = shortened(cell)
+            raise WRONG_KIND.error(f"{column!r} is used as a world, and prompt {prompt} has {told} there", span=where)
         self._check_ids(ids, column, prompt, where)
         return ids
+
+    def _warn_double_bos(self, ids: Ids, column: str, where: Span | None) -> None:
+        bos = self.encoder.bos
+        if bos is not None and ids[:2] == (bos, bos) and column not in self._told:
+            self._told.add(column)
+            shown = self.encoder.show(bos)
+            message = f"{column!r} begins with {shown!r}, and the tokenizer puts another before it"
+            self.scope.report.add(DOUBLE_BOS.at(where, message, fix=f"leave {shown} out, or write `bos=false`"))
 
     def _check_ids(self, ids: Ids, column: str, prompt: int, where: Span | None) -> None:
         limit = self.graph.n_ctx
@@ -163,11 +183,30 @@ class Dataset:
         return next((c for c in self.columns if c in self._runs), self.columns[0] if self.columns else "")
 
     @cached_property
-    def layout(self) -> Layout:
-        """The lengths of the prompts."""
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of the prompts, without an answer that follows them. Positions count in these."""
         if not self.base:
             raise silent()
-        return Layout(tuple(map(len, self.ids(self.base))))
+        return tuple(map(len, self.ids(self.base)))
+
+    @cached_property
+    def endings(self) -> tuple[tuple[Ids, ...], ...]:
+        """What follows each prompt in each copy of the prompts: at least one copy."""
+        return self.following() or (((),) * len(self.lengths),)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The rows that are run: every prompt of the first copy, then of the next. Row = copy * prompts + prompt."""
+        return Layout(tuple(n + len(e) for ending in self.endings for n, e in zip(self.lengths, ending, strict=True)))
+
+    def token(self, prompt: int, position: int, copy: int = 0) -> int:
+        """The number of the token at a position (from 0) of a prompt."""
+        return self.layout.offsets[copy * len(self.lengths) + prompt] + position
+
+    def tokens(self, spots: Sequence[Sequence[int]]) -> Tokens:
+        """The tokens at these positions of each prompt, in every copy."""
+        copies = range(len(self.endings))
+        return bitset(self.token(i, p, copy) for copy in copies for i, here in enumerate(spots) for p in here)
 
     @cached_property
     def text_column(self) -> str:
@@ -177,7 +216,7 @@ class Dataset:
     def _aligns(self, column: str) -> bool:
         used = column in self.used
         try:
-            found = tuple(map(len, self._encoded(column, None))) == self.layout.lengths
+            found = tuple(map(len, self._encoded(column, None))) == self.lengths
         except PatchcError:
             found = False
         if not used:
@@ -199,9 +238,23 @@ class Dataset:
             self.text_column,
             *(c for c in self.columns if self._worlds.get(c) and c != self.text_column),
         ]
-        worlds = tuple(World(name, self.ids(name)) for name in names)
         show = self.encoder.show
-        return Prompts(self.layout, worlds, tuple(tuple(show(i) for i in ids) for ids in worlds[0].ids))
+        texts = tuple(tuple(show(i) for i in ids) for ids in self.ids(names[0]))
+        worlds = tuple(World(name, self._rows(self.ids(name))) for name in names)
+        own = self.lengths * len(self.endings)
+        return Prompts(self.layout, worlds, texts, len(self.endings), () if own == self.layout.lengths else own)
+
+    def _rows(self, prompts: tuple[Ids, ...]) -> tuple[Ids, ...]:
+        return tuple(ids + e for ending in self.endings for ids, e in zip(prompts, ending, strict=True))
+
+
+def shortened(cell: Any) -> str:
+    """A cell as it would be written in Python, for a message."""
+    try:
+        text = repr(cell)
+    except RecursionError:
+        return "brackets nested too deep"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_id(value: Any) -> bool:

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from patchc.diagnostics import RULES
-from patchc.ir.experiment import Expect
+from patchc.diagnostics import RULES, Span, nearest
+from patchc.ir.experiment import Expect, PromptDim
 from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS, Binding, Number, Place, Spots
 from patchc.resolve.loops import Label, label_of
 from patchc.resolve.positions import Positions
 from patchc.resolve.scope import Scope, bound, written
 from patchc.resolve.sets import Sets
-from patchc.resolve.sweeps import Sweep
 from patchc.resolve.terms import NodeSet
 
 NO_SUCH_CELL = RULES.add("no-such-cell", "an expect names a cell that the experiment does not have")
 NOT_MEASURED = RULES.add("not-measured", "an expect names a metric that the experiment does not measure")
 
+BAD_TOLERANCE = RULES.add("bad-tolerance", "a tolerance that a comparison has no use for")
+BAD_TOP = RULES.add("bad-top", "an expectation about the top cells that holds always, or never")
+
 Cells = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 """(place of each variable's value in its universe, the index along the dims) of each cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An experiment's cells as an `expect` names them: variables, what each ranges over, and the cells' places.
+
+    A loop over prompts is variable number `at`; the cells' places and indices are without it.
+    """
+
+    names: tuple[str, ...]
+    universes: tuple[tuple[Binding, ...], ...]
+    cells: Cells
+    at: int = -1
+    by_prompt: PromptDim | None = None
+
+    def indices(self, wanted: Mapping[int, set[int]]) -> tuple[tuple[int, ...], ...]:
+        """The indices of the cells whose variables have these places."""
+        by = self.by_prompt
+        own = {v - (by is not None and v > self.at): ok for v, ok in wanted.items() if by is None or v != self.at}
+        found = [index for place, index in self.cells if all(place[v] in ok for v, ok in own.items())]
+        if by is None:
+            return tuple(found)
+        shown = sorted(wanted.get(self.at, range(len(by.prompts))))
+        return tuple((*index[: by.axis], i, *index[by.axis :]) for index in found for i in shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,38 +58,75 @@ class Expects:
     positions: Positions
     sets: Sets
 
-    def resolve(self, node: tree.Expect, metrics: Collection[str], swept: Sweep, cells: Cells) -> Expect:
+    def resolve(self, node: tree.Expect | tree.ExpectTop, metrics: Collection[str], table: Table) -> Expect:
         """An expectation with the indices of its cells."""
         name = node.metric.text
         if name not in metrics:
             message = f"{name!r} is not measured in this experiment; it measures {', '.join(metrics)}"
-            raise NOT_MEASURED.error(message, span=node.metric.span)
-        wanted: dict[int, set[int]] = {}
-        for coordinate in node.at:
-            variable, found = self._match(coordinate, swept, wanted)
-            wanted[variable] = found
-        indices = tuple(index for place, index in cells if all(place[v] in ok for v, ok in wanted.items()))
-        if not indices:
-            raise NO_SUCH_CELL.error("no cell of this experiment has these coordinates", span=node.span)
-        return Expect(name, indices, node.op, float(bound(self.scope, node.bound)), node.span)
+            raise NOT_MEASURED.error(message, fix=nearest(name, metrics), span=node.metric.span)
+        if isinstance(node, tree.ExpectTop):
+            return self._top(node, name, table)
+        indices = self._indices(node.at, table, node.span)
+        bounded = float(bound(self.scope, node.bound))
+        return Expect(name, indices, node.op, bounded, node.span, self._tolerance(node))
 
-    def _match(self, node: tree.Set | tree.Bound, swept: Sweep, taken: Iterable[int]) -> tuple[int, set[int]]:
+    def _tolerance(self, node: tree.Expect) -> float | None:
+        if node.tolerance is None:
+            return None
+        tolerance = float(self.scope.number(node.tolerance))
+        if node.op != "==":
+            message = f"`within` belongs to ==, and this is {node.op}, which needs no tolerance"
+            raise BAD_TOLERANCE.error(
+                message, fix=f"write `== {written(node.bound)} within {tolerance:g}`", span=node.span
+            )
+        if not 0 <= tolerance < math.inf:
+            raise BAD_TOLERANCE.error(f"a tolerance is a number from 0 on, not {tolerance:g}", span=node.tolerance.span)
+        return tolerance
+
+    def _top(self, node: tree.ExpectTop, name: str, table: Table) -> Expect:
+        top = self.scope.number(node.top)
+        if not isinstance(top, int) or top < 1:
+            raise BAD_TOP.error(
+                f"top takes a whole number of cells, not {top}", fix="as in `top(3)`", span=node.top.span
+            )
+        indices, total = self._indices(node.cells, table, node.span), len(table.indices({}))
+        if top >= total:
+            message = f"top({top}) is every cell of this experiment, which has {total}"
+            raise BAD_TOP.error(message, span=node.span)
+        if len(indices) > top:
+            message = f"{len(indices)} cells are named, and top({top}) has room for {top}"
+            raise BAD_TOP.error(message, fix=f"write `top({len(indices)})`", span=node.span)
+        return Expect(name, indices, "includes", 0.0, node.span, top=top)
+
+    def _indices(
+        self, coordinates: Sequence[tree.Set | tree.Bound], table: Table, span: Span | None
+    ) -> tuple[tuple[int, ...], ...]:
+        wanted: dict[int, set[int]] = {}
+        for coordinate in coordinates:
+            variable, found = self._match(coordinate, table, wanted)
+            wanted[variable] = found
+        indices = table.indices(wanted)
+        if not indices:
+            raise NO_SUCH_CELL.error("no cell of this experiment has these coordinates", span=span)
+        return indices
+
+    def _match(self, node: tree.Set | tree.Bound, table: Table, taken: Iterable[int]) -> tuple[int, set[int]]:
         """The first variable, of those that have no coordinate yet, that takes all that a coordinate
         names."""
-        variables = [v for v in range(len(swept.universes)) if v not in set(taken)]
+        variables = [v for v in range(len(table.universes)) if v not in set(taken)]
         for variable in variables:
-            universe = swept.universes[variable]
+            universe = table.universes[variable]
             found = self._places(node, universe)
             if found is not None:
                 return variable, found
-        raise self._no_match(node, swept, variables)
+        raise self._no_match(node, table, variables)
 
-    def _no_match(self, node: tree.Set | tree.Bound, swept: Sweep, variables: Sequence[int]):
+    def _no_match(self, node: tree.Set | tree.Bound, table: Table, variables: Sequence[int]):
         if not variables:
-            count = len(swept.universes)
+            count = len(table.universes)
             return NO_SUCH_CELL.error(f"there are more coordinates than loop variables ({count})", span=node.span)
-        labels = {v: [str(label_of(b)) for b in swept.universes[v]] for v in variables}
-        told = "; ".join(f"{swept.bindings[v].name.text} is one of {_shown(labels[v])}" for v in variables)
+        labels = {v: [str(label_of(b)) for b in table.universes[v]] for v in variables}
+        told = "; ".join(f"{table.names[v]} is one of {_shown(labels[v])}" for v in variables)
         return NO_SUCH_CELL.error(f"no cell has {written(node)}: {told}", span=node.span)
 
     # ---- one coordinate in one universe

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import TypeVar
 
-from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity, nearest
-from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, Save, Show, Value
+from patchc.diagnostics import RULES, Note, PatchcError, Report, Severity
+from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Metric, Patch, PromptDim, Save, Show, Value
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.paths import Path
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
+from patchc.resolve.by_prompt import ByPrompt, is_over_prompts, misused, over_prompts
 from patchc.resolve.data import Dataset
 from patchc.resolve.dims import axes_of, distinct
 from patchc.resolve.ends import Ends, ends_of
-from patchc.resolve.expects import Cells, Expects
+from patchc.resolve.expects import Cells, Expects, Table
 from patchc.resolve.loops import Loops, label_of
-from patchc.resolve.metrics import Metrics
+from patchc.resolve.metrics import BAD_INTERVAL, Metrics
+from patchc.resolve.outputs import check_drawn, save, show
 from patchc.resolve.patches import WORLDS_EQUAL, OneExperiment, Patches
 from patchc.resolve.places import names_in
 from patchc.resolve.scope import NAME_CLASH, NOT_SUPPORTED_YET, WRONG_KIND, Scope, collecting
@@ -30,12 +31,7 @@ NO_CELLS = RULES.add("no-cells", "a sweep in which no choice of the variables is
 UNCHANGED_PROMPTS = RULES.add(
     "unchanged-prompts", "prompts in which a patch's world is the same as the run's", Severity.WARNING
 )
-UNKNOWN_PICTURE = RULES.add("unknown-picture", "`show` with a kind of picture that does not exist")
-UNKNOWN_SUFFIX = RULES.add("unknown-suffix", "a file name whose suffix names no format that can be written")
 
-PICTURES = ("heatmap",)
-PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
-RESULT_SUFFIXES = (".json", ".csv", ".parquet")
 LATER = {tree.Attribute: "attribute", tree.Freeze: "freeze", tree.Keep: "keep", tree.Prune: "prune"}
 
 
@@ -62,15 +58,28 @@ class Experiments:
         measured = sum(len(clause.items) for clause in _clauses(node, tree.Measure))
         ends = ends_of(metrics, certain=len(metrics) == measured)
         if run is None or swept is None:
-            self._try_patches(node, swept, run or self.dataset.base, ends)
+            self._try_patches(node, swept and swept[0], run or self.dataset.base, ends)
             return None
-        found = self._cells(node, run, swept, ends)
+        found = self._cells(node, run, swept[0], ends)
         if found is None:
             return None
-        dims, cells, places = found
-        expects = self._expects(node, [m.name for m in metrics], swept, places) if len(metrics) == measured else ()
+        table = self._table(found, swept[1])
+        expects = self._expects(node, [m.name for m in metrics], table) if len(metrics) == measured else ()
+        self._check_shape(metrics, shows, found.dims, table.by_prompt)
         title = node.title.text if node.title else None
-        return Experiment(node.name.text, title, run, dims, cells, tuple(metrics), expects, saves, shows, node.span)
+        return Experiment(
+            node.name.text,
+            title,
+            run,
+            found.dims,
+            found.cells,
+            tuple(metrics),
+            expects,
+            saves,
+            shows,
+            node.span,
+            table.by_prompt,
+        )
 
     # ---- clauses
 
@@ -82,9 +91,9 @@ class Experiments:
         for kind, word in ((tree.Run, "run"), (tree.Patch, "patch"), (tree.Measure, "measure")):
             if kind not in has and not (kind is tree.Patch and tree.Attribute in has):
                 fix = {
-                    "run": "run clean",
-                    "patch": "patch node head[0, 0] with corrupt",
-                    "measure": "measure kl(clean)",
+                    "run": "as in `run clean`",
+                    "patch": "as in `patch node head[0, 0] with corrupt`",
+                    "measure": "as in `measure kl(clean)`",
                 }[word]
                 self.report.add(MISSING_CLAUSE.at(node.name.span, f"experiment {name!r} has no `{word}`", fix=fix))
         runs = _clauses(node, tree.Run)
@@ -106,7 +115,7 @@ class Experiments:
                 self._check_metric(item, variables)
                 metric = self.metrics.measured(item)
                 if metric.name in {m.name for m in found}:
-                    fix = f"measure ... as {metric.name.split('(')[0]}_2"
+                    fix = f"name one of them: `as {metric.name.split('(')[0]}_2`"
                     raise NAME_CLASH.error(f"two metrics are called {metric.name!r}", fix=fix, span=item.span)
                 found.append(metric)
         return found
@@ -118,14 +127,24 @@ class Experiments:
 
     # ---- cells
 
-    def _sweep(self, node: tree.Experiment) -> Sweep | None:
+    def _sweep(self, node: tree.Experiment) -> tuple[Sweep, ByPrompt | None] | None:
+        """The sweep of the variables that make cells, and the loop over prompts, which makes none."""
         bindings = [b for clause in _clauses(node, tree.For) for b in clause.bindings]
         sound = [self._is_free(b, bindings[:i]) for i, b in enumerate(bindings)]
-        if all(sound):
-            with collecting(self.report):
+        with collecting(self.report):
+            prompts = self._prompts(bindings, node)
+            if all(sound):
                 span = next((c.span for c in _clauses(node, tree.For)), node.span)
-                return sweep(self.loops, bindings, span)
+                return sweep(self.loops, [b for b in bindings if not is_over_prompts(b)], span), prompts
         return None
+
+    def _prompts(self, bindings: Sequence[tree.Binding], node: tree.Experiment) -> ByPrompt | None:
+        if not any(map(is_over_prompts, bindings)):
+            return None
+        found = over_prompts(bindings, len(self.dataset.lengths), self.scope)
+        if found and (wrong := list(misused(found.binding, node.clauses))):
+            raise PatchcError(wrong)
+        return found
 
     def _is_free(self, binding: tree.Binding, before: Sequence[tree.Binding]) -> bool:
         """Whether a loop variable's name is its own; reports it where it is not."""
@@ -146,9 +165,7 @@ class Experiments:
             clauses = [c for c in clauses if not variables & set(names_in(c))]
         self._is_sound(clauses, {} if swept is None else _first(swept), run, ends)
 
-    def _cells(
-        self, node: tree.Experiment, run: str, swept: Sweep, ends: Ends
-    ) -> tuple[tuple[Dim, ...], tuple[Cell, ...], Cells] | None:
+    def _cells(self, node: tree.Experiment, run: str, swept: Sweep, ends: Ends) -> _Cells | None:
         clauses = _clauses(node, tree.Patch)
         if not self._is_sound(clauses, _first(swept), run, ends):
             return None
@@ -166,8 +183,21 @@ class Experiments:
                     cells.append(Cell(index, patches))
                     places.append((place, index))
             self._check_cells(node, one, cells, run)
-            return distinct(axes), tuple(cells), places
+            return _Cells(swept, distinct(axes), tuple(len(a.dims) for a in axes), tuple(cells), tuple(places))
         return None
+
+    def _table(self, found: _Cells, prompts: ByPrompt | None) -> Table:
+        names = tuple(b.name.text for b in found.swept.bindings)
+        if prompts is None:
+            return Table(names, found.swept.universes, found.places)
+        at = prompts.before
+        return Table(
+            (*names[:at], prompts.binding.name.text, *names[at:]),
+            (*found.swept.universes[:at], prompts.universe, *found.swept.universes[at:]),
+            found.places,
+            at,
+            prompts.dim(sum(found.counts[:at]), found.dims),
+        )
 
     def _is_sound(self, clauses: Sequence[tree.Patch], env: Env, run: str, ends: Ends) -> bool:
         """Report every clause's errors in one cell, so that one clause does not hide another's."""
@@ -190,7 +220,7 @@ class Experiments:
 
     def _tokens(self) -> tuple[str, ...] | None:
         """The first prompt's tokens, where all prompts have one length."""
-        if len(set(self.dataset.layout.lengths)) > 1:
+        if len(set(self.dataset.lengths)) > 1:
             return None
         return tuple(self.dataset.encoder.show(i) for i in self.dataset.text_ids[0])
 
@@ -210,7 +240,7 @@ class Experiments:
         told = f": {run!r} and {others[0]!r} have the same text in every prompt" if others else f", {run!r}"
         message = f"the patches of {node.name.text!r} change nothing: each value is what the run itself has{told}"
         span = next(c.value.span for c in _clauses(node, tree.Patch))
-        return WORLDS_EQUAL.error(message, span=span)
+        return WORLDS_EQUAL.error(message, fix=f"name another world than `{run}` after `with`", span=span)
 
     def _warn_unchanged(self, node: tree.Experiment, one: OneExperiment, run: str) -> None:
         for world in sorted({v.world for v in one.values if v.world and v.world != run}):
@@ -222,38 +252,52 @@ class Experiments:
 
     # ---- results
 
-    def _expects(self, node: tree.Experiment, metrics: list[str], swept: Sweep, cells: Cells) -> tuple[Expect, ...]:
+    def _expects(self, node: tree.Experiment, metrics: list[str], table: Table) -> tuple[Expect, ...]:
         out: list[Expect] = []
-        for clause in _clauses(node, tree.Expect):
+        for clause in (c for c in node.clauses if isinstance(c, tree.Expect | tree.ExpectTop)):
             with collecting(self.report):
-                out.append(self.expects.resolve(clause, metrics, swept, cells))
+                out.append(self.expects.resolve(clause, metrics, table))
         return tuple(out)
 
     def _saves(self, node: tree.Experiment) -> tuple[Save, ...]:
         out: list[Save] = []
         for clause in _clauses(node, tree.Save):
             with collecting(self.report):
-                out.append(Save(self._file(clause.file, RESULT_SUFFIXES), clause.span))
+                out.append(save(self.scope, clause))
         return tuple(out)
 
     def _shows(self, node: tree.Experiment) -> tuple[Show, ...]:
         out: list[Show] = []
         for clause in _clauses(node, tree.Show):
             with collecting(self.report):
-                kind = clause.kind.text
-                if kind not in PICTURES:
-                    message = f"no picture {kind!r}; there is {', '.join(PICTURES)}"
-                    raise UNKNOWN_PICTURE.error(message, fix=nearest(kind, PICTURES), span=clause.kind.span)
-                file = self._file(clause.file, PICTURE_SUFFIXES) if clause.file else None
-                out.append(Show(kind, file, clause.span))
+                out.append(show(self.scope, clause))
         return tuple(out)
 
-    def _file(self, file: tree.Text | tree.Parameter, suffixes: Sequence[str]) -> str:
-        name = self.scope.text(file)
-        if PurePath(name).suffix.lower() in suffixes:
-            return name
-        message = f"{name!r} names no format that can be written here; the suffixes are {' '.join(suffixes)}"
-        raise UNKNOWN_SUFFIX.error(message, span=file.span)
+    def _check_shape(
+        self, metrics: Sequence[Metric], shows: Sequence[Show], dims: Sequence[Dim], by_prompt: PromptDim | None
+    ) -> None:
+        """What the results' dims leave without a meaning."""
+        shape = [len(d.coords) for d in dims] + ([len(by_prompt.prompts)] if by_prompt else [])
+        for shown in shows:
+            with collecting(self.report):
+                check_drawn(shown, shape)
+        for metric in metrics:
+            if metric.interval and by_prompt:
+                message = "an interval is drawn over prompts, and this experiment shows each prompt alone"
+                self.report.add(
+                    BAD_INTERVAL.at(metric.span, message, fix="leave out the loop over prompts, or the interval")
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The cells of an experiment; `counts` are the numbers of dims of its variables, `places` what `Table` has."""
+
+    swept: Sweep
+    dims: tuple[Dim, ...]
+    counts: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    places: Cells
 
 
 C = TypeVar("C", bound=tree.Construct)

@@ -1,37 +1,36 @@
-"""Metrics: arithmetic over logits, probabilities and the like, each read at one token of a prompt."""
+"""Metrics: arithmetic over logits, probabilities and the like, each read at one token of a prompt.
+
+What a node computes is read by `probes`; units and what can be folded are for `arithmetic`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
-from patchc.diagnostics import RULES, nearest
-from patchc.ir.experiment import (
-    Called,
-    Constant,
-    Expression,
-    Kl,
-    Measure,
-    Metric,
-    Product,
-    Quotient,
-    Read,
-    Sum,
-)
+from patchc.diagnostics import RULES, PatchcError, Severity, nearest
+from patchc.ir.experiment import Called, Interval, Kl, Measure, Metric, Read
 from patchc.parse import tree
-from patchc.resolve.answers import AnswerReader, Answers
-from patchc.resolve.bindings import NO_LOCALS
+from patchc.resolve.answers import AnswerReader
+from patchc.resolve.arithmetic import UNITS, Typed, added, divided, multiplied, negated, number
+from patchc.resolve.continuations import SUMMED, Continuations
 from patchc.resolve.data import Dataset
 from patchc.resolve.positions import Positions
-from patchc.resolve.scope import BUILT_IN, NODE_NAMES, NOT_SUPPORTED_YET, WRONG_KIND, Scope, written
+from patchc.resolve.probes import Probes
+from patchc.resolve.scope import BUILT_IN, NODE_NAMES, WRONG_KIND, Scope, written
 
 RECURSIVE_METRIC = RULES.add("recursive-metric", "a metric that is defined by itself")
 NESTED_NORMALISED = RULES.add("nested-normalised", "a normalised metric inside arithmetic or another normalised one")
 SAME_WORLD = RULES.add("same-world", "a metric normalised between two worlds that are one")
-ONE_POSITION = RULES.add("one-position", "a metric at several positions of a prompt")
-DIVISION_BY_ZERO = RULES.add("division-by-zero", "a metric divides by zero")
+BAD_INTERVAL = RULES.add("bad-interval", "a bootstrap interval that cannot be drawn as it is asked for")
+OFFSET_OF_NUMBER = RULES.add(
+    "offset-of-number", "a whole number right after a metric's position, which it is not added to", Severity.WARNING
+)
 
 READS = tuple(m.value for m in Measure)
-FUNCTIONS = (*READS, "kl")
+FUNCTIONS = (*READS, "kl", "dot")
+RESAMPLES = range(100, 1_000_001)
 
 Tokens = tuple[int, ...]
 
@@ -39,17 +38,30 @@ Tokens = tuple[int, ...]
 class Metrics:
     """The metrics of a spec, by name or as they are written in `measure`."""
 
-    def __init__(self, scope: Scope, dataset: Dataset, positions: Positions):
+    def __init__(
+        self,
+        scope: Scope,
+        dataset: Dataset,
+        positions: Positions,
+        probes: Probes,
+        answers: AnswerReader,
+        continuations: Continuations,
+    ):
         self._scope = scope
         self._data = dataset
         self._positions = positions
-        self._answers = AnswerReader(dataset)
+        self._probes = probes
+        self._answers = answers
+        self._continuations = continuations
         self._open: list[str] = []
+        self._circles: list[set[str]] = []
+        """Metrics that are defined by one another, which has been reported."""
 
     def measured(self, node: tree.Measured) -> Metric:
         """One thing of a `measure` clause, under its alias, its own name or the text as written."""
         name = node.alias.text if node.alias else written(node.value)
-        return replace(self.metric(node.value, name), span=node.span)
+        interval = self._interval(node.interval) if node.interval else None
+        return replace(self.metric(node.value, name), span=node.span, interval=interval)
 
     def check(self, metric: tree.Metric) -> None:
         """Resolve a declared metric, for its errors."""
@@ -64,90 +76,135 @@ class Metrics:
                 with self._opened(node.name):
                     return self.metric(self._scope.metrics[text].value, name)
             case _:
-                return Metric(name, self._expression(node, None), span=node.span)
+                found = self._typed(node, None)
+                return Metric(name, found.expression, span=node.span, unit=found.unit)
 
     def _normalised(self, node: tree.Normalised, name: str) -> Metric:
         if node.per is not None and node.per.text != "prompt":
-            raise WRONG_KIND.error("only `per prompt` can stand here", fix="per prompt", span=node.per.span)
+            raise WRONG_KIND.error("only `per prompt` can stand here", fix="write `per prompt`", span=node.per.span)
         zero, one = self._data.world(node.zero), self._data.world(node.one)
         if all(self._data.same(zero, one)):
             told = "one world" if zero == one else "the same text in every prompt"
             message = f"{zero!r} and {one!r} are {told}, so that nothing lies between 0 and 1"
-            raise SAME_WORLD.error(message, span=node.span)
-        expression = self._expression(node.inner, None)
+            fix = "name two different worlds, as in `from corrupt to clean`"
+            raise SAME_WORLD.error(message, fix=fix, span=node.span)
+        expression = self._typed(node.inner, None).expression
         return Metric(name, expression, zero, one, node.per is not None, node.span)
+
+    # ---- intervals
+
+    def _interval(self, node: tree.Interval) -> Interval:
+        level = self._scope.number(node.level)
+        if not 0 < level < 1:
+            fix = f"write `interval {level / 100:g}`" if 50 <= level < 100 else "as in `interval 0.95`"
+            message = f"an interval's level lies between 0 and 1, and this is {level:g}"
+            raise BAD_INTERVAL.error(message, fix=fix, span=node.level.span)
+        options = self._options(node)
+        resamples = options.get("resamples", Interval(level).resamples)
+        if resamples not in RESAMPLES:
+            message = f"between {RESAMPLES[0]:,} and {RESAMPLES[-1]:,} resamples are drawn, not {resamples:,}"
+            raise BAD_INTERVAL.error(message, span=node.span)
+        if len(self._data.lengths) < 2:
+            message = "an interval is drawn over prompts, and there is one prompt"
+            raise BAD_INTERVAL.error(message, fix="give more prompts, or leave the interval out", span=node.span)
+        return Interval(float(level), options.get("seed", 0), resamples)
+
+    def _options(self, node: tree.Interval) -> Mapping[str, int]:
+        out: dict[str, int] = {}
+        for option in node.options:
+            name = option.name.text
+            if name not in ("seed", "resamples"):
+                fix = nearest(name, ("seed", "resamples"))
+                raise BAD_INTERVAL.error(f"an interval has seed and resamples, no {name}", fix=fix, span=option.span)
+            value = self._scope.number(option.value) if isinstance(option.value, tree.Number | tree.Parameter) else None
+            if not isinstance(value, int):
+                raise BAD_INTERVAL.error(f"{name} is a whole number", fix=f"as in `{name}=1`", span=option.value.span)
+            out[name] = value
+        return out
 
     # ---- arithmetic
 
-    def _expression(self, node: tree.Value, at: Tokens | None) -> Expression:
+    def _typed(self, node: tree.Value, at: Tokens | None) -> Typed:
         """`at`: the tokens that an enclosing `@` gives."""
         match node:
             case tree.Number() | tree.Parameter():
-                return Constant(float(self._scope.number(node)))
+                return number(float(self._scope.number(node)))
             case tree.Ref():
                 return self._name(node, at)
             case tree.Function():
                 return self._function(node, at)
             case tree.Parens():
-                return self._expression(node.inner, at)
+                return self._typed(node.inner, at)
             case tree.Negated():
-                return _scaled(self._expression(node.inner, at), -1)
+                return negated(self._typed(node.inner, at))
             case tree.Sum():
-                return _sum([(1 if sign == "+" else -1, self._expression(t, at)) for sign, t in node.terms])
+                self._warn_offset(node)
+                return added([(1 if sign == "+" else -1, self._typed(t, at), t.span) for sign, t in node.terms])
             case tree.Product():
                 return self._product(node, at)
             case tree.At():
-                return self._expression(node.inner, self._place(node.place))
+                self._probes.check_place(node)
+                return self._typed(node.inner, self._positions.one(node.place))
             case tree.Normalised():
                 raise NESTED_NORMALISED.error("a normalised metric cannot be a part of another", span=node.span)
 
-    def _product(self, node: tree.Product, at: Tokens | None) -> Expression:
-        out = self._expression(node.factors[0][1], at)
+    def _warn_offset(self, node: tree.Sum) -> None:
+        """`logit(answer) @ end - 1` takes 1 from the logit; most likely the position was meant."""
+        for (_, term), (sign, by) in pairwise(node.terms):
+            last = term.factors[-1][1] if isinstance(term, tree.Product) else term
+            if not (isinstance(last, tree.At) and isinstance(last.place, tree.Name | tree.Number)):
+                continue
+            if isinstance(by, tree.Number) and isinstance(by.value, int):
+                done, to = ("added", "to") if sign == "+" else ("taken", "from")
+                message = f"{by.value} is {done} {to} the number that is read, not {to} its position"
+                fix = f"@ {{{written(last.place)} {sign} {by.value}}} for the position"
+                self._scope.report.add(OFFSET_OF_NUMBER.at(node.span, message, fix=fix))
+
+    def _product(self, node: tree.Product, at: Tokens | None) -> Typed:
+        out = self._typed(node.factors[0][1], at)
         for operator, factor in node.factors[1:]:
-            by = self._expression(factor, at)
-            if operator == "*":
-                out = _product(out, by)
-            elif isinstance(by, Constant) and by.number == 0:
-                raise DIVISION_BY_ZERO.error("this divides by zero", span=node.span)
-            else:
-                out = _scaled(out, 1 / by.number) if isinstance(by, Constant) else Quotient(out, by)
+            by = self._typed(factor, at)
+            out = multiplied(out, by) if operator == "*" else divided(out, by, node.span)
         return out
 
     # ---- names and functions
 
-    def _name(self, node: tree.Ref, at: Tokens | None) -> Expression:
+    def _name(self, node: tree.Ref, at: Tokens | None) -> Typed:
         name = node.name.text
-        if name in NODE_NAMES or node.indices or node.sites:
-            raise NOT_SUPPORTED_YET.error("a metric that reads a node is not supported yet", span=node.span)
+        if name in NODE_NAMES or name in self._scope.lets or node.indices or node.sites:
+            return Typed(self._probes.number(node, at))
         if name in self._scope.metrics:
             with self._opened(node.name):
                 return self._inner(node, self._scope.metrics[name].value, at)
         if name in self._scope.called:
-            return Called(name)
+            return Typed(Called(name))
         if name in READS:
-            return Read(Measure(name), self._answers.column(tree.Name("answer", span=node.span)), self._tokens(at))
+            answer = tree.Ref(tree.Name("answer", span=node.span), span=node.span)
+            return self._read(Measure(name), answer, at, node)
+        if name in FUNCTIONS:
+            raise WRONG_KIND.error(f"{name} takes {TAKES[name]}", fix=f"as in `{EXAMPLES[name]}`", span=node.span)
         raise self._scope.not_a("a metric", node.name, [*self._scope.metrics, *self._scope.called, *FUNCTIONS])
 
-    def _inner(self, node: tree.Ref, value: tree.Value, at: Tokens | None) -> Expression:
+    def _inner(self, node: tree.Ref, value: tree.Value, at: Tokens | None) -> Typed:
         if isinstance(value, tree.Normalised):
             message = f"{node.name.text!r} is normalised, and cannot be a part of another metric"
             raise NESTED_NORMALISED.error(message, span=node.span)
-        return self._expression(value, at)
+        return self._typed(value, at)
 
-    def _function(self, node: tree.Function, at: Tokens | None) -> Expression:
+    def _function(self, node: tree.Function, at: Tokens | None) -> Typed:
         name = node.name.text
         if name == "dot":
-            raise NOT_SUPPORTED_YET.error("dot is not supported yet", span=node.span)
+            return Typed(self._probes.dot(node, at))
         if name not in FUNCTIONS:
             raise self._no_function(node.name)
         if len(node.arguments) != 1:
-            raise WRONG_KIND.error(f"{name} takes one {'world' if name == 'kl' else 'answer'}", span=node.span)
+            raise WRONG_KIND.error(f"{name} takes {TAKES.get(name, 'one answer')}", span=node.span)
         argument = node.arguments[0]
         if name == "kl":
             if not isinstance(argument, tree.Ref) or argument.indices or argument.sites:
-                raise WRONG_KIND.error("kl takes a world", fix="kl(clean)", span=node.span)
-            return Kl(self._data.world(argument.name), self._tokens(at))
-        return Read(Measure(name), self._answer(argument, name), self._tokens(at))
+                raise WRONG_KIND.error("kl takes a world", fix="as in `kl(clean)`", span=node.span)
+            return Typed(Kl(self._data.world(argument.name), self._tokens(at)), "nats", node.span)
+        return self._read(Measure(name), argument, at, node)
 
     def _no_function(self, name: tree.Name):
         if name.text in BUILT_IN or name.text in self._scope.names:
@@ -155,41 +212,59 @@ class Metrics:
         message = f"no function {name.text!r}; a metric has {', '.join(FUNCTIONS)}"
         return WRONG_KIND.error(message, fix=nearest(name.text, FUNCTIONS), span=name.span)
 
-    def _answer(self, node: tree.Argument, name: str, first: bool = False) -> Answers:
+    # ---- answers
+
+    def _read(self, measure: Measure, node: tree.Argument, at: Tokens | None, whole: tree.Construct) -> Typed:
+        answer, first = self._answer(node, measure)
+        unit = UNITS[measure]
+        if measure == SUMMED and not first and self._answers.is_several(answer):
+            return Typed(self._continued(answer, at, whole), unit, whole.span)
+        if isinstance(answer, tree.Text):
+            ids = self._answers.literal(answer.text, answer.span, first)
+        else:
+            ids = self._answers.column(answer, first)
+        return Typed(Read(measure, ids, self._tokens(at)), unit, whole.span)
+
+    def _continued(self, answer: tree.Name | tree.Text, at: Tokens | None, whole: tree.Construct):
+        if at is not None and at != self._positions.last:
+            message = "an answer of several tokens follows the prompt, and this is read at another position"
+            raise WRONG_KIND.error(message, fix="`first(...)` reads the first token anywhere", span=whole.span)
+        return self._continuations.read(self._answers.sequences(answer), whole.span)
+
+    def _answer(self, node: tree.Argument, measure: Measure) -> tuple[tree.Name | tree.Text, bool]:
+        """A column or a text, and whether only its first token is meant."""
         match node:
             case tree.Text():
-                return self._answers.literal(node.text, node.span, first)
+                return node, False
             case tree.Ref(column, (), ()):
-                return self._answers.column(column, first)
-            case tree.Function(tree.Name("first"), (inner,)) if not first:
-                return self._answer(inner, name, True)
+                return column, False
             case tree.Parameter():
-                return self._answers.literal(self._scope.text(node), node.span, first)
+                return tree.Text(self._scope.text(node), span=node.span), False
+            case tree.Function(tree.Name("first"), (tree.Text() | tree.Ref(_, (), ()) | tree.Parameter() as inner,)):
+                return self._answer(inner, measure)[0], True
             case _:
-                message = f'{name} takes a column or a text: {name}(answer), {name}(" Mary"), {name}(first(answer))'
-                raise WRONG_KIND.error(message, span=node.span)
+                message = f'{measure} takes a column or a text: {measure}(answer), {measure}(" Mary"), '
+                raise WRONG_KIND.error(message + f"{measure}(first(answer))", span=node.span)
 
     # ---- positions
 
     def _tokens(self, at: Tokens | None) -> Tokens:
         """The token of each prompt that is read: the last where nothing else is said."""
-        layout = self._data.layout
-        return at if at is not None else tuple(layout.token(i, -1) for i in range(layout.n_prompts))
-
-    def _place(self, place: tree.Place) -> Tokens:
-        layout = self._data.layout
-        spots = self._positions.place(place, NO_LOCALS)
-        many = next((i for i, here in enumerate(spots) if len(here) > 1), None)
-        if many is not None:
-            message = f"a metric is read at one position; this is {len(spots[many])} in prompt {many}"
-            raise ONE_POSITION.error(message, span=place.span)
-        return tuple(layout.offsets[i] + here[0] for i, here in enumerate(spots))
+        return self._positions.last if at is None else at
 
     def _opened(self, name: tree.Name) -> _Opened:
         if name.text in self._open:
-            chain = " -> ".join([*self._open[self._open.index(name.text) :], name.text])
+            circle = self._open[self._open.index(name.text) :]
+            if set(circle) in self._circles:
+                raise PatchcError(())
+            self._circles.append(set(circle))
+            chain = " -> ".join([*circle, name.text])
             raise RECURSIVE_METRIC.error(f"{name.text!r} is defined by itself ({chain})", span=name.span)
         return _Opened(self._open, name.text)
+
+
+TAKES = {"kl": "one world", "dot": "a node and a tensor"}
+EXAMPLES = {"kl": "kl(clean)", "dot": 'dot(resid_post[0] @ -1, tensor("probe.safetensors", "w"))'}
 
 
 class _Opened:
@@ -203,36 +278,3 @@ class _Opened:
 
     def __exit__(self, *_: object) -> None:
         self._stack.pop()
-
-
-# ---- arithmetic with what is known folded
-
-
-def _sum(terms: list[tuple[float, Expression]]) -> Expression:
-    """A flat linear combination; numbers are added up."""
-    flat: list[tuple[float, Expression]] = []
-    constant = 0.0
-    for coefficient, term in terms:
-        for c, inner in term.terms if isinstance(term, Sum) else ((1.0, term),):
-            if isinstance(inner, Constant):
-                constant += coefficient * c * inner.number
-            else:
-                flat.append((coefficient * c, inner))
-    if not flat:
-        return Constant(constant)
-    if constant:
-        flat.append((constant, Constant(1.0)))
-    return flat[0][1] if len(flat) == 1 and flat[0][0] == 1 else Sum(tuple(flat))
-
-
-def _scaled(expression: Expression, by: float) -> Expression:
-    return _sum([(by, expression)])
-
-
-def _product(a: Expression, b: Expression) -> Expression:
-    if isinstance(a, Constant):
-        return _scaled(b, a.number)
-    if isinstance(b, Constant):
-        return _scaled(a, b.number)
-    parts = [p for e in (a, b) for p in (e.factors if isinstance(e, Product) else (e,))]
-    return Product(tuple(parts))

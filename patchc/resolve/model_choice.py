@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from patchc.diagnostics import RULES, Note, PatchcError, Report, nearest
 from patchc.ir.experiment import ModelChoice
 from patchc.parse import tree
+from patchc.resolve.parameters import Literal, wrong_parameters
 from patchc.resolve.scope import Scope, collecting
 
 NO_MODEL = RULES.add("no-model", "a spec without a `model` statement, and no model given in Python")
@@ -35,9 +38,12 @@ def choose_model(spec: tree.Spec, scope: Scope) -> ModelChoice | None:
     return None
 
 
-def model_choice(spec: tree.Spec, parameters: dict[str, str | int | float] | None = None) -> ModelChoice:
-    """The model that a spec asks for. Raises `PatchcError` with every error of its `model` statements."""
+def model_choice(spec: tree.Spec, parameters: Mapping[str, Literal] | None = None) -> ModelChoice:
+    """The model that a spec asks for. Raises `PatchcError` with every error of its `model` statements and of the
+    `parameters` given."""
     report = Report()
+    for diagnostic in wrong_parameters(spec, parameters or {}):
+        report.add(diagnostic)
     found = choose_model(spec, Scope(report, parameters or {}))
     report.raise_errors()
     if found is None:
@@ -47,7 +53,7 @@ def model_choice(spec: tree.Spec, parameters: dict[str, str | int | float] | Non
 
 def missing_model(spec: tree.Spec) -> PatchcError:
     """The error for a spec that names no model."""
-    return NO_MODEL.error("the spec names no model", fix='model "ioi-tiny"', span=spec.span)
+    return NO_MODEL.error("the spec names no model", fix='as in `model "ioi-tiny"`', span=spec.span)
 
 
 def _chosen(node: tree.Model, scope: Scope) -> ModelChoice:

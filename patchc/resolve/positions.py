@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from patchc.diagnostics import RULES, PatchcError, Span
-from patchc.ir.bits import bitset
 from patchc.ir.tokens import Tokens
 from patchc.parse import tree
-from patchc.resolve.bindings import Binding, Env, Number, Place, Spots
-from patchc.resolve.data import Dataset, silent
+from patchc.resolve.bindings import NO_LOCALS, Binding, Env, Number, Place, Spots
+from patchc.resolve.data import Dataset, shortened, silent
+from patchc.resolve.data_files import Counted
 from patchc.resolve.scope import WRONG_KIND, collecting
 
 POSITION_OUTSIDE = RULES.add("position-outside", "a position that a prompt is too short for")
@@ -24,6 +24,7 @@ AMBIGUOUS_POSITION = RULES.add(
 )
 MISSING_POSITION = RULES.add("missing-position", "a prompt lacks a named position that the spec uses")
 EMPTY_RANGE = RULES.add("empty-range", "a range whose end stands before its start")
+ONE_POSITION = RULES.add("one-position", "a metric at several positions of a prompt")
 UNEQUAL_POSITIONS = RULES.add("unequal-positions", "a loop over positions of prompts of different lengths")
 
 OnePrompt = tuple[int, ...]
@@ -47,18 +48,33 @@ class Positions:
     @property
     def lengths(self) -> tuple[int, ...]:
         """The lengths of the prompts."""
-        return self._data.layout.lengths
+        return self._data.lengths
 
     def names(self) -> list[str]:
         """Every named position, columns that can be one included."""
         declared = (name for record in self._data.records for name in record.positions)
-        numbers = (n for r in self._data.records for n, cell in r.cells.items() if not isinstance(cell, str))
+        numbers = (n for r in self._data.records for n in r.cells if not isinstance(r.as_position(n), str))
         return list(dict.fromkeys([*declared, *numbers]))
 
     def tokens(self, spots: Spots) -> Tokens:
         """The tokens at these positions."""
-        layout = self._data.layout
-        return bitset(layout.offsets[i] + p for i, here in enumerate(spots) for p in here)
+        return self._data.tokens(spots)
+
+    # ---- one position a prompt, where a metric is read
+
+    @property
+    def last(self) -> tuple[int, ...]:
+        """The last token of each prompt."""
+        return tuple(self._data.token(i, n - 1) for i, n in enumerate(self.lengths))
+
+    def one(self, place: tree.Place | tree.Element) -> tuple[int, ...]:
+        """The token of each prompt that a place names: one, or `one-position`."""
+        spots = self.place(place, NO_LOCALS)
+        many = next((i for i, here in enumerate(spots) if len(here) > 1), None)
+        if many is not None:
+            message = f"a metric is read at one position; this is {len(spots[many])} in prompt {many}"
+            raise ONE_POSITION.error(message, span=place.span)
+        return tuple(self._data.token(i, here[0]) for i, here in enumerate(spots))
 
     # ---- places, as `@` has them
 
@@ -82,7 +98,7 @@ class Positions:
 
     @property
     def _n(self) -> int:
-        return self._data.layout.n_prompts
+        return len(self._data.lengths)
 
     def _item(self, node: tree.Name | tree.Number | tree.Parameter, env: Env) -> Spots:
         if isinstance(node, tree.Name):
@@ -107,14 +123,14 @@ class Positions:
         return tuple((self._inside(i, index, span),) for i in range(self._n))
 
     def _inside(self, prompt: int, index: int, span: Span | None) -> int:
-        length = self._data.layout.lengths[prompt]
+        length = self._data.lengths[prompt]
         if -length <= index < length:
             return index % length
         message = f"no position {index} in prompt {prompt}: its {length} tokens are numbered 0..{length - 1}"
-        raise POSITION_OUTSIDE.error(message, span=span)
+        raise POSITION_OUTSIDE.error(message, fix="the last position is `-1`", span=span)
 
     def _between(self, node: tree.Range, env: Env) -> Spots:
-        lengths = self._data.layout.lengths
+        lengths = self._data.lengths
         first = None if node.first is None else self.place(node.first, env)
         last = None if node.last is None else self.place(node.last, env)
         return tuple(
@@ -167,8 +183,9 @@ class Positions:
             return self._declared(declared, prompt)
         if name not in record.cells:
             message = f"prompt {prompt} has no position {name!r}"
-            raise MISSING_POSITION.error(message, fix=f"at {name} ...", span=record.where or span)
-        return self._from_cell(self._data.cell(prompt, name, span), name, prompt, record.span(name) or span)
+            raise MISSING_POSITION.error(message, fix=f"add `at {name} ...` to its `data`", span=record.where or span)
+        self._data.cell(prompt, name, span)
+        return self._from_cell(record.as_position(name), name, prompt, record.span(name) or span)
 
     def _declared(self, declared: tree.Position, prompt: int) -> OnePrompt:
         where = declared.where
@@ -181,7 +198,7 @@ class Positions:
     def _declared_item(self, where: tree.Item | tree.Range, prompt: int) -> OnePrompt:
         match where:
             case tree.Range():
-                lengths = self._data.layout.lengths
+                lengths = self._data.lengths
                 first = 0 if where.first is None else self._declared_item(where.first, prompt)[0]
                 last = lengths[prompt] - 1 if where.last is None else self._declared_item(where.last, prompt)[-1]
                 return _span_of(first, last, prompt, where.span)
@@ -203,6 +220,9 @@ class Positions:
                 pass
             case int():
                 return (self._inside(prompt, cell, span),)
+            case Counted(index):
+                before = self._data.n_leading(prompt) if index >= 0 else 0
+                return (self._inside(prompt, index + before, span),)
             case [int() as first, int() as last]:
                 ends = self._inside(prompt, first, span), self._inside(prompt, last, span)
                 return _span_of(ends[0], ends[1], prompt, span)
@@ -210,8 +230,8 @@ class Positions:
                 return self._find(cell, prompt, None, span, name)
             case _:
                 pass
-        message = f"{name!r} is used as a position, and prompt {prompt} has {cell!r}"
-        raise WRONG_KIND.error(message, fix="an index, [first, last], or a text", span=span)
+        message = f"{name!r} is used as a position, and prompt {prompt} has {shortened(cell)}"
+        raise WRONG_KIND.error(message, fix="give an index, `[first, last]`, or a text", span=span)
 
     def _column_text(self, column: tree.Name, prompt: int) -> str:
         if column.text not in self._data.columns:
@@ -220,7 +240,7 @@ class Positions:
         if isinstance(cell, str):
             return cell
         raise WRONG_KIND.error(
-            f"{column.text!r} of prompt {prompt} is {cell!r}; one text can be looked for", span=column.span
+            f"{column.text!r} of prompt {prompt} is {shortened(cell)}; one text can be looked for", span=column.span
         )
 
     # ---- where a text stands
@@ -232,7 +252,8 @@ class Positions:
             raise self._not_found(text, prompt, span)
         if which is None and len(found) > 1:
             message = f'"{text}" stands {len(found)} times in prompt {prompt}: say `first` or `last`'
-            raise AMBIGUOUS_POSITION.error(message, fix=f"{named or repr(text)} last".replace("'", '"'), span=span)
+            said = named or f'"{text}"'
+            raise AMBIGUOUS_POSITION.error(message, fix=f"write `{said} last`, or `{said} first`", span=span)
         return found[-1] if which == "last" else found[0]
 
     def _occurrences(self, text: str, prompt: int, of_column: bool) -> list[OnePrompt]:
@@ -251,7 +272,7 @@ class Positions:
 
     def _not_found(self, text: str, prompt: int, span: Span | None) -> PatchcError:
         other = text[1:] if text.startswith(" ") else " " + text
-        fix = f'"{other}"' if self._occurrences(other, prompt, False) else None
+        fix = f'did you mean `"{other}"`?' if self._occurrences(other, prompt, False) else None
         column = self._data.text_column
         listed = self._data.encoder.listed(self._data.text_ids[prompt])
         message = f'"{text}" is not among the tokens of {column!r} in prompt {prompt}: {listed}'

@@ -1,23 +1,22 @@
-"""The rows of a data set: from `data` blocks, from jsonl files, from Python. One record a prompt, nothing
+"""The rows of a data set: from `data` blocks, from files (`data_files`), from Python. One record a prompt, nothing
 tokenised.
 
-A record's cells stay as they were given; what a cell has to be depends on its use, which `dataset` knows.
+A record's cells stay as they were given; what a cell has to be depends on its use, which `data` knows.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source, Span
+from patchc.diagnostics import RULES, Span
 from patchc.parse import tree
+from patchc.resolve.data_files import Locate, read_rows
 from patchc.resolve.scope import NAME_CLASH, WRONG_KIND, Scope, collecting
 
-MISSING_FILE = RULES.add("missing-file", "a file that the spec names is not there or cannot be read")
-BAD_JSON = RULES.add("bad-json", "a line of a jsonl file is not a JSON object")
 EMPTY_DATA = RULES.add("empty-data", "there is no prompt to run")
 DATA_SLICE = RULES.add("data-slice", "a slice of a data file takes prompts that the file does not have")
 BAD_DATA = RULES.add("bad-data", "data given in Python has a form that is not understood")
@@ -28,22 +27,34 @@ dict of columns, each with an entry a prompt (`{"clean": ids [prompt, pos], "ans
 
 T = TypeVar("T")
 
-MAX_DIAGNOSED_LINES = 5
+_WHOLE = re.compile(r"[+-]?[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One prompt: its columns and named positions by name, and the positions that its `data` statement
-    declares."""
+    """One prompt: its columns and named positions by name, and the positions that its `data` statement declares.
+
+    `spans`: where its cells are written in the spec; `locate` says where they stand in a file. `texts`: its format
+    has no types, so that a whole number stands there as text.
+    """
 
     cells: Mapping[str, Any]
     positions: Mapping[str, tree.Position] = field(default_factory=dict[str, tree.Position])
     where: Span | None = None
     spans: Mapping[str, Span | None] = field(default_factory=dict[str, Span | None])
+    locate: Locate = None
+    texts: bool = False
 
     def span(self, name: str) -> Span | None:
         """Where a cell is written, or at least its record."""
-        return self.spans.get(name) or self.where
+        return self.spans.get(name) or (self.locate(name) if self.locate else None) or self.where
+
+    def as_position(self, name: str) -> Any:
+        """A cell that is used as a position: of a format without types, a whole number is one."""
+        cell = self.cells[name]
+        if self.texts and name not in self.spans and isinstance(cell, str) and _WHOLE.fullmatch(cell):
+            return int(cell)
+        return cell
 
 
 def read_records(statements: Sequence[tree.Data], scope: Scope, base: Path, given: Given | None) -> list[Record]:
@@ -65,9 +76,15 @@ def _of_statement(statement: tree.Data, scope: Scope, base: Path) -> list[Record
     cells, spans = _columns(statement, scope)
     positions = {f.name.text: f for f in statement.fields if isinstance(f, tree.Position)}
     if statement.file is None:
+        if not any(isinstance(f, tree.Column) for f in statement.fields):
+            fix = 'as in `data { clean "..." corrupt "..." }`'
+            raise EMPTY_DATA.error("this data block has no column, and names no file", fix=fix, span=statement.span)
         return [Record(cells, positions, statement.span, spans)]
-    rows = _slice(_read_jsonl(statement.file, scope, base), statement, scope)
-    return [Record({**row, **cells}, positions, where, spans) for row, where in rows]
+    name = scope.text(statement.file)
+    rows = _not_empty(read_rows(base / name, name, statement.file.span), statement.file.span, f"{name} holds no prompt")
+    if statement.slice is not None:
+        rows = [rows[i] for i in chosen(statement.slice, len(rows), scope)]
+    return [Record({**r.cells, **cells}, positions, r.where, spans, r.locate, r.texts) for r in rows]
 
 
 def _columns(statement: tree.Data, scope: Scope) -> tuple[dict[str, Any], dict[str, Span | None]]:
@@ -96,57 +113,6 @@ def _written(value: tree.Text | tree.Parameter | tree.Braces, scope: Scope) -> s
     return tuple(texts)
 
 
-# ---- jsonl
-
-Row = tuple[dict[str, Any], Span | None]
-
-
-def _read_jsonl(file: tree.Text | tree.Parameter, scope: Scope, base: Path) -> list[Row]:
-    name = scope.text(file)
-    text = read_text(base / name, name, file.span)
-    source, report, rows = Source(name, text), Report(), list[Row]()
-    start = 0
-    for line in text.split("\n"):
-        span = Span(source, start, start + len(line.rstrip("\r")))
-        start += len(line) + 1
-        if line.strip():
-            with collecting(report):
-                rows.append((_object(line, span), span))
-    if report.has_errors:
-        raise PatchcError(_shortened(report.diagnostics, name))
-    return _not_empty(rows, file.span, f"{name} holds no prompt")
-
-
-def read_text(path: Path, name: str, span: Span | None) -> str:
-    """A file's text, or `missing-file` with the reason."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MISSING_FILE.error(f"{name} is not text in UTF-8 (byte {error.start})", span=span) from None
-    except OSError as error:
-        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
-
-
-def _object(line: str, span: Span) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BAD_JSON.error(f"this line is not JSON: {error}", span=span) from None
-    if not isinstance(found, dict):
-        raise BAD_JSON.error("this line is JSON, but not an object with columns as its keys", span=span)
-    return found
-
-
-def _shortened(diagnostics: list[Diagnostic], name: str) -> list[Diagnostic]:
-    rest = len(diagnostics) - MAX_DIAGNOSED_LINES
-    if rest <= 0:
-        return diagnostics
-    return [
-        *diagnostics[:MAX_DIAGNOSED_LINES],
-        BAD_JSON.at(None, f"{rest} more lines of {name} are not JSON objects"),
-    ]
-
-
 def _not_empty(rows: list[T], span: Span | None, message: str = "the data given holds no prompt") -> list[T]:
     if not rows:
         raise EMPTY_DATA.error(message, span=span)
@@ -156,29 +122,31 @@ def _not_empty(rows: list[T], span: Span | None, message: str = "the data given 
 # ---- slices
 
 
-def _slice(rows: list[Row], statement: tree.Data, scope: Scope) -> list[Row]:
-    if statement.slice is None or isinstance(statement.slice, tree.Every):
-        return rows
-    items = statement.slice.items if isinstance(statement.slice, tree.Braces) else (statement.slice,)
-    return [rows[i] for item in items for i in _indices(item, len(rows), scope)]
+def chosen(node: tree.Index, n: int, scope: Scope, what: str = "file") -> list[int]:
+    """The prompts that a slice takes of `n`; `what` has them, in words. Raises `data-slice`."""
+    if isinstance(node, tree.Every):
+        return list(range(n))
+    items = node.items if isinstance(node, tree.Braces) else (node,)
+    return [i for item in items for i in _indices(item, n, scope, what)]
 
 
-def _indices(item: tree.Element, n: int, scope: Scope) -> list[int]:
+def _indices(item: tree.Element, n: int, scope: Scope, what: str) -> list[int]:
     if not isinstance(item, tree.Range):
-        return [_index(item, n, scope)]
-    first = 0 if item.first is None else _index(item.first, n, scope)
-    last = n - 1 if item.last is None else _index(item.last, n, scope)
+        return [_index(item, n, scope, what)]
+    first = 0 if item.first is None else _index(item.first, n, scope, what)
+    last = n - 1 if item.last is None else _index(item.last, n, scope, what)
     if first > last:
         raise DATA_SLICE.error(f"this slice is empty: {first} comes after {last}", span=item.span)
     return list(range(first, last + 1))
 
 
-def _index(item: tree.Element, n: int, scope: Scope) -> int:
+def _index(item: tree.Element, n: int, scope: Scope, what: str) -> int:
     index = scope.number(item) if isinstance(item, tree.Number | tree.Parameter) else None
     if not isinstance(index, int):
-        raise WRONG_KIND.error("a slice of a file takes whole numbers, such as [..99] or [{0, 5}]", span=item.span)
+        raise WRONG_KIND.error("a slice takes whole numbers, such as [..99] or [{0, 5}]", span=item.span)
     if not -n <= index < n:
-        raise DATA_SLICE.error(f"there is no prompt {index}: the file has {n}, numbered 0..{n - 1}", span=item.span)
+        message = f"there is no prompt {index}: the {what} has {n}, numbered 0..{n - 1}"
+        raise DATA_SLICE.error(message, span=item.span)
     return index % n
 
 
@@ -192,7 +160,7 @@ def _rows(given: Given) -> list[dict[str, Any]]:
     if isinstance(given, Mapping):
         return _from_columns({str(k): plain(v) for k, v in given.items()})
     if isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(r, Mapping) for r in given):
-        return [{str(k): plain(v) for k, v in record.items()} for record in given]
+        return [_present({str(k): plain(v) for k, v in record.items()}) for record in given]
     message = f"data is a list of dicts, a DataFrame or a dict of columns, not {type(given).__name__}"
     raise BAD_DATA.error(message)
 
@@ -207,6 +175,11 @@ def _from_columns(columns: dict[str, Any]) -> list[dict[str, Any]]:
         raise BAD_DATA.error(f"the columns differ in their number of prompts: {told}")
     names = list(columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _present(cells: dict[str, Any]) -> dict[str, Any]:
+    """Without what is None or NaN, as a DataFrame has it: the prompt lacks that column."""
+    return {name: cell for name, cell in cells.items() if cell is not None and cell == cell}
 
 
 def plain(value: Any) -> Any:

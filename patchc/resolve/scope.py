@@ -82,7 +82,7 @@ class Scope:
         """The diagnostic for taking a name that is taken, or None."""
         if name in BUILT_IN:
             message = f"{name!r} cannot name {kind}: the language has it as {BUILT_IN[name]}"
-            return NAME_CLASH.at(span, message, fix=f"another name, such as {name}_")
+            return NAME_CLASH.at(span, message, fix=f"choose another name, such as `{name}_`")
         other = self.names.get(name)
         if other is None:
             return None
@@ -111,8 +111,9 @@ class Scope:
         """The value of `${NAME}`."""
         if node.name in self.parameters:
             return self.parameters[node.name]
-        given = ", ".join(self.parameters) or "none"
-        raise UNKNOWN_PARAMETER.error(f"no value is given for ${{{node.name}}} (given: {given})", span=node.span)
+        given = f" (given: {', '.join(self.parameters)})" if self.parameters else ""
+        message = f"no value is given for ${{{node.name}}}{given}"
+        raise UNKNOWN_PARAMETER.error(message, fix=f"give it one: `--set {node.name}=...`", span=node.span)
 
     def text(self, node: tree.Text | tree.Parameter) -> str:
         """The text that stands there, or that the parameter stands for."""

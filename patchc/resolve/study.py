@@ -11,6 +11,8 @@ from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Sou
 from patchc.ir.experiment import Experiment, ModelChoice, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
+from patchc.resolve.answers import AnswerReader
+from patchc.resolve.continuations import Continuations
 from patchc.resolve.data import Dataset
 from patchc.resolve.encode import Encoder
 from patchc.resolve.expects import Expects
@@ -19,10 +21,12 @@ from patchc.resolve.indices import Indexer
 from patchc.resolve.loops import Loops
 from patchc.resolve.metrics import Metrics
 from patchc.resolve.model_choice import choose_model, missing_model
+from patchc.resolve.parameters import wrong_parameters
 from patchc.resolve.patches import Patches
 from patchc.resolve.paths import Paths
 from patchc.resolve.places import Places
 from patchc.resolve.positions import Positions
+from patchc.resolve.probes import Probes
 from patchc.resolve.records import EMPTY_DATA, Given, read_records
 from patchc.resolve.scope import BUILT_IN, NAME_CLASH, NOT_SUPPORTED_YET, Scope, collecting
 from patchc.resolve.selectors import Selectors
@@ -69,12 +73,15 @@ def resolve(
     """
     report = Report()
     scope = Scope(report, parameters or {})
+    for diagnostic in wrong_parameters(spec, scope.parameters):
+        report.add(diagnostic)
+    report.raise_errors()
     chosen = choose_model(spec, scope)
     if model is None and chosen is None and not any(isinstance(i, tree.Model) for i in spec.items):
         report.add(missing_model(spec).diagnostics[0].at(_start(source)))
     if bos is None and chosen is not None:
         bos = next((bool(value) for name, value in chosen.options if name == "bos"), None)
-    study = _Study(spec, graph, Encoder(tokenizer, bos), scope, base, data, tensors or {}, metrics)
+    study = _Study(spec, graph, Encoder(tokenizer, bos, _model(spec)), scope, base, data, tensors or {}, metrics)
     experiments = study.experiments(source)
     if report.has_errors:
         raise PatchcError(_in_order(report.diagnostics, source))
@@ -82,7 +89,7 @@ def resolve(
     choice = model or chosen or ModelChoice("")
     prompts = study.dataset.prompts()
     prompts = replace(prompts, worlds=(*prompts.worlds, *study.values.other.worlds.values()))
-    seeds = tuple(study.values.sources.seeds)
+    seeds = (*study.values.sources.seeds, *_seeds(experiments))
     found = Study(choice, prompts, experiments, tuple(study.tensors.sources.items()), seeds)
     return Resolved(found, tuple(_in_order(report.diagnostics, source)))
 
@@ -94,6 +101,17 @@ def _in_order(diagnostics: Sequence[Diagnostic], source: Source) -> list[Diagnos
         return d.span.start if d.span is not None and d.span.source == source else -1
 
     return sorted(diagnostics, key=start)
+
+
+def _model(spec: tree.Spec) -> Span | None:
+    """Where the spec names its model."""
+    return next((item.span for item in spec.items if isinstance(item, tree.Model)), None)
+
+
+def _seeds(experiments: Sequence[Experiment]) -> tuple[tuple[str, int], ...]:
+    """What is random, with its seed, each once."""
+    intervals = (m.interval for e in experiments for m in e.metrics if m.interval is not None)
+    return tuple(dict.fromkeys(("interval", i.seed) for i in intervals))
 
 
 def _start(source: Source) -> Span:
@@ -119,7 +137,7 @@ class _Study:
         statements = [i for i in spec.items if isinstance(i, tree.Data)]
         records = read_records(statements, scope, base, data)
         if not statements and data is None:
-            fix = 'data { clean "..." corrupt "..." }'
+            fix = 'as in `data { clean "..." corrupt "..." }`'
             self.report.add(EMPTY_DATA.at(spec.span, "the spec has no data", fix=fix))
         self.dataset = Dataset(records, encoder, graph, scope, set(_runs(spec)))
         self._declare_data()
@@ -131,8 +149,13 @@ class _Study:
         self.positions = Positions(dataset)
         difference = Difference(graph, lambda: dataset.layout.all)
         places = Places(self.positions)
-        self.sets = Sets(scope, graph, Selectors(graph, Indexer(scope), places), places, difference)
-        self.metrics = Metrics(scope, dataset, self.positions)
+        indexer = Indexer(scope)
+        self.sets = Sets(scope, graph, Selectors(graph, indexer, places), places, difference)
+        answers = AnswerReader(dataset)
+        continuations = Continuations(self.spec, dataset, answers)
+        dataset.following = lambda: continuations.endings
+        probes = Probes(graph, dataset, self.positions, self.sets, indexer, self.tensors)
+        self.metrics = Metrics(scope, dataset, self.positions, probes, answers, continuations)
         self.values = Values(scope, dataset, self.tensors, places)
         self._resolve = Experiments(
             self.report,

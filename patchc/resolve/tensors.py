@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from patchc.diagnostics import RULES, Span, nearest
-from patchc.resolve.records import MISSING_FILE
+from patchc.parse import tree
+from patchc.resolve.files import MISSING_FILE, open_checked
+from patchc.resolve.scope import WRONG_KIND
 
 UNKNOWN_TENSOR = RULES.add("unknown-tensor", "a tensor that was not given, or that its file does not hold")
 BAD_TENSOR_FILE = RULES.add("bad-tensor-file", "a file that is not in the safetensors format")
@@ -32,6 +34,16 @@ class Tensors:
     sources: dict[str, str] = field(default_factory=dict[str, str])
     shapes: dict[str, Shape] = field(default_factory=dict[str, Shape])
     _headers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+    def named(self, node: tree.Function) -> str:
+        """The key of the tensor that `tensor("name")` or `tensor("file", "key")` stands for."""
+        texts = [a.text for a in node.arguments if isinstance(a, tree.Text)]
+        if len(texts) != len(node.arguments) or len(texts) not in (1, 2):
+            message = "tensor takes a safetensors file and a key, or the name of a tensor given in Python"
+            raise WRONG_KIND.error(message, fix='as in `tensor("v.safetensors", "key")`', span=node.span)
+        if len(texts) == 1:
+            return self.from_python(texts[0], node.span)
+        return self.from_file(texts[0], texts[1], node.span)
 
     def from_python(self, key: str, span: Span | None) -> str:
         """The key of a tensor that was given under that name."""
@@ -62,6 +74,7 @@ class Tensors:
 
 
 def _read_header(path: Path, name: str, span: Span | None) -> dict[str, Any]:
+    open_checked(path, name, span, limit=None)  # only the header is read here
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -70,6 +83,10 @@ def _read_header(path: Path, name: str, span: Span | None) -> dict[str, Any]:
         raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
     try:
         found: dict[str, Any] = json.loads(raw)
-        return {key: entry for key, entry in found.items() if key != "__metadata__" and "shape" in entry}
-    except (ValueError, AttributeError, TypeError):
+        return {key: entry for key, entry in found.items() if key != "__metadata__" and _is_shape(entry["shape"])}
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         raise BAD_TENSOR_FILE.error(f"{name} is not a safetensors file", span=span) from None
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)

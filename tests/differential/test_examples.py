@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 
 import patchc
+from patchc.diagnostics import Source
+from patchc.ir.experiment import Study
+from patchc.parse import format_spec, parse
+from patchc.parse.parser import parser
+from patchc.pipeline import Given, to_study
 from patchc.report.expects import failed_expects
+from tests.grammar_texts import spaced
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MOST_PASSES = 4
@@ -31,6 +38,19 @@ def test_example(spec: Path, model: patchc.Model, tmp_path: Path) -> None:
         assert not failed_expects(result), name
     assert max(r.check.largest_effect for r in results.values() if r.check is not None) > 1.0
     assert all(path.stat().st_size for r in results.values() for path in r.files)
+
+
+@pytest.mark.parametrize("spec", sorted(EXAMPLES.glob("*.patch")), ids=lambda p: p.stem)
+def test_formatting_changes_no_experiment(spec: Path, model: patchc.Model) -> None:
+    rng = Random(0)
+    words = [str(token) for token in parser().lex(spec.read_text(encoding="utf-8"))]
+    text = spaced(rng, words)
+    assert study(format_spec(Source(spec.name, text)), model) == study(text, model)
+
+
+def study(text: str, model: patchc.Model) -> Study:
+    source = Source("a.patch", text)
+    return to_study(parse(source), source, model.loaded, None, EXAMPLES, Given())[0]
 
 
 def test_cores_that_share_an_input_but_not_its_projection(model: patchc.Model) -> None:

@@ -120,13 +120,20 @@ class NodeFunctions:
                 projection = (block.attn.q, block.attn.k, block.attn.v)[port]
                 return projection(block.ln1(x)).unflatten(-1, (-1, d))[:, h]
 
-    def z(self, node: Node, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[token, d_head]`."""
+    def scores(self, node: Node, q: Tensor, k: Tensor) -> Tensor:
+        """`[token, token]`; what a token cannot look at is -inf, other prompts' tokens too."""
         if self.graph.model == "llama":
             cos, sin = self.model.model.rotary_emb(q, self.positions[None])
             q, k = (x[0, 0] for x in apply_rotary_pos_emb(q[None, None], k[None, None], cos, sin))
-        scores = (q @ k.T / D_HEAD**0.5).masked_fill(~self.seen, -torch.inf)
-        return scores.softmax(-1) @ v
+        return (q @ k.T / D_HEAD**0.5).masked_fill(~self.seen, -torch.inf)
+
+    def pattern(self, scores: Tensor) -> Tensor:
+        """`[token, token]`; a token that looks at nothing has a row of zeros."""
+        return scores.softmax(-1).nan_to_num(0.0)
+
+    def z(self, node: Node, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[token, d_head]`."""
+        return self.pattern(self.scores(node, q, k)) @ v
 
     def write(self, node: Node, z: Tensor) -> Tensor:
         """`[token, d_model]`."""
@@ -140,8 +147,20 @@ class NodeFunctions:
                 return z @ block.attn.o.weight[:, columns].T
 
     def mlp(self, node: Node, x: Tensor) -> Tensor:
+        return self.from_neurons(node, self.neurons(node, x))
+
+    def neurons(self, node: Node, x: Tensor) -> Tensor:
+        """`[token, d_mlp]`, as the output matrix reads them."""
         block = self.block(node)
-        return block.mlp(block.ln_2(x) if self.graph.model == "gpt2" else block.post_attention_layernorm(x))
+        if self.graph.model == "gpt2":
+            return block.mlp.act(block.mlp.c_fc(block.ln_2(x)))
+        x = block.post_attention_layernorm(x)
+        return block.mlp.act_fn(block.mlp.gate_proj(x)) * block.mlp.up_proj(x)
+
+    def from_neurons(self, node: Node, neurons: Tensor) -> Tensor:
+        """`[token, d_model]`."""
+        mlp = self.block(node).mlp
+        return mlp.c_proj(neurons) if self.graph.model == "gpt2" else mlp.down_proj(neurons)
 
     def unembed(self, x: Tensor) -> Tensor:
         match self.graph.model:

@@ -312,7 +312,7 @@ def test_results_in_other_forms() -> None:
         assert "heads" in page
         assert "data:image/png;base64," in page
     assert list(results) == ["heads"]
-    assert set(results.record) == {"spec", "data", "weights", "versions", "seeds"}
+    assert set(results.record) == {"spec", "parameters", "data", "weights", "versions", "seeds"}
 
 
 # ---- graphs

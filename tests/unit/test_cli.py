@@ -37,7 +37,7 @@ def test_json_is_one_object_with_the_fixed_keys(run: Run) -> None:
     assert ran.out.count("\n") == 1
     assert set(ran.json) == {"format_version", "experiments", "record"}
     assert ran.json["format_version"] == 1
-    assert set(ran.json["record"]) == {"spec", "data", "weights", "versions", "seeds"}
+    assert set(ran.json["record"]) == {"spec", "parameters", "data", "weights", "versions", "seeds"}
     assert list(ran.json["experiments"]) == ["heads", "one"]
     heads, one = ran.json["experiments"].values()
     keys = {"dims", "coords", "metrics", "stderr", "n", "baselines", "passes", "check"}

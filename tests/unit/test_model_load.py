@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from patchc.diagnostics import PatchcError
-from patchc.model import load as loading
+from patchc.model import folders
 from patchc.model.load import load
 from patchc.model.state import content_fingerprint, files_fingerprint
 from tests.models import D_VOCAB, gpt2, llama, logits_of, native
@@ -292,11 +292,11 @@ def test_a_directory_without_config(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_built_in_is_not_looked_for_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "builtin_models", lambda: ("ioi-tiny", "induction-2l"))
+    monkeypatch.setattr(folders, "builtin_models", lambda: ("ioi-tiny", "induction-2l"))
     with pytest.raises(PatchcError) as caught:
         load("ioi-tny")
     assert code_of(caught) == "model-not-found"
-    assert caught.value.diagnostics[0].fix == 'did you mean "ioi-tiny"?'
+    assert caught.value.diagnostics[0].fix == "did you mean `ioi-tiny`?"
 
 
 def test_a_hub_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

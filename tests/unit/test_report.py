@@ -18,8 +18,9 @@ from patchc.ir.experiment import Cell, Constant, Dim, Expect, Experiment, Metric
 from patchc.ir.tokens import Layout
 from patchc.report import Check, Result, Results, failed_expects, run_record
 from patchc.report.cells import label, number, strongest
-from patchc.report.files import save_picture, write_whole
+from patchc.report.files import save_picture
 from patchc.report.terminal import print_results, shown
+from patchc.writing import write_whole
 
 LAYER, HEAD = Dim("layer", (0, 1)), Dim("head", (0, 1, 2))
 

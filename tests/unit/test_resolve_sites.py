@@ -84,7 +84,7 @@ def test_an_entry_that_looks_ahead_in_some_prompts_alone_is_none_of_them() -> No
     found = experiment(body, data=rows).cells[0].patches[0].path
     assert isinstance(found, Seq)
     rows[0]["b"] = 3
-    assert error(body, data=rows).code == "looks-ahead"
+    assert error(body, data=rows).code == "hidden-entry"
 
 
 def test_a_cell_of_a_sweep_may_look_ahead() -> None:
@@ -128,9 +128,8 @@ def test_a_model_without_mlps_has_no_neurons() -> None:
 def test_many_neurons_are_taken_from_many() -> None:
     steps = starts("patch node mlp[11].post[*] - mlp[11].post[0..3070] with zero", GPT2)
     assert [s.neurons for s in steps] == [1 << 3071]
-    with_other = errors(
-        "experiment e { run clean patch node mlp[..1].post[*] - mlp.post[*] with zero measure diff }", GPT2
-    )
+    nothing = "experiment e { run clean patch node mlp[..1].post[*] - mlp.post[*] with zero measure diff }"
+    with_other = errors(nothing, GPT2)
     assert [d.code for d in with_other] == ["empty-set"]
 
 

@@ -68,7 +68,7 @@ def test_a_tensor_that_is_none_is_refused(value: object) -> None:
 
 def test_results_never_take_the_place_of_what_the_run_reads(induction: patchc.Model, tmp_path: Path) -> None:
     data = tmp_path / "data.json"
-    line = '{"clean": "a b c d a b c", "answer": " d"}\n'
+    line = '[{"clean": "a b c d a b c", "answer": " d"}]\n'
     data.write_text(line, encoding="utf-8")
     path = tmp_path / "s.patch"
     path.write_text(

@@ -1,0 +1,1 @@
+"""What the commands of the `patchc` command line do, a module each. Below `cli`, above everything else."""

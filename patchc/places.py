@@ -1,0 +1,42 @@
+"""Which files a spec's run reads and writes, so that no result takes the place of what it was made from. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from patchc.diagnostics import Source
+from patchc.ir.experiment import Experiment, Save, Show, Study
+from patchc.parse.tree import Data, Spec, Text
+from patchc.report.files import refuse_places
+from patchc.resolve.parameters import Literal
+
+
+def input_paths(
+    tree: Spec, study: Study, source: Source, base: Path, parameters: Mapping[str, Literal], model: str
+) -> tuple[Path, ...]:
+    """Every file or directory that a spec's run reads: itself, its data and tensors, its model where that is a path."""
+    files = [i.file for i in tree.items if isinstance(i, Data) and i.file is not None]
+    data = [file.text if isinstance(file, Text) else str(parameters[file.name]) for file in files]
+    other = [world.name.rpartition(":")[0] for world in study.prompts.worlds if world.layout is not None]
+    tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
+    named = [base / name for name in (*data, *other, *tensors, model) if name]
+    return (Path(source.name), *(path for path in named if path.exists()))
+
+
+def result_path(source: Source, base: Path, experiment: Experiment, line: Save | Show) -> Path:
+    """Where a `save` or `show` line writes. A picture without a name is called after its spec and experiment."""
+    stem = "" if source.name == "<spec>" else Path(source.name).stem + "."
+    return base / (line.path or f"{stem}{experiment.name}.png")
+
+
+def check_places(study: Study, source: Source, base: Path, inputs: Collection[Path]) -> None:
+    """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`,
+    `overwrites-input`."""
+    places = (
+        (result_path(source, base, e, line), line.span)
+        for e in study.experiments
+        for line in (*e.saves, *e.shows)
+        if not (isinstance(line, Show) and line.kind == "table" and line.path is None)  # it writes no file
+    )
+    refuse_places(places, inputs)
