@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from patchc.codegen.emit import CompiledGraph, compiled_graph
+from patchc.codegen.emit import NOT_CAPTURED, CompiledGraph, compiled_graph
 from patchc.diagnostics import Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.sweep import Outcome, Sweep
@@ -86,7 +86,8 @@ def to_graph(
     experiment: Experiment, prompts: Prompts, model: LoadedModel, tensors: Mapping[str, Tensor]
 ) -> CompiledGraph:
     """One experiment as one differentiable fx graph with a mask a cell."""
-    probes = tuple(end.probe for end in reads.ends(experiment.metrics, prompts) if end.probe is not None)
+    found = (end.probe for end in reads.ends(experiment.metrics, prompts))
+    probes = tuple(probe for probe in found if probe is not None and probe.site not in NOT_CAPTURED)
     cells = lower_masked(experiment, prompts, model.graph, probes)
     inputs = tuple(w for w in reads.worlds(experiment, prompts) if prompts.world(w).layout is None)
     return compiled_graph(cells, model.pieces, inputs, tensors)

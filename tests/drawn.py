@@ -106,7 +106,10 @@ class Draw:
         if probe.site is Site.STREAM:
             return self.read_at(probe)
         site = Site.OUT if probe.site is Site.ATTN_OUT and self.rng.random() < 0.5 else probe.site
-        return Step(probe.nodes, tokens=self.tokens(0.6), site=site)
+        sources = self.tokens(0.4) if site in (Site.SCORES, Site.PATTERN) and not self.complement else EVERYWHERE
+        neurons = self.rng.randrange(1, 1 << self.graph.d_mlp) if site is Site.POST and not self.complement else -1
+        tokens = EVERYWHERE if self.complement and sources == EVERYWHERE else self.tokens(0.6)
+        return Step(probe.nodes, tokens=tokens, site=site, sources=sources, neurons=neurons)
 
     def any_probe(self) -> Probe:
         """A place to read."""
@@ -118,7 +121,11 @@ class Draw:
             return Probe(self.rng.choice(attention).nodes, Site.ATTN_OUT)
         if kind < 0.75 and attention:
             head = self.rng.choice(self.graph.members(self.graph.heads))
-            return Probe(1 << head.id, self.rng.choice([Site.Q, Site.K, Site.V, Site.Z]))
+            inside = [Site.SCORES, Site.PATTERN] * 2 if self.inside else []
+            return Probe(1 << head.id, self.rng.choice([Site.Q, Site.K, Site.V, Site.Z, *inside]))
+        if kind < 0.85 and self.inside and self.graph.mlps:
+            mlp = self.rng.choice(self.graph.members(self.graph.mlps))
+            return Probe(1 << mlp.id, self.rng.choice([Site.IN, Site.POST]))
         writers = [n for n in self.graph.nodes[:-1] if n.kind != "attn_bias"]
         return Probe(1 << self.rng.choice(writers).id)
 

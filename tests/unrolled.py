@@ -166,6 +166,11 @@ class Unrolled:
             return self.node(node, t, (), live)
         word = ((node.id, -1, self.first + t),)
         live = frozenset(i for i in live if not accepts(self.patches[i], word, Site.OUT))
+        if probe.site in (Site.IN, Site.POST):
+            return (self.mlp_input if probe.site is Site.IN else self.post)(node, t, (), live)
+        if probe.site in (Site.SCORES, Site.PATTERN):
+            q, k, _ = self.qkv(node, t, (), live)
+            return self._attention(node, t, q, k, ())[probe.site is Site.PATTERN]
         if probe.site is not Site.Z:
             return self.projected(node, PORT_SITE.index(probe.site), t, (), live)
         out = self.z(node, t, (), live)

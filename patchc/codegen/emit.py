@@ -24,9 +24,11 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
     HeadZ,
     Masked,
     Mix,
+    Neurons,
     Out,
     Projected,
     Replaced,
@@ -41,9 +43,13 @@ from patchc.ir.dag import (
 )
 from patchc.ir.experiment import Probe
 from patchc.ir.graph import PORTS
+from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 from patchc.lower.masked import MaskedCells
 from patchc.model.pieces import TracedPieces
+
+NOT_CAPTURED = (Site.SCORES, Site.PATTERN, Site.POST)
+"""What metrics read inside nodes that a graph has no capture of."""
 
 
 class CompiledGraph(fx.GraphModule):
@@ -52,7 +58,7 @@ class CompiledGraph(fx.GraphModule):
 
     `worlds`: the inputs' names in order, the base world first. `mask_shape`: the shape of `masks`, one number a cell of
     the experiment. Captures are `stream`, the final stream, what each node that is run again writes, and as `read NAME`
-    what a metric reads inside the model.
+    what a metric reads inside the model (attention scores, patterns and neurons excepted).
     `parameters()` are the model's own: nothing is copied, so give an optimiser the masks, not these."""
 
     worlds: tuple[str, ...]
@@ -149,6 +155,8 @@ class Emitter:
                 return self._at(tokens, self.call(aten.select.int, z, 2, head))
             case Tokenwise():
                 return self._tokenwise(op)
+            case Entries() | Neurons():
+                raise AssertionError("what a graph does not capture is not lowered for it")
             case Run():
                 raise AssertionError("suffixes are written out before anything is emitted")
 

@@ -94,6 +94,8 @@ class StoredNodes:
         if probe.site is Site.STREAM:
             return name, self.worlds.stream(self.base, probe.rank)
         node = self.graph.members(probe.nodes)[0]
+        if probe.site is Site.IN:
+            return name, self.worlds.stream(self.base, node.rank)
         if probe.site is Site.ATTN_OUT or node.kind is Kind.MLP:
             return name, self.worlds.written(self.base, node.block)
         if node.head is None:

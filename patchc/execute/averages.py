@@ -46,16 +46,16 @@ def average(mean: Mean, prompts: Prompts) -> Average:
 
 
 def _classes(mean: Mean, prompts: Prompts) -> Iterator[tuple[tuple[int, ...], bool]]:
-    """For each token: what it has in common with those whose mean it takes, and whether it counts itself. Tokens of an
-    answer count among those of the same answer: what else is measured must not matter."""
+    """For each token: what it has in common with those whose mean it takes, and whether it counts itself. Copies are
+    averaged among themselves, so that what one answer's tokens are does not change another's numbers."""
     for row, (own, length) in enumerate(zip(prompts.own_lengths, prompts.layout.lengths, strict=True)):
-        group = mean.groups[row] if mean.groups is not None else 0
+        group = (row // prompts.n, mean.groups[row] if mean.groups is not None else 0)
         for position in range(length):
             follows = position >= own
             if mean.over_positions:
-                yield (group,), not follows
+                yield group, not follows
             else:
-                yield (group, 1 + row // prompts.n, position - own) if follows else (group, 0, position), True
+                yield (*group, int(follows), position - own if follows else position), True
 
 
 def _of_other_data(mean: Mean, prompts: Prompts) -> Average:

@@ -74,7 +74,7 @@ class PlainRows:
     def _source(self, port: int, source: Source, tokens: Tensor, width: int) -> Tensor:
         match source:
             case FromWorld(world):
-                return self._of_world(port, world, tokens, width)
+                return self.of_world(port, world, tokens, width)
             case Mean():
                 return self._mean(port, source, tokens, width)
             case Moved(of, places):
@@ -87,7 +87,7 @@ class PlainRows:
             case Given() | Itself():
                 raise AssertionError(f"no value of attention scores or patterns: {source}")
 
-    def _of_world(self, port: int, world: str, tokens: Tensor, width: int) -> Tensor:
+    def of_world(self, port: int, world: str, tokens: Tensor, width: int) -> Tensor:
         """Rows of a world at tokens of its own layout."""
         layout = self.stored.prompts.world(world).layout
         tables = self.tables if layout is None else self.stored.pieces.tables(layout)
@@ -114,7 +114,7 @@ class PlainRows:
         out: list[Tensor] = []
         for token in tokens.tolist():
             averaged = torch.tensor(self.stored.average(mean).with_token(token), device=tokens.device)
-            rows = self._of_world(port, mean.world, averaged, width)
+            rows = self.of_world(port, mean.world, averaged, width)
             shown = rows != HIDDEN
             total = rows.masked_fill(~shown, 0).sum(0)
             count = shown.sum(0) if port == SCORES else torch.full_like(total, len(rows))

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from patchc.diagnostics import RULES
-from patchc.execute.base import PlainRun
 from patchc.execute.indices import rows
+from patchc.execute.patterns import PlainRows
 from patchc.execute.places import probe_place
 from patchc.execute.statistics import Ends, Numbers, numbers
+from patchc.execute.stored import Stored
+from patchc.ir.dag import PATTERN, SCORES
 from patchc.ir.experiment import (
     Called,
     Constant,
@@ -32,8 +34,9 @@ from patchc.ir.experiment import (
     Read,
     Sum,
 )
+from patchc.ir.paths import Site
 from patchc.ir.program import End
-from patchc.model.pieces import Pieces
+from patchc.model.pieces import Pieces, Tables
 from patchc.optimise.reads import leaves
 
 METRIC_FAILED = RULES.add("metric-failed", "a Python metric raised an error", exit=3)
@@ -56,15 +59,15 @@ class Readings:
 @dataclass
 class Readout:
     """Evaluates an experiment's metrics on what its cells have at the ends `read_at`: for the logits the final stream,
-    `[measured token, d_model]`. `runs` are the plain runs of the study's worlds."""
+    `[measured token, d_model]`."""
 
     pieces: Pieces
     prompts: Prompts
     read_at: tuple[End, ...]
     columns: tuple[int, ...] | None
     functions: Mapping[str, MetricFunction]
-    tensors: Mapping[str, Tensor]
-    runs: Mapping[str, PlainRun]
+    stored: Stored
+    tables: Tables
 
     def __post_init__(self) -> None:
         self.row_of = {end.probe: {int(t): i for i, t in enumerate(rows(end.tokens))} for end in self.read_at}
@@ -91,9 +94,18 @@ class Readout:
 
     def at_end(self, end: End, world: str) -> Tensor:
         """What a plain run has at an end, `[token, width]`."""
-        run = self.runs[world]
-        whole = run.stream[-1] if end.probe is None else probe_place(self.pieces, end.probe).read(run)
-        return whole[rows(end.tokens)]
+        run, probe, at = self.stored.runs[world], end.probe, rows(end.tokens)
+        if probe is not None and probe.site in (Site.SCORES, Site.PATTERN):
+            return self._entries(probe, world, at)
+        return (run.stream[-1] if probe is None else probe_place(self.pieces, probe).read(run))[at]
+
+    def _entries(self, probe: Probe, world: str, at: Tensor) -> Tensor:
+        node = self.pieces.graph.members(probe.nodes)[0]
+        assert node.layer is not None
+        assert node.head is not None
+        plain = PlainRows(self.stored, self.tables, node.block, node.layer, node.head)
+        port = SCORES if probe.site is Site.SCORES else PATTERN
+        return plain.of_world(port, world, at, max(self.prompts.layout.lengths))
 
     def of_world(self, world: str) -> Readings:
         """A plain run, as one cell."""
@@ -132,7 +144,7 @@ class Readout:
         """Of `[cell, token, width]` at a probe."""
         here = values[:, [self.row_of[leaf.probe][t] for t in leaf.tokens]]
         if leaf.key is not None:
-            out = here @ self.tensors[leaf.key].to(here)
+            out = here @ self.stored.tensors[leaf.key].to(here)
         elif leaf.neuron >= 0:
             out = here[..., leaf.neuron]
         else:

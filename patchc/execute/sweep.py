@@ -52,21 +52,21 @@ class Sweep:
     def _run(self, progress: Callable[[int], None]) -> Outcome:
         program = self.program
         self._plain_runs()
+        stored = Stored(self.pieces, program.prompts, program.base, self.runs, self.tensors)
         self.readout = Readout(
             self.pieces,
             program.prompts,
             program.ends,
             program.columns,
             self.functions,
-            self.tensors,
-            {w: self.runs[w] for w in program.aligned},
+            stored,
+            self.tables,
         )
         metrics = program.experiment.metrics
         values = {m.name: self._of_base(m, len(program.roots)) for m in metrics}
         silent: list[int] = []
         done = len(program.no_effect)
         progress(done)
-        stored = Stored(self.pieces, program.prompts, program.base, self.runs, self.tensors)
         ends = [(self.readout.at_end(end, program.base), end.tokens) for end in program.ends]
         for work in program.passes:
             walk = Walk(program.dag, self.pieces, self.tables, stored)

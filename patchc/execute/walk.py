@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patchc.execute.attention import Attention
+from patchc.execute.entries import EntryRows
 from patchc.execute.indices import pick, rows, where
 from patchc.execute.packing import packed
 from patchc.execute.stored import Stored
@@ -22,9 +23,11 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
     HeadZ,
     Masked,
     Mix,
+    Neurons,
     Out,
     Projected,
     Run,
@@ -91,7 +94,7 @@ class Walk:
             op = self.dag.ops[i]
             if isinstance(op, STORED) and self.demand.tokens[i] and i not in self.zero:
                 return False
-            if isinstance(op, Core | Tokenwise | Projected) and op.replaced:
+            if isinstance(op, Core | Tokenwise | Projected | Entries | Neurons) and op.replaced:
                 return False
             todo.extend(children(op))
         return True
@@ -134,7 +137,7 @@ class Walk:
                 return self._add(parts, tokens)
             case Scale(factor, x):
                 return factor * self._add([(tokens, x)], tokens)
-            case Core() | Out() | Tokenwise() | Run() | Masked() | Projected() | HeadZ() as op:
+            case Core() | Out() | Tokenwise() | Run() | Masked() | Projected() | HeadZ() | Entries() | Neurons() as op:
                 raise AssertionError(f"variant {i} was read before its block ran: {op}")
 
     def _add(self, parts: Sequence[tuple[Tokens, VariantId]], tokens: Tokens) -> Tensor:
@@ -187,7 +190,7 @@ class Walk:
         for i, op in enumerate(self.dag.ops):
             if self.demand.tokens[i]:
                 match op:
-                    case Tokenwise(block) | Projected(block):
+                    case Tokenwise(block) | Projected(block) | Entries(block) | Neurons(block):
                         out.setdefault(block, []).append(i)
                     case Out(core) | HeadZ(core):
                         core_op = self.dag.ops[core]
@@ -204,6 +207,9 @@ class Walk:
             mine = [(i, tokens[i].bit_count()) for i, op in ops.items() if self._mlp_kind(op) == kind]
             for batch in packed(mine):
                 self._keep(batch, kind(index, [(i, ops[i]) for i in batch]))
+        for i in variants:
+            if isinstance(op := self.dag.ops[i], Neurons):
+                self.values[i] = self._neurons(index, i, op)
         self.stored.forget(index)
 
     def _mlp_kind(self, op: Tokenwise) -> Callable[[int, list[tuple[VariantId, Tokenwise]]], Tensor]:
@@ -219,6 +225,17 @@ class Walk:
 
     def _run_neurons(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
         """The same with neurons set."""
+        post = self._posts(index, batch)
+        at = torch.cat([rows(self.demand.tokens[i]) for i, _ in batch])
+        return self.pieces.mlp_down(self._layer(index), post) - self.stored.base_run.mlp[index][at]
+
+    def _neurons(self, index: int, i: VariantId, op: Neurons) -> Tensor:
+        """Neurons less the base run's, `[n, d_mlp]`."""
+        base = self.stored.post(self.stored.base_run, index)
+        return self._posts(index, [(i, op)]) - base[rows(self.demand.tokens[i])]
+
+    def _posts(self, index: int, batch: Sequence[tuple[VariantId, Tokenwise | Neurons]]) -> Tensor:
+        """Neurons on changed streams, with those that are set, `[rows, d_mlp]`."""
         layer = self._layer(index)
         post = self.pieces.mlp_post(layer, self._inputs(index, batch))
         sizes = [self.demand.tokens[i].bit_count() for i, _ in batch]
@@ -229,8 +246,7 @@ class Walk:
                     at, columns = where(self.demand.tokens[i], here), list(bits(r.neurons))
                     value = self.stored.neurons(index, self.dag.values[r.value], rows(here), own[at])
                     mine[at] = mine[at].index_copy(1, torch.tensor(columns, device=mine.device), value[:, columns])
-        at = torch.cat([rows(self.demand.tokens[i]) for i, _ in batch])
-        return self.pieces.mlp_down(layer, post) - self.stored.base_run.mlp[index][at]
+        return post
 
     def _stored_neurons(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
         """Stored neurons less the base run's, written: variants that set the same neurons in one product."""
@@ -261,7 +277,7 @@ class Walk:
                 out[at[:, None], mine] = known[r.value, here][:, [neurons[column] for column in mine]]
         return out
 
-    def _inputs(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
+    def _inputs(self, index: int, batch: Sequence[tuple[VariantId, Tokenwise | Neurons]]) -> Tensor:
         """The streams that some MLPs read, `[rows, d_model]`."""
         rank, tokens = self.dag.graph.blocks[index].rank, self.demand.tokens
         x = self.stream_rows(rank, [(op.input, tokens[i]) for i, op in batch])
@@ -281,8 +297,14 @@ class Walk:
         outs = [(i, op) for i in variants if isinstance(op := self.dag.ops[i], Out)]
         read = [(i, op) for i in variants if isinstance(op := self.dag.ops[i], HeadZ)]
         for i in variants:
-            if isinstance(op := self.dag.ops[i], Projected):
-                self.values[i] = self._projected(block.layer, op, self.demand.tokens[i])
+            match self.dag.ops[i]:
+                case Projected() as op:
+                    self.values[i] = self._projected(block.layer, op, self.demand.tokens[i])
+                case Entries() as op:
+                    self.values[i] = EntryRows(self, block.layer, op).differences(self.demand.tokens[i])
+                    self._release_all(op)
+                case _:
+                    pass
         cores = sorted({op.core for _, op in (*outs, *read)})
         z = Attention(self, index, block.layer).cores(cores)
         for i, op in read:
@@ -295,6 +317,11 @@ class Walk:
         for heads, group in by_heads.items():
             for batch in packed([((i, core), self.demand.tokens[i].bit_count()) for i, core in group]):
                 self._keep([i for i, _ in batch], self._written(block.layer, heads, batch, z))
+
+    def _release_all(self, op: Entries) -> None:
+        for x in (op.q, op.k):
+            if x:
+                self.release(x)
 
     def _projected(self, layer: int, op: Projected, tokens: Tokens) -> Tensor:
         """A head's q, k or v less the base run's, `[n, d_head]`."""

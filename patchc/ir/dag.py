@@ -171,6 +171,28 @@ class Projected:
 
 
 @dataclass(frozen=True, slots=True)
+class Entries:
+    """A head's scores or pattern (`port`), a row a token, `[token, longest prompt]`, likewise. `q` and `k` are
+    projections of that head."""
+
+    block: int
+    head: int
+    port: int
+    q: VariantId
+    k: VariantId
+    replaced: tuple[Replaced, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Neurons:
+    """An MLP's neurons, `[token, d_mlp]`, likewise."""
+
+    block: int
+    input: VariantId
+    replaced: tuple[ReplacedNeurons, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class HeadZ:
     """A head's z, `[token, d_head]`, likewise."""
 
@@ -188,7 +210,9 @@ class StoredZ:
     tokens: Tokens
 
 
-Op = Const | Stream | Core | Out | Tokenwise | Sum | Scale | Mix | Masked | Run | Projected | HeadZ | StoredZ
+Inner = Projected | Entries | Neurons | HeadZ | StoredZ
+"""Values inside a node: metrics read them, and nothing else does."""
+Op = Const | Stream | Core | Out | Tokenwise | Sum | Scale | Mix | Masked | Run | Inner
 
 
 @dataclass
@@ -286,6 +310,21 @@ class Dag:
         rank = self.graph.blocks[block].rank
         return self.make(Projected(block, port, head, input, replaced), changed, min(rank, self.low[input]))
 
+    def entries(
+        self, block: int, head: int, port: int, q: VariantId, k: VariantId, replaced: tuple[Replaced, ...]
+    ) -> VariantId:
+        changed = self.changed[q] | self.spread(self.changed[k])
+        for r in replaced:
+            changed |= r.tokens
+        return self.make(Entries(block, head, port, q, k, replaced), changed, self.graph.blocks[block].rank)
+
+    def neurons(self, block: int, input: VariantId, replaced: tuple[ReplacedNeurons, ...]) -> VariantId:
+        changed = self.changed[input]
+        for r in replaced:
+            changed |= r.tokens
+        rank = self.graph.blocks[block].rank
+        return self.make(Neurons(block, input, replaced), changed, min(rank, self.low[input]))
+
     def head_z(self, core: VariantId, head: int) -> VariantId:
         return self.make(HeadZ(core, head), self.changed[core], self.low[core])
 
@@ -371,8 +410,10 @@ def children(op: Op) -> Iterator[VariantId]:
             yield from (q, k, v)
         case Out(core, _) | HeadZ(core, _):
             yield core
-        case Tokenwise(_, x) | Scale(_, x) | Run(_, x) | Projected(_, _, _, x):
+        case Tokenwise(_, x) | Scale(_, x) | Run(_, x) | Projected(_, _, _, x) | Neurons(_, x):
             yield x
+        case Entries(_, _, _, q, k):
+            yield from (q, k)
         case Mix(parts):
             for _, x in parts:
                 yield x

@@ -14,9 +14,11 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
     HeadZ,
     Masked,
     Mix,
+    Neurons,
     Op,
     Out,
     Projected,
@@ -75,6 +77,12 @@ def _op(dag: Dag, op: Op) -> str:
             return f"{_members(dag, block, 1 << head)}.{PORTS[port]}({_name(x)})" + "".join(
                 _replaced(dag, r) for r in replaced
             )
+        case Entries(block, head, port, q, k, replaced):
+            name = f"{_members(dag, block, 1 << head)}.{'scores' if port == SCORES else 'pattern'}"
+            return f"{name}(q: {_name(q)}, k: {_name(k)})" + "".join(_replaced(dag, r) for r in replaced)
+        case Neurons(block, x, replaced):
+            layer = dag.graph.blocks[block].layer
+            return f"mlp[{layer}].post({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
         case HeadZ(core, head):
             block = dag.ops[core]
             assert isinstance(block, Core)

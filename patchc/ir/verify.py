@@ -11,9 +11,12 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
     HeadZ,
+    Inner,
     Masked,
     Mix,
+    Neurons,
     Op,
     Out,
     Projected,
@@ -28,9 +31,6 @@ from patchc.ir.dag import (
     children,
 )
 from patchc.ir.graph import BlockKind
-
-INNER = (Projected, HeadZ, StoredZ)
-"""Values inside a node: metrics read them, and nothing else does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def _broken(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]:
             yield "reads-an-earlier-variant", f"v{i} reads v{child}"
         elif isinstance(dag.ops[child], Core) != isinstance(op, Out | HeadZ):
             yield "z-is-read-by-out-alone", f"v{i} reads v{child}, {type(dag.ops[child]).__name__}"
-        elif isinstance(dag.ops[child], INNER) and not isinstance(op, Mix | Sum | Scale | Masked):
+        elif isinstance(dag.ops[child], Inner) and not isinstance(op, Mix | Sum | Scale | Masked | Entries):
             yield "no-node-reads-what-is-inside-one", f"v{i} reads v{child}, {type(dag.ops[child]).__name__}"
         elif isinstance(dag.ops[child], Run) and not isinstance(op, Mix):
             yield "a-run-ends-at-the-logits", f"v{i} reads the suffix v{child}"
@@ -93,7 +93,9 @@ def _broken_by_kind(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]
         case Scale(factor, _):
             if factor in (0.0, 1.0):
                 yield "is-in-normal-form", f"v{i} scales by {factor}"
-        case Stream() | Masked() | Run() | HeadZ():
+        case Entries(block, head) if head >= dag.graph.n_heads:
+            yield "names-what-there-is", f"v{i} is of head {head} of block {block}"
+        case Stream() | Masked() | Run() | HeadZ() | Entries() | Neurons():
             pass
 
 

@@ -13,7 +13,7 @@ from patchc.diagnostics import RULES, Diagnostic, Note
 from patchc.ir.bits import bits
 from patchc.ir.dag import SCORES, Dag, Replaced, ReplacedNeurons, VariantId
 from patchc.ir.experiment import Patch, Prompts, Value
-from patchc.ir.graph import Kind
+from patchc.ir.graph import Kind, Node
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
 from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start
@@ -193,6 +193,18 @@ class Entering:
         x = self._enter(x, entries)
         sets = self._agreed_neurons(neurons, x)
         return self.dag.tokenwise(index, x, sets) if x or sets else x
+
+    def _inside_mlp(self, node: Node, site: Site, x: VariantId, inner: list[tuple[Step, Start]]) -> VariantId:
+        """What an MLP reads, or its neurons, with values in their place."""
+
+        def stored(value: Value, tokens: Tokens) -> VariantId:
+            return self.dag.stream(node.rank, value, self.changes.at_stream(value, node.rank) & tokens, node.block)
+
+        x = self._enter(x, [self._entry(step.tokens, start, stored) for step, start in inner if step.site is Site.IN])
+        if site is Site.IN:
+            return x
+        sets = self._agreed_neurons([s for s in inner if s[0].site is Site.POST], x)
+        return self.dag.neurons(node.block, x, sets)
 
     def _agreed_neurons(self, members: list[tuple[Step, Start]], input: VariantId) -> tuple[ReplacedNeurons, ...]:
         """An MLP's neurons that are set, at the tokens where that can change something."""

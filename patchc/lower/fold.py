@@ -15,12 +15,12 @@ from functools import partial
 
 from patchc.diagnostics import RULES, Diagnostic
 from patchc.ir.bits import bits
-from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, VariantId
+from patchc.ir.dag import EQUAL_TO_BASE, NEVER, SCORES, Dag, VariantId
 from patchc.ir.experiment import Patch, Probe, Prompts
 from patchc.ir.graph import Block, BlockKind, Node, Reader
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
-from patchc.lower.automaton import INNER_SITES, PORT_SITES, Atoms, Automaton, Start
+from patchc.lower.automaton import ENTERS, INNER_SITES, PORT_SITES, Atoms, Automaton, Start
 from patchc.lower.entering import Entering, Entry
 
 NOWHERE = -1
@@ -104,7 +104,7 @@ class Fold(Entering):
         return self.dag.sum(self._block(node.block, groups, c))
 
     def _inside(self, node: Node, site: Site, c: Atoms) -> VariantId:
-        """A head's q, k, v or z as `c` matches the head."""
+        """What is inside a head or an MLP as `c` matches it."""
         matched = c & ~self.automaton.attn_out_atoms
         member = node.id - self.graph.blocks[node.block].first
         starts = [
@@ -119,10 +119,20 @@ class Fold(Entering):
             return self._enter(
                 z, [self._entry(step.tokens, start, stored) for step, start in starts if step.site is site]
             )
-        port = PORT_SITES.index(site)
-        x = self._input(settled, Reader(node, port))
-        sets = self._agreed([self._replaced(1 << member, *s) for s in inner if s[0].site is site], (x, x, x))
-        return self.dag.projected(node.block, port, member, x, sets)
+        if site is Site.IN or site is Site.POST:
+            return self._inside_mlp(node, site, self._input(settled, Reader(node)), inner)
+        ports = [port for port in ENTERS[site] if port is not None]
+        read = {site, *(PORT_SITES[p] for p in ports), *((Site.SCORES,) if site is Site.PATTERN else ())}
+        q, k, v = (self._input(settled, Reader(node, port)) if port in ports else EQUAL_TO_BASE for port in range(3))
+        sets = self._agreed([self._replaced(1 << member, *s) for s in inner if s[0].site in read], (q, k, v))
+        projected = [
+            self.dag.projected(node.block, port, member, (q, k, v)[port], tuple(r for r in sets if r.port == port))
+            for port in ports
+        ]
+        if site in PORT_SITES:
+            return projected[0]
+        entries = tuple(r for r in sets if r.port >= SCORES)
+        return self.dag.entries(node.block, member, INNER_SITES.index(site), projected[0], projected[1], entries)
 
     # ---- which atoms can make a difference, and where
     def _find_live_atoms(self) -> None:

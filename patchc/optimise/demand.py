@@ -13,9 +13,11 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
     HeadZ,
     Masked,
     Mix,
+    Neurons,
     Out,
     Projected,
     Run,
@@ -69,8 +71,11 @@ def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
         case Sum(parts):
             for p in parts:
                 _ask(dag, out, p, tokens)
-        case Tokenwise(_, x) | Scale(_, x) | Projected(_, _, _, x):
+        case Tokenwise(_, x) | Scale(_, x) | Projected(_, _, _, x) | Neurons(_, x):
             _ask(dag, out, x, tokens)
+        case Entries(_, _, _, q, k):
+            _ask(dag, out, q, tokens)
+            _ask(dag, out, k, dag.layout.whole(tokens))
         case HeadZ(core, head):
             _ask(dag, out, core, tokens)
             out.heads[core] = out.heads.get(core, 0) | 1 << head

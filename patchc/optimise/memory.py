@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from patchc.ir.dag import Core, Dag, HeadZ, Out, Projected, Run, Tokenwise, VariantId, children
+from patchc.ir.dag import Core, Dag, Entries, HeadZ, Neurons, Out, Projected, Run, Tokenwise, VariantId, children
 from patchc.ir.graph import BlockKind, ResidualGraph
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import Demand, demand
@@ -87,7 +87,7 @@ class Live:
     def _block(self, i: VariantId) -> int | None:
         """The block that computes a variant; None where it is made whenever it is read."""
         match self.dag.ops[i]:
-            case Tokenwise(block) | Core(block) | Projected(block):
+            case Tokenwise(block) | Core(block) | Projected(block) | Entries(block) | Neurons(block):
                 return block
             case Out(core) | HeadZ(core):
                 op = self.dag.ops[core]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from patchc.ir.dag import Const, Core, Dag, HeadZ, Out, Projected, Run, StoredZ, Tokenwise, VariantId
+from patchc.ir.dag import Const, Core, Dag, Entries, HeadZ, Neurons, Out, Projected, Run, StoredZ, Tokenwise, VariantId
 from patchc.ir.experiment import Probe
 from patchc.ir.graph import BlockKind, ResidualGraph
 from patchc.ir.paths import Site
@@ -128,8 +128,10 @@ def _class_of(dag: Dag, i: VariantId) -> str:
             return "attention, scores or patterns set"
         case Core():
             return "attention, computed again"
-        case Projected() | HeadZ() | StoredZ():
+        case Projected() | HeadZ() | StoredZ() | Entries():
             return "insides of heads, read by metrics"
+        case Neurons():
+            return "neurons, read by metrics"
         case Out():
             return "heads, written again"
         case Tokenwise(_, 0):

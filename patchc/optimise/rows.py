@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from patchc.ir.dag import Core, Dag, Projected, Run, Tokenwise, VariantId, children
+from patchc.ir.dag import Core, Dag, Neurons, Projected, Run, Tokenwise, VariantId, children
 from patchc.ir.graph import BlockKind
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import Demand
@@ -33,7 +33,7 @@ def rows_of(dag: Dag, demand: Demand, variants: list[VariantId]) -> Counter[int]
     out: Counter[int] = Counter()
     for i in variants:
         match dag.ops[i]:
-            case Core(block) | Projected(block):
+            case Core(block) | Projected(block) | Neurons(block):
                 out[block] += demand.tokens[i].bit_count()
             case Tokenwise(block, x):
                 out[block] += demand.tokens[i].bit_count() if x else 0

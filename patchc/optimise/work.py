@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from patchc.ir.dag import Const, Core, Dag, Out, Projected, Run, Tokenwise, VariantId
+from patchc.ir.dag import Const, Core, Dag, Entries, Neurons, Out, Projected, Run, Tokenwise, VariantId
 from patchc.ir.graph import BlockKind
 from patchc.ir.program import Rates
 from patchc.ir.tokens import Layout, Tokens
@@ -77,6 +77,10 @@ class Counter:
                 self._add(out.mlp, block, tokens.bit_count())
             case Core(block):
                 self._add(out.triples, block, self._triples(tokens) * needs.heads.get(i, 0).bit_count())
+            case Neurons(block):
+                self._add(out.mlp, block, tokens.bit_count())
+            case Entries(block):
+                self._add(out.triples, block, self._triples(tokens))
             case Projected(block, port):
                 self._add(out.queries if port == 0 else out.keys, block, tokens.bit_count())
             case Out(core, heads):
