@@ -290,6 +290,22 @@ def starts_at(probe: Probe, step: Step) -> list[Step]:
 
 
 @pytest.mark.parametrize("kind", ["native", "gpt2"])
+def test_a_value_that_is_itself_read_unrolls(kind: str) -> None:
+    f = Fixture(kind, n_heads=2, data=SMALL, double=True)
+    half = Value(((0.5, FromWorld("corrupt")), (0.25, Itself())))
+    for probe, step in probes(f.graph):
+        base = f.oracle.read(experiment(), cell(), probe)
+        effects: list[bool] = []
+        for start in starts_at(probe, step):
+            # A complement is unrolled to the bottom: of a deep model at one probe alone.
+            both = (False, True) if kind == "native" or probe.site is Site.IN else (False,)
+            for patch in (Patch(start, half, complement) for complement in both):
+                assert probed_and_hooked(f, (patch,), probe) < 1e-9
+                effects.append(not torch.equal(f.oracle.read(experiment(), cell(patch), probe), base))
+        assert any(effects), probe
+
+
+@pytest.mark.parametrize("kind", ["native", "gpt2"])
 def test_circuits_of_edges_unroll(kind: str) -> None:
     fixture = Fixture(kind, n_heads=2, data=SMALL, double=True)
 
