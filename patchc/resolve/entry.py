@@ -42,7 +42,7 @@ class Entry:
                     raise VALUE_SITE.error("`blocked` is no attention: a value of scores alone", fix=fix, span=span)
                 case Noise(relative=True) if step.site in ENTRIES:
                     message = f"the rows of .{step.site} differ in length, so that no one deviation is their own"
-                    raise VALUE_SITE.error(message, fix="noise(std=0.1, seed=0)", span=span)
+                    raise VALUE_SITE.error(message, fix="as in `noise(std=0.1, seed=0)`", span=span)
                 case Mean() | Moved():
                     self._check_mean(step, source, span)
                 case _:
@@ -74,7 +74,7 @@ class Entry:
             raise TENSOR_SHAPE.error("a tensor cannot stand for a head's z", fix=fix, span=span)
         if step.site in ENTRIES:
             message = f"a tensor cannot stand for .{step.site}, whose rows differ in length"
-            raise VALUE_SITE.error(message, fix="zero, mean or another world", span=span)
+            raise VALUE_SITE.error(message, fix="write `zero`, `mean` or another world", span=span)
         if step.site is Site.OUT and step.nodes.bit_count() != 1:
             names = ", ".join(n.name for n in self.graph.members(step.nodes)[:3])
             message = f"a tensor takes the place of one node, and this start is several ({names}, ...)"
@@ -90,7 +90,7 @@ class Entry:
         if mean.over_positions:
             if step.site in ENTRIES:
                 message = f"the rows of .{step.site} differ in length, and have no mean over positions"
-                raise VALUE_SITE.error(message, fix=f"mean({mean.world})", span=span)
+                raise VALUE_SITE.error(message, fix=f"write `mean({mean.world})`", span=span)
         elif mean.world in self.worlds:
             tokens = bits(step.tokens & self.dataset.layout.all)
             self._check_positions(mean.world, [at[t] if at else t for t in tokens], span)
@@ -107,4 +107,5 @@ class Entry:
             lacking = f"its longest prompt has {longest} tokens" if position >= longest else "no answer follows there"
             message = f"the mean of {world} is needed at position {position}; {lacking}"
             file, column = world.rsplit(":", 1)
-            raise MEAN_POSITION.error(message, fix=f'mean("{file}", {column}, over=positions)', span=span)
+            fix = f'write `mean("{file}", {column}, over=positions)`'
+            raise MEAN_POSITION.error(message, fix=fix, span=span)

@@ -84,7 +84,8 @@ class Patches:
             case "all":
                 if isinstance(term, NodeSet):
                     message = "`patch all except` takes paths, and these are nodes"
-                    raise WRONG_KIND.error(message, fix="circuit(...) of the nodes, or a -> b -> logits", span=span)
+                    fix = "write `circuit(...)` of the nodes, or `a -> b -> logits`"
+                    raise WRONG_KIND.error(message, fix=fix, span=span)
                 return self._paths.path(term, span, ends)
 
     def _is_legal(self, node: tree.Target, term: Term, path: Path, ends: Ends) -> bool:

@@ -76,6 +76,9 @@ def _of_statement(statement: tree.Data, scope: Scope, base: Path) -> list[Record
     cells, spans = _columns(statement, scope)
     positions = {f.name.text: f for f in statement.fields if isinstance(f, tree.Position)}
     if statement.file is None:
+        if not any(isinstance(f, tree.Column) for f in statement.fields):
+            fix = 'as in `data { clean "..." corrupt "..." }`'
+            raise EMPTY_DATA.error("this data block has no column, and names no file", fix=fix, span=statement.span)
         return [Record(cells, positions, statement.span, spans)]
     name = scope.text(statement.file)
     rows = _not_empty(read_rows(base / name, name, statement.file.span), statement.file.span, f"{name} holds no prompt")
