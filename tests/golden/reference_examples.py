@@ -34,42 +34,45 @@ class Example:
         return self.name
 
     @property
-    def has(self) -> list[str]:
-        """The words at the starts of its lines."""
-        return _WORD.findall(self.text)
-
-    @property
-    def is_lines(self) -> bool:
-        """Whether it is `patch` lines alone, an experiment each."""
-        return set(self.has) <= {"patch", "attribute"}
+    def lines(self) -> list[str]:
+        """The `patch` lines of an example whose clauses are nothing else: an experiment each."""
+        clauses = _split(self.text)[1]
+        words = _WORD.findall(clauses)
+        return clauses.strip().splitlines() if words and set(words) == {"patch"} else []
 
     def spec(self) -> str:
         """The whole spec, as it is run."""
-        if self.is_lines:
-            lines = [line for line in self.text.splitlines() if _WORD.match(line)]
-            return _completed("\n\n".join(_experiment(f"line_{i}", line + "\n") for i, line in enumerate(lines)))
-        return self.as_one()
+        experiments = [_experiment(f"line_{i}", line) for i, line in enumerate(self.lines)]
+        return _completed(_split(self.text)[0], "\n".join(experiments)) if experiments else self.as_one()
 
     def as_one(self) -> str:
         """The whole spec with all clauses in one experiment, as it is formatted."""
-        return _completed(self.text if self.has[0] in _STATEMENTS else _experiment("example", self.text))
+        statements, clauses = _split(self.text)
+        return _completed(statements, _experiment("example", clauses) if clauses else "")
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The statements of an example, and the clauses after them."""
+    start = next((m.start() for m in _WORD.finditer(text) if m[1] not in _STATEMENTS), len(text))
+    return text[:start], text[start:]
 
 
 def _experiment(name: str, clauses: str) -> str:
     words = _WORD.findall(clauses)
     run = "" if "run" in words else "run clean\n"
     measure = "" if "measure" in words else "measure diff\n"
-    inner = "".join(f"  {line}\n" if line else "\n" for line in f"{run}{clauses}{measure}".splitlines())
+    inner = "".join(f"  {line}\n" if line else "\n" for line in f"{run}{clauses.strip()}\n{measure}".splitlines())
     return f"experiment {name} {{\n{inner}}}\n"
 
 
-def _completed(text: str) -> str:
-    """The statements that the page's own spec has and `text` lacks, before and after it."""
+def _completed(statements: str, experiments: str) -> str:
+    """A spec of these, with the statements that the page's own spec has and they lack."""
     model, data, metric, experiment = standard()
-    words = _WORD.findall(text)
+    words = _WORD.findall(statements)
     before = [model] * ("model" not in words) + [data] * ("data" not in words)
-    before += [metric] * (not re.search(r"^metric diff\b", text, re.MULTILINE))
-    return "\n".join([*before, text, *([experiment] * ("experiment" not in words))])
+    before += [metric] * (not re.search(r"^metric diff\b", statements, re.MULTILINE))
+    after = [experiments or experiment] if "experiment" not in words else []
+    return "\n".join([*before, *([statements.strip() + "\n"] if statements.strip() else []), *after])
 
 
 def standard() -> tuple[str, ...]:

@@ -91,12 +91,21 @@ def test_run(example: Example, folder: Path, models: dict[str, Model], pytestcon
         assert result.check is not None
         assert result.check.cells == len(result.experiment.cells), name
         assert not failed_expects(result), name
-    compare(example, "".join(shown(r) for r in results.values()), pytestconfig)
+    found = of_lines(example, results) if example.lines else "".join(shown(r) for r in results.values())
+    compare(example, found, pytestconfig)
 
 
 def spread(logits: torch.Tensor) -> torch.Tensor:
     """A metric in Python."""
     return logits[:, -1].std(-1)
+
+
+def of_lines(example: Example, results: Mapping[str, Result]) -> str:
+    """Each `patch` line and its number."""
+    numbers = [f"{float(result.values['diff'][()]):.4g}" for result in results.values()]
+    width = max(map(len, example.lines)) + 2
+    lines = (f"{line:{width}}{number}" for line, number in zip(example.lines, numbers, strict=True))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def shown(result: Result) -> str:
