@@ -1,6 +1,6 @@
 """The examples in grammar/README.md: fenced blocks, completed as that page says, and the files that they name.
 
-The blocks of a file (`jsonl NAME`, `csv NAME`, ...) are written out; `text` after an example is what comes of it.
+The blocks of a file (`jsonl NAME`, `csv NAME`, ...) are written out; a `text` block after an example is what comes of it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _WORD = re.compile(r"^(\w+)", re.MULTILINE)
 class Example:
     """A `patch` block. `mark` is the word after `patch`: `later` parses and is not supported yet, `wrong` has an error.
 
-    `shown`: where the text after it stands in the page, and the text, where there is one.
+    `shown`: the text block right after it, where there is one.
     """
 
     name: str
     text: str
     mark: str
-    shown: tuple[int, int, str] | None
+    shown: str | None
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def lines(self) -> list[str]:
-        """The `patch` lines of an example whose clauses are nothing else: an experiment each."""
+        """The `patch` lines of an example whose clauses are nothing else, without comments: an experiment each."""
         clauses = _split(self.text)[1]
-        words = _WORD.findall(clauses)
-        return clauses.strip().splitlines() if words and set(words) == {"patch"} else []
+        words = set(_WORD.findall(clauses))
+        return [line.partition("#")[0].rstrip() for line in clauses.splitlines()] if words == {"patch"} else []
 
     def spec(self) -> str:
         """The whole spec, as it is run."""
@@ -99,7 +99,7 @@ def examples() -> list[Example]:
         counts[section] = counts.get(section, 0) + 1
         shown = None
         if following and following[1] == "text" and not page[at + len(body) + 3 : following[0] - 8].strip():
-            shown = (following[0], following[0] + len(following[2]), following[2])
+            shown = following[2]
         found.append(Example(f"{section}_{counts[section]}", body, info.removeprefix("patch").strip(), shown))
     return found
 

@@ -91,8 +91,10 @@ def test_run(example: Example, folder: Path, models: dict[str, Model], pytestcon
         assert result.check is not None
         assert result.check.cells == len(result.experiment.cells), name
         assert not failed_expects(result), name
-    found = of_lines(example, results) if example.lines else "".join(shown(r) for r in results.values())
-    compare(example, found, pytestconfig)
+    if example.lines:
+        compare(example.text, of_lines(example, results), pytestconfig)
+    elif example.shown is not None:
+        compare(example.shown, "".join(shown(r) for r in results.values()), pytestconfig)
 
 
 def spread(logits: torch.Tensor) -> torch.Tensor:
@@ -101,11 +103,11 @@ def spread(logits: torch.Tensor) -> torch.Tensor:
 
 
 def of_lines(example: Example, results: Mapping[str, Result]) -> str:
-    """Each `patch` line and its number."""
-    numbers = [f"{float(result.values['diff'][()]):.4g}" for result in results.values()]
+    """The example with each `patch` line's number in a comment behind it."""
     width = max(map(len, example.lines)) + 2
-    lines = (f"{line:{width}}{number}" for line, number in zip(example.lines, numbers, strict=True))
-    return "".join(f"{line}\n" for line in lines)
+    numbers = (f"{float(result.values['diff'][()]):.4g}" for result in results.values())
+    lines = [f"{line:{width}}# {number}" for line, number in zip(example.lines, numbers, strict=True)]
+    return example.text[: example.text.index(example.lines[0])] + "".join(f"{line}\n" for line in lines)
 
 
 def shown(result: Result) -> str:
@@ -125,7 +127,8 @@ def test_refused(example: Example, folder: Path, models: dict[str, Model], pytes
     found = refused(example, folder, models)
     if example.mark == "later":
         assert {d.code for d in found} == {"not-supported-yet"}
-    compare(example, "".join(f"{d.code}: {d.message}\n" for d in found), pytestconfig)
+    assert example.shown is not None
+    compare(example.shown, "".join(f"{d.code}: {d.message}\n" for d in found), pytestconfig)
 
 
 def refused(example: Example, folder: Path, models: dict[str, Model]) -> Any:
@@ -134,25 +137,17 @@ def refused(example: Example, folder: Path, models: dict[str, Model]) -> Any:
     return error.value.diagnostics
 
 
-def compare(example: Example, found: str, config: pytest.Config) -> None:
-    """The text after an example against what came; numbers to one part in a hundred."""
-    if example.shown is None:
-        return
+def compare(expected: str, found: str, config: pytest.Config) -> None:
+    """What the page has against what came; numbers to one part in a hundred."""
     if config.getoption("--regenerate"):
-        return rewrite(example, found)
-    expected = example.shown[2]
+        page = REFERENCE.read_text(encoding="utf-8")
+        assert page.count(f"\n{expected}```\n") == 1
+        REFERENCE.write_text(page.replace(f"\n{expected}```\n", f"\n{found}```\n"), encoding="utf-8")
+        return
     number = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
     assert re.sub(r" +", " ", number.sub("N", found)) == re.sub(r" +", " ", number.sub("N", expected))
     for a, b in zip(number.findall(found), number.findall(expected), strict=True):
         assert float(a) == pytest.approx(float(b), rel=1e-2, abs=1e-3)
-
-
-def rewrite(example: Example, found: str) -> None:
-    """Put a result into the page; the places of the others after it move."""
-    (now,) = [e for e in examples() if e.name == example.name]
-    assert now.shown is not None
-    page = REFERENCE.read_text(encoding="utf-8")
-    REFERENCE.write_text(page[: now.shown[0]] + found + page[now.shown[1] :], encoding="utf-8")
 
 
 # ---- what they resolve to
