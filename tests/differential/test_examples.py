@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -15,21 +16,39 @@ from patchc.parse import format_spec, parse
 from patchc.parse.parser import parser
 from patchc.pipeline import Given, to_study
 from patchc.report.expects import failed_expects
+from patchc.resolve.model_choice import model_choice
 from tests.grammar_texts import spaced
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MOST_PASSES = 4
 
 
+SPECS = sorted(EXAMPLES.glob("*.patch"))
+DATA = [path for suffix in ("csv", "jsonl") for path in EXAMPLES.glob(f"*.{suffix}")]
+
+
+@cache
+def load(name: str) -> patchc.Model:
+    """A model that examples name, traced once for all of them: leave it as it is."""
+    return patchc.load(name)
+
+
+def model_of(text: str) -> patchc.Model:
+    return load(model_choice(parse(Source("a.patch", text))).name)
+
+
 @pytest.fixture(scope="module")
 def model() -> patchc.Model:
-    return patchc.load("ioi-tiny")
+    return load("ioi-tiny")
 
 
-@pytest.mark.parametrize("spec", sorted(EXAMPLES.glob("*.patch")), ids=lambda p: p.stem)
-def test_example(spec: Path, model: patchc.Model, tmp_path: Path) -> None:
-    copy = Path(shutil.copy(spec, tmp_path))
-    results = model.compile(copy).run(check="all", progress=False)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda p: p.stem)
+def test_example(spec: Path, tmp_path: Path) -> None:
+    for path in (spec, *DATA):
+        shutil.copy(path, tmp_path)
+    compiled = model_of(spec.read_text(encoding="utf-8")).compile(tmp_path / spec.name)
+    assert not compiled.warnings
+    results = compiled.run(check="all", progress=False)
     for name, result in results.items():
         assert result.passes <= MOST_PASSES, name
         assert result.check is not None
@@ -40,10 +59,16 @@ def test_example(spec: Path, model: patchc.Model, tmp_path: Path) -> None:
     assert all(path.stat().st_size for r in results.values() for path in r.files)
 
 
-@pytest.mark.parametrize("spec", sorted(EXAMPLES.glob("*.patch")), ids=lambda p: p.stem)
-def test_formatting_changes_no_experiment(spec: Path, model: patchc.Model) -> None:
-    rng = Random(0)
-    words = [str(token) for token in parser().lex(spec.read_text(encoding="utf-8"))]
+@pytest.mark.parametrize("spec", SPECS, ids=lambda p: p.stem)
+def test_is_formatted(spec: Path) -> None:
+    text = spec.read_text(encoding="utf-8")
+    assert format_spec(Source(spec.name, text)) == text
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda p: p.stem)
+def test_formatting_changes_no_experiment(spec: Path) -> None:
+    rng, written = Random(0), spec.read_text(encoding="utf-8")
+    model, words = model_of(written), [str(token) for token in parser().lex(written)]
     text = spaced(rng, words)
     assert study(format_spec(Source(spec.name, text)), model) == study(text, model)
 
