@@ -27,9 +27,11 @@ from patchc.ir.dag import (
     Tokenwise,
     VariantId,
 )
-from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Source, Value
+from patchc.ir.experiment import Value
 from patchc.ir.graph import PORTS
 from patchc.ir.tokens import Tokens
+from patchc.ir.value_text import ValueText
+from patchc.ir.wording import Wording
 
 
 def dag_text(dag: Dag, roots: Iterable[VariantId]) -> str:
@@ -56,9 +58,9 @@ def _name(variant: VariantId) -> str:
 def _op(dag: Dag, op: Op) -> str:
     match op:
         case Const(block, members, value, _):
-            return f"stored {_members(dag, block, members)} of {value_text(dag.values[value])}"
+            return f"stored {_members(dag, block, members)} of {_value(dag, dag.values[value])}"
         case Stream(rank, value, _):
-            return f"stored stream below rank {rank} of {value_text(dag.values[value])}"
+            return f"stored stream below rank {rank} of {_value(dag, dag.values[value])}"
         case Core(block, q, k, v, replaced):
             inputs = ", ".join(f"{p}: {_name(x)}" for p, x in zip(PORTS, (q, k, v), strict=True))
             return f"attention {dag.graph.blocks[block].layer}({inputs})" + "".join(_replaced(dag, r) for r in replaced)
@@ -88,32 +90,18 @@ def _members(dag: Dag, block: int, members: int) -> str:
 def _replaced(dag: Dag, r: Replaced) -> str:
     site = f"{(*PORTS, 'scores', 'pattern')[r.port]} of heads {_numbers(r.heads)}"
     looking = f", looking at {positions(dag, r.sources)}" if r.port >= SCORES else ""
-    return f" with {site} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}{looking}"
+    return f" with {site} = {_value(dag, dag.values[r.value])} @ {positions(dag, r.tokens)}{looking}"
 
 
 def _neurons(dag: Dag, r: ReplacedNeurons) -> str:
     every = r.neurons == (1 << dag.graph.d_mlp) - 1
     which = "all neurons" if every else f"neurons {_numbers(r.neurons)}"
-    return f" with {which} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}"
+    return f" with {which} = {_value(dag, dag.values[r.value])} @ {positions(dag, r.tokens)}"
 
 
 def _numbers(members: int) -> str:
     return ",".join(map(str, bits(members)))
 
 
-def value_text(value: Value) -> str:
-    """A value as a spec writes it."""
-    return " + ".join(_term(factor, source) for factor, source in value.terms) or "zero"
-
-
-def _term(factor: float, source: Source) -> str:
-    match source:
-        case FromWorld(world):
-            name = world
-        case Mean(world, over_positions):
-            name = f"mean({world}{', over=positions' if over_positions else ''})"
-        case Given(key):
-            name = key
-        case Itself():
-            name = "self"
-    return name if factor == 1.0 else f"{factor:g} * {name}"
+def _value(dag: Dag, value: Value) -> str:
+    return ValueText(Wording(dag.layout)).value(value)
