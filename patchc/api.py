@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from patchc.execute.analyse import Analysis, analyse
 from patchc.execute.base import PlainRun
 from patchc.execute.check import SAMPLE, check
 from patchc.execute.sweep import Outcome
-from patchc.ir.experiment import Called, Experiment, ModelChoice, PromptDim, Save, Show, Study
+from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Program, Rates
 from patchc.lower import NO_EFFECT
@@ -40,6 +39,7 @@ from patchc.parse import parse
 from patchc.pipeline import Given
 from patchc.places import check_places, input_paths, result_path
 from patchc.report.files import save_picture, save_table
+from patchc.report.labelling import labelled
 from patchc.report.record import run_record
 from patchc.report.results import Check, Result, Results
 from patchc.spec import read_spec
@@ -238,7 +238,7 @@ class Compiled:
         loaded = self.model.loaded
         outcome = pipeline.execute(program, loaded, self.given, self._runs, lambda n: tell(experiment.name, n, n_cells))
         _refuse_silent(program, outcome)
-        result = _result(program, outcome, per_prompt)
+        result = labelled(program, outcome, per_prompt)
         if count is not False:
             compared = check(
                 experiment,
@@ -364,43 +364,6 @@ def _refuse_silent(program: Program, outcome: Outcome) -> None:
             "every value that is patched in came out as the run's own: nothing changes",
             span=experiment.cells[0].patches[0].span,
         )
-
-
-def _result(program: Program, outcome: Outcome, per_prompt: bool) -> Result:
-    experiment, n = program.experiment, program.prompts.n
-    prompts = experiment.by_prompt
-    if prompts is None and per_prompt:
-        prompts = PromptDim(len(experiment.dims), "prompt", tuple(range(n)))
-
-    def shaped(values: Tensor) -> np.ndarray:
-        out = np.full(experiment.shape, np.nan)
-        for cell, value in zip(experiment.cells, values.tolist(), strict=True):
-            out[cell.index] = value
-        return out
-
-    def each(values: Tensor) -> np.ndarray:
-        """`[cell, prompt]` along the dims, that over prompts at its place."""
-        assert prompts is not None
-        return np.stack([shaped(values[:, i]) for i in prompts.prompts], prompts.axis)
-
-    numbers = outcome.numbers
-    values = {m: shaped(x.mean) if prompts is None else each(x.per_prompt) for m, x in numbers.items()}
-    stderr = {m: shaped(x.stderr) if prompts is None else np.full_like(values[m], np.nan) for m, x in numbers.items()}
-    ended = {m: x for m, x in numbers.items() if prompts is None}
-    return Result(
-        experiment=experiment,
-        values=values,
-        stderr=stderr,
-        n=n if prompts is None else 1,
-        baselines={m: {w: float(x.mean) for w, x in worlds.items()} for m, worlds in outcome.unpatched.items()},
-        passes=program.n_passes,
-        unfused_passes=len(program.roots),
-        no_effect=len(program.no_effect) + len(outcome.silent),
-        low={m: shaped(x.low) for m, x in ended.items() if x.low is not None},
-        high={m: shaped(x.high) for m, x in ended.items() if x.high is not None},
-        prompts=prompts,
-        own_baselines={m: worlds[experiment.run].per_prompt[0].numpy() for m, worlds in outcome.unpatched.items()},
-    )
 
 
 def _bars() -> Progress:

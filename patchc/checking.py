@@ -95,7 +95,7 @@ def _check_effects(study: Study, graph: ResidualGraph) -> None:
 
 def _effects(experiment: Experiment, study: Study, graph: ResidualGraph) -> tuple[Diagnostic, ...]:
     try:
-        lower(experiment, study.prompts, graph, reads.measured_tokens(experiment.metrics, study.prompts.layout))
+        lower(experiment, study.prompts, graph, reads.ends(experiment.metrics, study.prompts))
     except PatchcError as error:
         return error.diagnostics
     return ()

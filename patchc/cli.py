@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import click
 
 from patchc import __version__
 from patchc.commands.options import CHECK, FORMAT, MEMORY, SET, SPEC, THREADS, Parameters, cells_to_check
-from patchc.diagnostics import Diagnostic, PatchcError
+from patchc.diagnostics import RULES, Diagnostic, PatchcError
 
 
 class Exit(IntEnum):
@@ -31,6 +32,11 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+INTERNAL = RULES.add("internal", "a fault in patchc itself", exit=Exit.RUN)
+USAGE = RULES.add("usage", "the command line is not understood", exit=Exit.USAGE)
+INTERRUPTED = RULES.add("interrupted", "the run was stopped before it was done", exit=Exit.INTERRUPTED)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     args = [*(sys.argv[1:] if argv is None else argv)]
@@ -40,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sys.exit(cli.main(args, prog_name="patchc", standalone_mode=False) or 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(Exit.INTERRUPTED)
+        sys.exit(_failed(_output_of(args), (INTERRUPTED.at(None, "interrupted"),)))
     except click.ClickException as error:
-        error.show()
-        sys.exit(Exit.USAGE)
+        output, context = _output_of(args), getattr(error, "ctx", None)
+        if context is not None and output == "text":
+            click.echo(context.get_usage(), err=True)
+        sys.exit(_failed(output, (_misused(error, context),)))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -105,6 +112,16 @@ def check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
 def nodes(model: str, output: str) -> int:
     """List the nodes, ports and shapes of MODEL."""
     return _guarded(output, lambda: _nodes(model, output))
+
+
+@cli.command()
+@click.argument("code", required=False)
+@FORMAT
+def explain(code: str | None, output: str) -> int:
+    """Say what the diagnostic CODE means, with a wrong and a right example; without CODE, list them all."""
+    from patchc.diagnostics.explain import explained
+
+    return _guarded(output, lambda: explained(code, output) or Exit.OK)
 
 
 @cli.command()
@@ -181,10 +198,11 @@ def _check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
 
         click.echo(json.dumps({"format_version": 1, "diagnostics": to_json(found)}))
     else:
+        from patchc.diagnostics.render import counted
+
         _say(found)
-        n_errors = sum(d.is_error for d in found)
-        counted = f"{n_errors or 'no'} error{'' if n_errors == 1 else 's'}"
-        click.echo(f"{len(specs)} checked, {counted}", err=True)
+        more = "; `patchc explain CODE` says more about a code" if found else ""
+        click.echo(("\n" if found else "") + f"{len(specs)} checked, {counted(found)}{more}", err=True)
     return max((d.exit for d in found if d.is_error), default=Exit.OK)
 
 
@@ -245,20 +263,29 @@ def _guarded(output: str, command: Callable[[], int]) -> int:
     try:
         return command()
     except PatchcError as error:
-        if output == "json":
-            from patchc.diagnostics.render import to_json
-
-            click.echo(json.dumps({"format_version": 1, "diagnostics": to_json(error.diagnostics)}))
-        else:
-            _say(error.diagnostics)
-        return error.exit
+        return _failed(output, error.diagnostics)
     except (KeyboardInterrupt, click.ClickException):
         raise
     except Exception as error:
-        return _internal(output, error)
+        return _failed(output, (_internal(error),))
 
 
-def _internal(output: str, error: Exception) -> int:
+def _failed(output: str, diagnostics: Sequence[Diagnostic]) -> int:
+    """Say why a command came to nothing; gives its exit status."""
+    if output == "json":
+        from patchc.diagnostics.render import to_json
+
+        click.echo(json.dumps({"format_version": 1, "diagnostics": to_json(diagnostics)}))
+    else:
+        _say(diagnostics)
+        if sum(d.is_error for d in diagnostics) > 1:
+            from patchc.diagnostics.render import counted
+
+            click.echo(f"\n{counted(diagnostics)}; `patchc explain CODE` says more about a code", err=True)
+    return PatchcError(diagnostics).exit
+
+
+def _internal(error: Exception) -> Diagnostic:
     """A bug of ours: said in one line, with the place, and the traceback where PATCHC_DEBUG asks for it."""
     import os
     import traceback
@@ -267,19 +294,28 @@ def _internal(output: str, error: Exception) -> int:
         traceback.print_exc()
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-    diagnostic = Diagnostic("internal", message, fix="please report this; PATCHC_DEBUG=1 shows where", exit=Exit.RUN)
-    return _guarded(output, lambda: _raise(diagnostic))
+    return INTERNAL.at(None, message, fix="please report this; `PATCHC_DEBUG=1` in the environment shows where")
 
 
-def _raise(diagnostic: Diagnostic) -> int:
-    raise PatchcError([diagnostic])
+def _misused(error: click.ClickException, context: click.Context | None) -> Diagnostic:
+    """What click says about a command line, as one of our diagnostics."""
+    fix = None if context is None else f"`{context.command_path} --help` says what it takes"
+    return USAGE.at(None, error.format_message(), fix=fix)
+
+
+def _output_of(args: Sequence[str]) -> str:
+    """What a command line that click did not read to its end asks stdout to be."""
+    asked = [after for option, after in pairwise([*args, ""]) if option == "--format"]
+    asked += [a.removeprefix("--format=") for a in args if a.startswith("--format=")]
+    return "json" if "json" in asked else "text"
 
 
 def _say(diagnostics: Sequence[Diagnostic]) -> None:
+    """Diagnostics on stderr, as text."""
     if diagnostics:
         from patchc.diagnostics.render import render
 
-        click.echo(render(diagnostics, color=sys.stderr.isatty()), err=True)
+        click.echo(render(diagnostics, color=sys.stderr.isatty()), err=True, nl=False)
 
 
 __all__ = ["Exit", "cli", "main"]

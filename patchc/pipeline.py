@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from patchc.codegen.emit import CompiledGraph, compiled_graph
+from patchc.codegen.emit import NOT_CAPTURED, CompiledGraph, compiled_graph
 from patchc.diagnostics import Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.sweep import Outcome, Sweep
@@ -77,17 +77,20 @@ def to_programs(study: Study, model: LoadedModel, budget: int) -> tuple[Program,
 
 def to_program(experiment: Experiment, prompts: Prompts, model: LoadedModel, budget: int) -> Program:
     """One experiment, folded into a variant DAG and cut into passes."""
-    measured = reads.measured_tokens(experiment.metrics, prompts.layout)
-    lowered = lower(experiment, prompts, model.graph, measured)
-    return optimise(experiment, prompts, lowered, measured, budget, model.pieces.dtype.itemsize)
+    ends = reads.ends(experiment.metrics, prompts)
+    lowered = lower(experiment, prompts, model.graph, ends)
+    return optimise(experiment, prompts, lowered, ends, budget, model.pieces.dtype.itemsize)
 
 
 def to_graph(
     experiment: Experiment, prompts: Prompts, model: LoadedModel, tensors: Mapping[str, Tensor]
 ) -> CompiledGraph:
     """One experiment as one differentiable fx graph with a mask a cell."""
-    cells = lower_masked(experiment, prompts, model.graph)
-    return compiled_graph(cells, model.pieces, reads.worlds(experiment, prompts), tensors)
+    found = (end.probe for end in reads.ends(experiment.metrics, prompts))
+    probes = tuple(probe for probe in found if probe is not None and probe.site not in NOT_CAPTURED)
+    cells = lower_masked(experiment, prompts, model.graph, probes)
+    inputs = tuple(w for w in reads.worlds(experiment, prompts) if prompts.world(w).layout is None)
+    return compiled_graph(cells, model.pieces, inputs, tensors)
 
 
 def execute(

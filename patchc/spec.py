@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from patchc.diagnostics import RULES, Source
+from patchc.diagnostics import RULES, PatchcError, Source, Span, closest
 
 MISSING_SPEC = RULES.add("missing-spec", "the spec file is not there or cannot be read")
+NOT_TEXT = RULES.add("not-utf8", "a file is not text in UTF-8")
 
 
 def read_spec(spec: str | Path) -> tuple[Source, Path]:
@@ -18,7 +19,7 @@ def read_spec(spec: str | Path) -> tuple[Source, Path]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise MISSING_SPEC.error(f"cannot read {path}: {error.strerror}") from None
+        raise MISSING_SPEC.error(f"cannot read {path}: {error.strerror}", fix=neighbour(path)) from None
     return Source(str(spec), decoded(content, str(path))), path.parent
 
 
@@ -27,4 +28,19 @@ def decoded(content: bytes, name: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MISSING_SPEC.error(f"{name} is not UTF-8 text: byte {error.start} ({error.reason})") from None
+        raise not_text(name, error) from None
+
+
+def neighbour(path: Path) -> str | None:
+    """The `fix` for a file that is not there: one of nearly its name in the same directory."""
+    if path.exists() or not path.parent.is_dir():
+        return None
+    near = closest(path.name, sorted(p.name for p in path.parent.iterdir()))
+    return f"did you mean `{near}`?" if near else None
+
+
+def not_text(name: str, error: UnicodeDecodeError, span: Span | None = None) -> PatchcError:
+    """The error for a file that cannot be decoded, with the line and the byte at which it stops being UTF-8."""
+    line = error.object.count(b"\n", 0, error.start) + 1
+    message = f"{name} is not UTF-8 text: line {line} has the byte 0x{error.object[error.start]:02X}"
+    return NOT_TEXT.error(message, fix="save it in the encoding UTF-8", span=span)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from patchc.ir.experiment import Cell, FromWorld, Itself, Patch, Prompts, Value, World
+from patchc.ir.experiment import Cell, FromWorld, Itself, Patch, Probe, Prompts, Value, World
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Alt, Edges, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Layout, Tokens
@@ -73,6 +73,8 @@ class Draw:
     layout: Layout
     values: tuple[Value, ...] = VALUES
     complement: bool = False
+    probe: Probe | None = None
+    """Where a metric reads, beside the logits."""
     inside: bool = False
 
     def cell(self) -> Cell:
@@ -86,7 +88,46 @@ class Draw:
         value = self.values[0] if self.complement else self.rng.choice(self.values)
         tail = (Star(Step(self.graph.all)),) if self.rng.random() < 0.5 else ()
         end = Step(self.graph.logits_set, tokens=self.tokens(0.7))
-        return Patch(Seq((self.path(2, True), *tail, end)), value, self.complement)
+        if self.probe is None:
+            return Patch(Seq((self.path(2, True), *tail, end)), value, self.complement)
+        path: Path = Seq((self.path(2, True), *tail, Alt((end, self.read_at(self.probe)))))
+        if self.rng.random() < 0.5 and not (self.complement and self.probe.site in (Site.STREAM, Site.ATTN_OUT)):
+            path = Alt((path, self.read_start(self.probe)))
+        return Patch(path, value, self.complement)
+
+    def read_at(self, probe: Probe) -> Step:
+        """The end of paths to a probe."""
+        if probe.site is Site.STREAM:
+            return Step(self.graph.below(probe.rank), tokens=self.tokens(0.6), site=probe.site, rank=probe.rank)
+        return Step(probe.nodes, ports=self.rng.choice([7, 7, 1, 2, 4, 5]), tokens=self.tokens(0.6))
+
+    def read_start(self, probe: Probe) -> Step:
+        """A start that is itself read there."""
+        if probe.site is Site.STREAM:
+            return self.read_at(probe)
+        site = Site.OUT if probe.site is Site.ATTN_OUT and self.rng.random() < 0.5 else probe.site
+        sources = self.tokens(0.4) if site in (Site.SCORES, Site.PATTERN) and not self.complement else EVERYWHERE
+        neurons = self.rng.randrange(1, 1 << self.graph.d_mlp) if site is Site.POST and not self.complement else -1
+        tokens = EVERYWHERE if self.complement and sources == EVERYWHERE else self.tokens(0.6)
+        return Step(probe.nodes, tokens=tokens, site=site, sources=sources, neurons=neurons)
+
+    def any_probe(self) -> Probe:
+        """A place to read."""
+        kind, attention = self.rng.random(), [b for b in self.graph.blocks if b.kind == "attention"]
+        if kind < 0.2:
+            rank = self.rng.randrange(1, self.graph.top + 1)
+            return Probe(self.graph.below(rank), Site.STREAM, rank)
+        if kind < 0.35 and attention:
+            return Probe(self.rng.choice(attention).nodes, Site.ATTN_OUT)
+        if kind < 0.75 and attention:
+            head = self.rng.choice(self.graph.members(self.graph.heads))
+            inside = [Site.SCORES, Site.PATTERN] * 2 if self.inside else []
+            return Probe(1 << head.id, self.rng.choice([Site.Q, Site.K, Site.V, Site.Z, *inside]))
+        if kind < 0.85 and self.inside and self.graph.mlps:
+            mlp = self.rng.choice(self.graph.members(self.graph.mlps))
+            return Probe(1 << mlp.id, self.rng.choice([Site.IN, Site.POST]))
+        writers = [n for n in self.graph.nodes[:-1] if n.kind != "attn_bias"]
+        return Probe(1 << self.rng.choice(writers).id)
 
     def path(self, depth: int, first: bool) -> Path:
         kind = self.rng.random()

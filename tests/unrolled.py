@@ -6,12 +6,12 @@ the port and the token at which it is taken, and those are matched against the p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from patchc.ir.experiment import Cell, FromWorld, Itself, Patch, Prompts, Value
+from patchc.ir.experiment import Cell, FromWorld, Itself, Patch, Probe, Prompts, Value
 from patchc.ir.graph import BlockKind, Node
 from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from tests.toy import Toy
@@ -20,6 +20,9 @@ Letter = tuple[int, int, int]
 """A step of a path as it is taken: node, port (-1 where there is one), token."""
 Word = tuple[Letter, ...]
 
+STREAM_END = -2
+"""Less a rank: where a metric reads the stream below it, as the last letter of a word."""
+
 PORT_SITE = (Site.Q, Site.K, Site.V)
 
 
@@ -27,16 +30,22 @@ def fits(step: Step, word: Word, i: int, site: Site, number: int) -> bool:
     node, port, token = word[i]
     if not step.tokens >> token & 1:
         return False
-    if i + 1 == len(word):  # the logits
-        return i > 0 and bool(step.nodes >> node & 1)
+    if 0 < i == len(word) - 1:  # the logits, or where a metric reads
+        if node <= STREAM_END:
+            return step.site is Site.STREAM and step.rank == STREAM_END - node
+        return step.site is not Site.STREAM and enters(step, node, port)
     if site is Site.STREAM and i == 0:
         return step.site is site and step.rank == number
-    if step.via is not None and not step.via.writers(word[i + 1][0], word[i + 1][1]) >> node & 1:
+    if step.via is not None and i + 1 < len(word) and not step.via.writers(word[i + 1][0], word[i + 1][1]) >> node & 1:
         return False
     if i == 0:
-        mine = Site.OUT if step.site is Site.Z else step.site
+        mine = Site.OUT if step.site is Site.Z and site is Site.OUT else step.site
         part = step.sources if site in (Site.SCORES, Site.PATTERN) else step.neurons if site is Site.POST else -1
         return mine is site and bool(step.nodes >> node & 1) and bool(part >> max(number, 0) & 1)
+    return enters(step, node, port)
+
+
+def enters(step: Step, node: int, port: int) -> bool:
     return bool(step.nodes >> node & 1) and (port < 0 or bool(step.ports >> port & 1))
 
 
@@ -96,24 +105,28 @@ class Unrolled:
                     y = self.toy.norm(block.layer, 0, x)
                     for p in range(3):
                         out[node.id, p] = self.toy.project(block.layer, p, y, [node.head])[:, 0]
-                    out[node.id] = torch.stack(
-                        [self._head(node, t, *(out[node.id, p] for p in range(3))) for t in range(self.length)]
+                    out[node.id, "z"] = torch.stack(
+                        [self._z(node, t, *(out[node.id, p] for p in range(3))) for t in range(self.length)]
                     )
+                    out[node.id] = self.toy.write(block.layer, out[node.id, "z"][:, None], [node.head])
         streams[self.graph.top] = sum(out[n.id] for n in self.graph.nodes[:-1])
         return {**out, **{("stream", r): x for r, x in streams.items()}}
 
-    def _head(self, node: Node, t: int, q: Tensor, k: Tensor, v: Tensor, suffix: Word = ()) -> Tensor:
-        """A head's output at position t from its whole q, k and v `[pos, d_head]`; with a suffix that of this copy."""
-        scores = self._scores(node, t, q, k)
-        if suffix:
-            plain = {w: self._scores(node, t, x[node.id, 0], x[node.id, 1]) for w, x in self.plain.items()}
-            scores = self._entries(node, t, suffix, Site.SCORES, plain, scores, scores)
-            patterns = {w: x.softmax(-1) for w, x in plain.items()}
-            pattern = self._entries(node, t, suffix, Site.PATTERN, patterns, scores.softmax(-1), scores)
-        else:
-            pattern = scores.softmax(-1)
+    def _z(self, node: Node, t: int, q: Tensor, k: Tensor, v: Tensor, suffix: Word | None = None) -> Tensor:
+        """A head's z at position t from its whole q, k and v `[pos, d_head]`; with a suffix that of this copy."""
+        pattern = self._attention(node, t, q, k, suffix)[1]
         ready = self.toy.prepare(node.layer, 2, v[:, None], self._tokens(), self.prompts.layout)
-        return self.toy.write(node.layer, (pattern @ ready[:, 0])[None, None], [node.head])[0]
+        return pattern @ ready[:, 0]
+
+    def _attention(self, node: Node, t: int, q: Tensor, k: Tensor, suffix: Word | None) -> tuple[Tensor, Tensor]:
+        """Scores and pattern of the token at position t, `[pos]` each."""
+        scores = self._scores(node, t, q, k)
+        if suffix is None:
+            return scores, scores.softmax(-1)
+        plain = {w: self._scores(node, t, x[node.id, 0], x[node.id, 1]) for w, x in self.plain.items()}
+        scores = self._entries(node, t, suffix, Site.SCORES, plain, scores, scores)
+        patterns = {w: x.softmax(-1) for w, x in plain.items()}
+        return scores, self._entries(node, t, suffix, Site.PATTERN, patterns, scores.softmax(-1), scores)
 
     def _scores(self, node: Node, t: int, q: Tensor, k: Tensor) -> Tensor:
         layout = self.prompts.layout
@@ -136,6 +149,35 @@ class Unrolled:
         return out
 
     # ---- a cell
+    def read(self, cell: Cell, probe: Probe) -> Tensor:
+        """What a metric reads at a place, `[pos, width]`."""
+        self.patches = cell.patches
+        live = frozenset(i for i, p in enumerate(cell.patches) if p.complement)
+        return torch.stack([self._read(probe, t, live) for t in range(self.length)])
+
+    def _read(self, probe: Probe, t: int, live: frozenset[int]) -> Tensor:
+        if probe.site is Site.STREAM:
+            end = replace(self.graph.logits, id=STREAM_END - probe.rank, rank=probe.rank)
+            return self.stream(end, -1, t, (), live)
+        node = self.graph.members(probe.nodes)[0]
+        if probe.site is Site.ATTN_OUT:
+            return self.block(self.graph.blocks[node.block], t, (), live)
+        if probe.site is Site.OUT:
+            return self.node(node, t, (), live)
+        word = ((node.id, -1, self.first + t),)
+        live = frozenset(i for i in live if not accepts(self.patches[i], word, Site.OUT))
+        if probe.site in (Site.IN, Site.POST):
+            return (self.mlp_input if probe.site is Site.IN else self.post)(node, t, (), live)
+        if probe.site in (Site.SCORES, Site.PATTERN):
+            q, k, _ = self.qkv(node, t, (), live)
+            return self._attention(node, t, q, k, ())[probe.site is Site.PATTERN]
+        if probe.site is not Site.Z:
+            return self.projected(node, PORT_SITE.index(probe.site), t, (), live)
+        out = self.z(node, t, (), live)
+        for patch in self._starting(word, Site.Z):
+            out = self.value(patch, (node.id, "z"), t, out)
+        return out
+
     def logits(self, cell: Cell) -> Tensor:
         """`[pos, vocab]`."""
         self.patches = cell.patches
@@ -147,8 +189,10 @@ class Unrolled:
         """What a port of a copy reads at position t."""
         suffix = ((reader.id, port, self.first + t), *suffix)
         x = torch.zeros(self.graph.d_model, dtype=self.toy.dtype)
+        start = (-1, -1, self.first + t)
         for rank in range(reader.rank + 1):
-            for patch in self._starting(((-1, -1, self.first + t), *suffix), Site.STREAM, rank):
+            alone = [(start,)] if reader.id <= STREAM_END and rank == reader.rank else []
+            for patch in self._starting([(start, *suffix), *alone], Site.STREAM, rank):
                 x = self.value(patch, ("stream", rank), t, x)
             for block in self.graph.blocks:
                 if block.rank == rank < reader.rank:
@@ -183,27 +227,40 @@ class Unrolled:
             return self.plain[self.run][node.id][t]
         if node.kind == "mlp":
             return self._mlp(node, t, suffix, live)
+        return self.toy.write(node.layer, self.z(node, t, suffix, live)[None, None], [node.head])[0]
+
+    def z(self, node: Node, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        return self._z(node, t, *self.qkv(node, t, suffix, live), suffix)
+
+    def qkv(self, node: Node, t: int, suffix: Word, live: frozenset[int]) -> list[Tensor]:
         last = t + 1 if self.graph.causal else self.length
         q, k, v = (self.plain[self.run][node.id, p].clone() for p in range(3))
         for port, x, positions in ((0, q, [t]), (1, k, range(last)), (2, v, range(last))):
             for s in positions:
                 x[s] = self.projected(node, port, s, suffix, live)
-        return self._head(node, t, q, k, v, suffix)
+        return [q, k, v]
 
     def _mlp(self, node: Node, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        return self.toy.mlp_down(node.layer, self.post(node, t, suffix, live)[None])[0]
+
+    def mlp_input(self, node: Node, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
         word = ((node.id, -1, self.first + t), *suffix)
         live = frozenset(i for i in live if not accepts(self.patches[i], word, Site.IN))
         live = frozenset(i for i in live if not accepts(self.patches[i], word, Site.POST))
         x = self.stream(node, -1, t, suffix, live)
         for patch in self._starting(word, Site.IN):
             x = self.value(patch, ("stream", node.rank), t, x)
+        return x
+
+    def post(self, node: Node, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+        word, x = ((node.id, -1, self.first + t), *suffix), self.mlp_input(node, t, suffix, live)
         own = self.toy.mlp_post(node.layer, x[None])[0]
         plain = {w: self.toy.mlp_post(node.layer, y["stream", node.rank])[t] for w, y in self.plain.items()}
         post = own.clone()
         for n in range(len(own)):
             for patch in self._starting(word, Site.POST, n):
                 post[n] = self._mix(patch.value, {w: y[n] for w, y in plain.items()}, own[n])
-        return self.toy.mlp_down(node.layer, post[None])[0]
+        return post
 
     def projected(self, node: Node, port: int, s: int, suffix: Word, live: frozenset[int]) -> Tensor:
         word = ((node.id, -1, self.first + s), *suffix)
@@ -215,8 +272,9 @@ class Unrolled:
             out = self.value(patch, (node.id, port), s, out)
         return out
 
-    def _starting(self, word: Word, site: Site, number: int = -1) -> list[Patch]:
-        found = [p for p in self.patches if not p.complement and accepts(p, word, site, number)]
+    def _starting(self, word: Word | list[Word], site: Site, number: int = -1) -> list[Patch]:
+        words = word if isinstance(word, list) else [word]
+        found = [p for p in self.patches if not p.complement and any(accepts(p, w, site, number) for w in words)]
         return list({p.value: p for p in found}.values())  # one start with one value twice is that start once
 
     def value(self, patch: Patch, key: object, t: int, own: Tensor | None) -> Tensor:

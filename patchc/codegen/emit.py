@@ -8,14 +8,15 @@ Mask inputs mix at the places where patches start; everything between is the mod
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
 
 from patchc.codegen.inside import Insides
+from patchc.codegen.sources import ONE_LENGTH
+from patchc.codegen.stored import StoredNodes
 from patchc.codegen.worlds import Worlds, aten
-from patchc.diagnostics import RULES
 from patchc.ir.bits import bits
 from patchc.ir.dag import (
     PATTERN,
@@ -23,32 +24,41 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
+    HeadZ,
     Masked,
     Mix,
+    Neurons,
     Out,
+    Projected,
     Replaced,
     Run,
     Scale,
+    StoredZ,
     Stream,
     Sum,
     Tokenwise,
     VariantId,
     children,
 )
-from patchc.ir.experiment import FromWorld, Given, Itself, Mean, Value
-from patchc.ir.graph import PORTS, BlockKind
+from patchc.ir.experiment import Probe
+from patchc.ir.graph import PORTS
+from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 from patchc.lower.masked import MaskedCells
 from patchc.model.pieces import TracedPieces
 
-ONE_LENGTH = RULES.add("graph-needs-one-length", "a compiled graph names positions, and its prompts differ in length")
+NOT_CAPTURED = (Site.SCORES, Site.PATTERN, Site.POST)
+"""What metrics read inside nodes that a graph has no capture of."""
 
 
 class CompiledGraph(fx.GraphModule):
     """`forward(ids of each world [batch, pos], masks) -> (logits [batch, pos, d_vocab], captures by name)`.
+    The batch is free, unless a value is of certain prompts (`sources` says which are).
 
     `worlds`: the inputs' names in order, the base world first. `mask_shape`: the shape of `masks`, one number a cell of
-    the experiment. Captures are `stream`, the final stream, and what each node that is run again writes.
+    the experiment. Captures are `stream`, the final stream, what each node that is run again writes, and as `read NAME`
+    what a metric reads inside the model (attention scores, patterns and neurons excepted).
     `parameters()` are the model's own: nothing is copied, so give an optimiser the masks, not these."""
 
     worlds: tuple[str, ...]
@@ -61,12 +71,14 @@ class Emitter:
     def __init__(
         self, cells: MaskedCells, pieces: TracedPieces, worlds: tuple[str, ...], tensors: Mapping[str, Tensor]
     ):
+        self.cells = cells
         self.dag: Dag = cells.dag
         self.shape = cells.shape
         self.worlds = Worlds(cells.dag.graph, pieces, worlds)
         self.call = self.worlds.call
-        self.tensors, self.base = tensors, worlds[0]
-        self.insides = Insides(self.worlds, self.dag.values, self._combination, self._mask_of, self._rows)
+        self.stored = StoredNodes(self.worlds, cells.prompts, tensors)
+        self.base = worlds[0]
+        self.insides = Insides(self.worlds, self.dag.values, self.stored, self._mask_of, self._rows)
         masks = self.worlds.argument("masks")
         self.masks = self.call(aten.reshape.default, masks, [-1])
         self.values: dict[VariantId, fx.Node] = {}
@@ -75,12 +87,15 @@ class Emitter:
         self._streams: dict[tuple[VariantId, int], fx.Node] = {}
         self._mask: dict[int, fx.Node] = {}
 
-    def module(self, root: VariantId) -> CompiledGraph:
-        """The finished graph. `root` is the final stream's variant."""
+    def module(self) -> CompiledGraph:
+        """The finished graph."""
         length = len(self.dag)
-        root = self.dag.explicit(root)
-        for i in sorted(self._below(root)):
+        root = self.dag.explicit(self.cells.root)
+        probes = [(probe, self.dag.explicit(r)) for probe, r in self.cells.probes]
+        for i in sorted(self._below([root, *(r for _, r in probes)])):
             self.values[i] = self._variant(i)
+        for probe, r in probes:
+            self._read(probe, r)
         stream = self._changed_stream(root, self.dag.graph.top)
         logits = self.worlds.module("unembed", stream, name="logits")
         self.worlds.graph.output((logits, {"stream": stream, **self.captures}))
@@ -92,9 +107,15 @@ class Emitter:
         module.recompile()
         return module
 
-    def _below(self, root: VariantId) -> set[VariantId]:
+    def _read(self, probe: Probe, root: VariantId) -> None:
+        """Captures what a metric reads."""
+        name, base = self.stored.probe(probe)
+        new = self.values.get(root)
+        self._capture(f"read {name}", base if new is None else self.call(operator.add, base, new))
+
+    def _below(self, roots: list[VariantId]) -> set[VariantId]:
         seen: set[VariantId] = {0}
-        todo = [root]
+        todo = list(roots)
         while todo:
             i = todo.pop()
             if i not in seen:
@@ -106,11 +127,10 @@ class Emitter:
     def _variant(self, i: VariantId) -> fx.Node:
         op = self.dag.ops[i]
         match op:
-            case Const(block, members, value, tokens):
-                return self._at(tokens, self._const(block, members, self.dag.values[value]))
-            case Stream(rank, value, tokens):
-                sources = {w: self.worlds.stream(w, rank) for w in self.worlds.ids}
-                return self._at(tokens, self._difference(self.dag.values[value], sources, None))
+            case Const(block, members, value, tokens, site):
+                return self._at(tokens, self.stored.node(block, members, self.dag.values[value], site))
+            case Stream(rank, value, tokens, block):
+                return self._at(tokens, self.stored.stream(rank, self.dag.values[value], block))
             case Sum(parts):
                 return self._sum([self.values[p] for p in parts])
             case Mix(parts):
@@ -123,8 +143,20 @@ class Emitter:
                 return self._core(op)
             case Out(core, heads):
                 return self._out(core, heads)
+            case Projected(block, port, head, x, replaced):
+                now = self._port(block, port, x, replaced)
+                return self._of_head(now, self.worlds.projection(self.base, block, port), head)
+            case HeadZ(core, head):
+                at = self.dag.ops[core]
+                assert isinstance(at, Core)
+                return self._of_head(self.values[core], self.worlds.z(self.base, at.block), head)
+            case StoredZ(block, head, value, tokens):
+                z = self.stored.z(block, 1 << head, self.dag.values[value])
+                return self._at(tokens, self.call(aten.select.int, z, 2, head))
             case Tokenwise():
                 return self._tokenwise(op)
+            case Entries() | Neurons():
+                raise AssertionError("what a graph does not capture is not lowered for it")
             case Run():
                 raise AssertionError("suffixes are written out before anything is emitted")
 
@@ -156,27 +188,31 @@ class Emitter:
         return self.call(operator.sub, new, self.worlds.written(self.base, op.block))
 
     def _core(self, core: Core) -> fx.Node:
-        ports: list[fx.Node] = []
-        for port in range(3):
-            x = core.input(port)
-            if x == 0:
-                now = self.worlds.projection(self.base, core.block, port)
-            else:
-                rank = self.dag.graph.blocks[core.block].rank
-                now = self.worlds.project(core.block, port, self._changed_stream(x, rank), PORTS[port])
-            for replaced in core.replaced:
-                if replaced.port == port:
-                    now = self._replaced(core.block, replaced, now)
-            ports.append(now)
+        ports = [self._port(core.block, port, core.input(port), core.replaced) for port in range(3)]
         if core.replaced_at(SCORES, PATTERN):
             return self.insides.z(core, ports)
         layer = self.dag.graph.blocks[core.block].layer
         return self.worlds.module(f"layer{layer}_attend", *ports, name=f"z_{layer}")
 
+    def _port(self, block: int, port: int, x: VariantId, sets: tuple[Replaced, ...]) -> fx.Node:
+        """q, k or v of every head, `[b, s, head, d_head]`."""
+        if x == 0:
+            now = self.worlds.projection(self.base, block, port)
+        else:
+            rank = self.dag.graph.blocks[block].rank
+            now = self.worlds.project(block, port, self._changed_stream(x, rank), PORTS[port])
+        for replaced in sets:
+            if replaced.port == port:
+                now = self._replaced(block, replaced, now)
+        return now
+
+    def _of_head(self, now: fx.Node, base: fx.Node, head: int) -> fx.Node:
+        """What one head has more than in the base run, of `[b, s, head, d_head]`."""
+        return self.call(aten.select.int, self.call(operator.sub, now, base), 2, head)
+
     def _replaced(self, block: int, replaced: Replaced, now: fx.Node) -> fx.Node:
-        sources = {w: self.worlds.projection(w, block, replaced.port) for w in self.worlds.ids}
-        value = self._combination(self.dag.values[replaced.value], sources, now)
-        gap = self._minus(value, now)
+        value = self.dag.values[replaced.value]
+        gap = self._minus(self.stored.projection(block, replaced.port, replaced.heads, value, now), now)
         gap = self.call(operator.mul, gap, self._mask_of(replaced.mask)) if replaced.mask >= 0 else gap
         one_hot = torch.zeros(1, 1, self.dag.graph.n_heads, 1)
         one_hot[:, :, list(bits(replaced.heads))] = 1
@@ -191,67 +227,10 @@ class Emitter:
         if core not in self._written:
             self._written[core] = self.worlds.module(f"layer{layer}_write", self.values[core])
         now = self._written[core]
-        written = self._chosen(now, heads)
+        written = self.worlds.chosen(now, heads)
         chosen = ", ".join(map(str, bits(heads)))
         self._capture(f"head[{layer}, {chosen}]" if heads.bit_count() == 1 else f"head[{layer}, {{{chosen}}}]", written)
-        return self.call(operator.sub, written, self._chosen(self.worlds.heads(self.base, op.block), heads))
-
-    def _chosen(self, heads: fx.Node, members: int) -> fx.Node:
-        """The sum of some heads of `[b, s, head, d_model]`."""
-        chosen = list(bits(members))
-        if len(chosen) == 1:
-            return self.call(aten.select.int, heads, 2, chosen[0])
-        if len(chosen) < self.dag.graph.n_heads:
-            index = torch.tensor(chosen, device=self.worlds.pieces.device)
-            heads = self.call(aten.index_select.default, heads, 2, self.worlds.buffer("heads", index))
-        return self.call(aten.sum.dim_IntList, heads, [2])
-
-    # ---- stored values
-    def _const(self, block: int, members: int, value: Value) -> fx.Node:
-        graph = self.dag.graph
-        n_heads = graph.n_heads if graph.blocks[block].kind is BlockKind.ATTENTION else 0
-        parts: list[fx.Node] = []
-        if n_heads:
-            heads = members & ((1 << n_heads) - 1)
-            if heads:
-                sources = {w: self._chosen(self.worlds.heads(w, block), heads) for w in self.worlds.ids}
-                parts.append(self._difference(value, sources, None))
-            bias = self.worlds.bias(block) if members >> n_heads else None
-            if bias is not None:  # the same in every world; a given tensor already stands for the whole
-                share = sum(factor for factor, source in value.terms if not isinstance(source, Given)) - 1.0
-                parts.append(self.call(operator.mul, bias, share))
-        elif graph.blocks[block].kind is BlockKind.MLP:
-            sources = {w: self.worlds.written(w, block) for w in self.worlds.ids}
-            parts.append(self._difference(value, sources, None))
-        else:
-            for i in bits(members):
-                sources = {w: self.worlds.embed(w, graph.blocks[block].first + i) for w in self.worlds.ids}
-                parts.append(self._difference(value, sources, None))
-        return self._sum(parts)
-
-    def _difference(self, value: Value, sources: dict[str, fx.Node], own: fx.Node | None) -> fx.Node:
-        return self._minus(self._combination(value, sources, own), sources[self.base])
-
-    def _combination(
-        self, value: Value, sources: Mapping[str, fx.Node], own: fx.Node | None, axes: Sequence[int] = (0, 1)
-    ) -> fx.Node | None:
-        """A value; None where it is zero. `axes`: those of prompts and positions."""
-        out: fx.Node | None = None
-        for factor, source in value.terms:
-            match source:
-                case FromWorld(world):
-                    term = sources[world]
-                case Mean(world, over_positions):
-                    over = list(axes) if over_positions else [axes[0]]
-                    term = self.call(aten.mean.dim, sources[world], over, True)
-                case Given(key):
-                    term = self.worlds.buffer("given", self.tensors[key])
-                case Itself():
-                    assert own is not None
-                    term = own
-            term = term if factor == 1.0 else self.call(operator.mul, term, factor)
-            out = term if out is None else self.call(operator.add, out, term)
-        return out
+        return self.call(operator.sub, written, self.worlds.chosen(self.worlds.heads(self.base, op.block), heads))
 
     # ---- small things
     def _changed_stream(self, x: VariantId, rank: int) -> fx.Node:
@@ -308,4 +287,4 @@ def compiled_graph(
     cells: MaskedCells, pieces: TracedPieces, worlds: tuple[str, ...], tensors: Mapping[str, Tensor]
 ) -> CompiledGraph:
     """The graph of an experiment's cells; `worlds` are its inputs in order, the base world first."""
-    return Emitter(cells, pieces, worlds, tensors).module(cells.root)
+    return Emitter(cells, pieces, worlds, tensors).module()

@@ -7,19 +7,18 @@ its entry's weight in the softmax is multiplied by `1 - mask`, which is no chang
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
 
+from patchc.codegen.stored import StoredNodes
 from patchc.codegen.worlds import Worlds, aten
 from patchc.ir.bits import bits
 from patchc.ir.dag import PATTERN, SCORES, Core, Replaced, ReplacedNeurons, Tokenwise, ValueId
 from patchc.ir.experiment import Blocked, Value
+from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
-
-Combination = Callable[[Value, Mapping[str, fx.Node], "fx.Node | None", Sequence[int]], "fx.Node | None"]
-"""A value from each world's node and the run's own; the axes are those of prompts and positions. None for zero."""
 
 LARGEST = 80.0
 """The exponential of more would be infinite; only weights of blocked entries, which come to nothing, are cut so."""
@@ -32,12 +31,12 @@ class Insides:
         self,
         worlds: Worlds,
         values: Sequence[Value],
-        combination: Combination,
+        stored: StoredNodes,
         mask_of: Callable[[int], fx.Node],
         rows_of: Callable[[Tokens], Tensor | None],
     ):
         self.worlds, self.call, self.values = worlds, worlds.call, values
-        self.combination, self.mask_of, self.rows_of = combination, mask_of, rows_of
+        self.stored, self.mask_of, self.rows_of = stored, mask_of, rows_of
 
     # ---- attention
     def z(self, core: Core, ports: Sequence[fx.Node]) -> fx.Node:
@@ -47,25 +46,21 @@ class Insides:
         hidden = self.call(aten.eq.Scalar, scores, float("-inf"))
         of_scores = core.replaced_at(SCORES)
         blocked = [r for r in of_scores if self._blocks(r.value)]
-        sources = {w: self.worlds.scores(w, core.block) for w in self.worlds.ids}
-        scores = self._set(scores, hidden, [r for r in of_scores if r not in blocked], sources)
+        scores = self._set(core.block, Site.SCORES, scores, hidden, [r for r in of_scores if r not in blocked])
         pattern = self._blocked(scores, blocked) if blocked else self.call(aten.softmax.int, scores, -1)
         of_pattern = core.replaced_at(PATTERN)
         if of_pattern:
-            sources = {w: self.worlds.pattern(w, core.block) for w in self.worlds.ids}
-            pattern = self._set(pattern, hidden, of_pattern, sources)
+            pattern = self._set(core.block, Site.PATTERN, pattern, hidden, of_pattern)
         return self.worlds.module(f"layer{layer}_mix", pattern, ports[2], name=f"z_{layer}")
 
     def _blocks(self, value: ValueId) -> bool:
         return any(isinstance(source, Blocked) for _, source in self.values[value].terms)
 
-    def _set(
-        self, own: fx.Node, hidden: fx.Node, replaced: Sequence[Replaced], sources: Mapping[str, fx.Node]
-    ) -> fx.Node:
+    def _set(self, block: int, site: Site, own: fx.Node, hidden: fx.Node, replaced: Sequence[Replaced]) -> fx.Node:
         """Scores or patterns with values at some entries; hidden ones stay as they are."""
         out = own
         for r in replaced:
-            value = self.combination(self.values[r.value], sources, own, (0, 2))
+            value = self.stored.entries(block, site, r.heads, self.values[r.value], own)
             gap = self.call(operator.neg, own) if value is None else self.call(operator.sub, value, own)
             gap = self.call(aten.masked_fill.Scalar, gap, hidden, 0.0)
             out = self.call(operator.add, out, self._weighted(gap, r.mask, self._entries(r)))
@@ -103,9 +98,8 @@ class Insides:
         """What an MLP with neurons set writes, `[b, s, d_model]`."""
         layer = self.worlds.residual.blocks[op.block].layer
         own = out = self.worlds.module(f"layer{layer}_mlp_post", stream, name=f"post_{layer}")
-        sources = {w: self.worlds.post(w, op.block) for w in self.worlds.ids}
         for r in op.replaced:
-            value = self.combination(self.values[r.value], sources, own, (0, 1))
+            value = self.stored.neurons(op.block, self.values[r.value], own)
             gap = self.call(operator.neg, own) if value is None else self.call(operator.sub, value, own)
             out = self.call(operator.add, out, self._weighted(gap, r.mask, self._neurons(r)))
         return self.worlds.module(f"layer{layer}_mlp_down", out, name=name)

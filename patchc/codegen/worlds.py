@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from patchc.ir.bits import bits
 from patchc.ir.graph import PORTS, BlockKind, Kind, ResidualGraph
 from patchc.model.pieces import TracedPieces
 
@@ -36,6 +37,10 @@ class Worlds:
 
     def call(self, function: Any, *args: Any, name: str | None = None) -> fx.Node:
         return self.graph.create_node("call_function", function, args, name=name)
+
+    def plus(self, x: fx.Node | None, y: fx.Node | None) -> fx.Node | None:
+        """A sum, None being zero."""
+        return (x or y) if x is None or y is None else self.call(operator.add, x, y)
 
     def module(self, piece: str, *args: fx.Node, name: str | None = None) -> fx.Node:
         """A piece of the model; what it reads of the statics follows its own arguments."""
@@ -116,6 +121,16 @@ class Worlds:
             ("heads", world, block),
             lambda: self.module(f"layer{layer}_write", self.z(world, block), name=f"{world}_heads_{layer}"),
         )
+
+    def chosen(self, heads: fx.Node, members: int) -> fx.Node:
+        """The sum of some heads of `[b, s, head, d_model]`."""
+        chosen = list(bits(members))
+        if len(chosen) == 1:
+            return self.call(aten.select.int, heads, 2, chosen[0])
+        if len(chosen) < self.residual.n_heads:
+            index = torch.tensor(chosen, device=self.pieces.device)
+            heads = self.call(aten.index_select.default, heads, 2, self.buffer("heads", index))
+        return self.call(aten.sum.dim_IntList, heads, [2])
 
     def z(self, world: str, block: int) -> fx.Node:
         """`[b, s, head, d_head]`."""

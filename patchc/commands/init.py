@@ -41,7 +41,7 @@ def _refuse_to_replace(path: Path, force: bool) -> None:
     if not path.parent.is_dir():
         raise PatchcError([no_directory(path, None)])
     if path.exists() and not force:
-        raise FILE_EXISTS.error(f"{path} is there already", fix="another name, or --force to replace it")
+        raise FILE_EXISTS.error(f"{path} is there already", fix="choose another name, or replace it with `--force`")
 
 
 def _from(folder: Path, model: str) -> str:

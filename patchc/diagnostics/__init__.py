@@ -63,7 +63,11 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One thing to tell the user. `message` is true, and enough, alone; `fix` can be pasted or followed."""
+    """One thing to tell the user. `message` is true, and enough, alone.
+
+    `fix` says what to do, as a phrase that can stand after `help:`: lower case, no full stop. What is to be pasted
+    stands in it in backticks, exactly as it is to be written; a near match is ``did you mean `end`?`` (see `nearest`).
+    """
 
     code: str
     message: str
@@ -152,6 +156,12 @@ class Report:
             raise PatchcError(self.diagnostics)
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
+def closest(name: str, names: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be, or None."""
     return next(iter(difflib.get_close_matches(name, list(names), 1, 0.6)), None)
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The `fix` for a name that was probably meant to be one of `names`, or None."""
+    found = closest(name, names)
+    return None if found is None else f"did you mean `{found}`?"

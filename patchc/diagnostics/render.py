@@ -26,6 +26,13 @@ def render(diagnostics: Iterable[Diagnostic], *, color: bool) -> str:
     return "\n".join("\n".join(_drawn(d, _Paint(color))) + "\n" for d in diagnostics)
 
 
+def counted(diagnostics: Iterable[Diagnostic]) -> str:
+    """`3 errors, 1 warning`; `no errors` where there are none."""
+    found = [d.severity for d in diagnostics]
+    told = [(found.count(s), s.value) for s in Severity if s in found or s is Severity.ERROR]
+    return ", ".join(f"{n or 'no'} {word}{'' if n == 1 else 's'}" for n, word in told)
+
+
 def to_json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
     """A dict each. Lines and columns count code points from 1; the end is after the last character."""
     return [

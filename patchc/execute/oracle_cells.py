@@ -104,7 +104,7 @@ class CellRun:
                 written = self.worlds.written(node, own)
                 return written if direct is None else written + direct
             case Site.Z:
-                return self.value(node, self.walk.at_node(node))[0]
+                return self._z(node, self.walk.at_node(node))
             case _:
                 return self._nodes.inside(node, self.walk.at_node(node), probe.site)
 
@@ -260,6 +260,17 @@ class CellRun:
                 own = change(own)
             self._values[key] = own, direct
         return self._values[key]
+
+    def _z(self, node: Node, arrival: Arrival) -> Tensor:
+        """A head's z, which what enters at the head's output comes too late to change."""
+        classes, starts = self.walk.settle(arrival, node)
+        changes, _ = self._changes(node, [s for s in starts if s.site is Site.Z])
+        z = self.worlds.own(self.base, node)
+        for tokens, state in classes:
+            z = torch.where(self.worlds.mask(tokens)[:, None], self._nodes.output(node, state), z)
+        for change in changes:
+            z = change(z)
+        return z
 
     def _changes(self, node: Node, starts: Iterable[Start]) -> tuple[tuple[Change, ...], Tensor | None]:
         """The values that enter at a node's output."""

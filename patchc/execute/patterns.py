@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from patchc.execute.base import PlainRun, token_numbers
+from patchc.execute.noise import prompt_noise
 from patchc.execute.stored import Stored
-from patchc.ir.dag import SCORES
+from patchc.ir.dag import PATTERN, SCORES
 from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Source, Value
+from patchc.ir.paths import Site
+from patchc.ir.tokens import Layout
 from patchc.model.pieces import Tables
 
 HIDDEN = float("-inf")
+SITES = {SCORES: Site.SCORES, PATTERN: Site.PATTERN}
 
 
 def pattern_of(scores: Tensor) -> Tensor:
@@ -37,25 +41,27 @@ class PlainRows:
 
     def scores(self, run: PlainRun, tokens: Tensor, width: int) -> Tensor:
         """Scores of queries at `tokens` `[n]` -> `[n, width]`: minus infinity where hidden, and beyond a prompt."""
+        return self._scores(run, self.stored.layout, self.tables, tokens, width)
+
+    def _scores(self, run: PlainRun, layout: Layout, tables: Tables, tokens: Tensor, width: int) -> Tensor:
         chosen, back = torch.unique(tokens, return_inverse=True)
-        layout = self.stored.layout
         out = torch.full((len(chosen), width), HIDDEN, device=tokens.device, dtype=self.stored.pieces.dtype)
         prompts = [layout.place(t)[0] for t in chosen.tolist()]
         for prompt in sorted(set(prompts)):
             mine = torch.tensor([i for i, p in enumerate(prompts) if p == prompt], device=tokens.device)
             length = layout.lengths[prompt]
-            shown = self._of_prompt(run, prompt, chosen[mine])[:, :width]
+            shown = self._of_prompt(run, layout, tables, prompt, chosen[mine])[:, :width]
             out[mine[:, None], torch.arange(min(length, width), device=tokens.device)] = shown
         return out[back]
 
-    def _of_prompt(self, run: PlainRun, prompt: int, tokens: Tensor) -> Tensor:
-        pieces, layout = self.stored.pieces, self.stored.layout
+    def _of_prompt(self, run: PlainRun, layout: Layout, tables: Tables, prompt: int, tokens: Tensor) -> Tensor:
+        pieces = self.stored.pieces
         q, k, _ = run.attention[self.block].ready
         keys = token_numbers(layout, [prompt], tokens.device)
         positions = (tokens - layout.offsets[prompt])[None]
         asked, looked_at = q[tokens][None, :, [self.head]], k[keys][:, :, [pieces.kv_head(self.head)]]
         length = layout.lengths[prompt]
-        return pieces.scores(self.layer, asked, looked_at, positions, length, self.tables, [self.head])[0, 0]
+        return pieces.scores(self.layer, asked, looked_at, positions, length, tables, [self.head])[0, 0]
 
     def value(self, port: int, value: Value, tokens: Tensor, own: Tensor) -> Tensor:
         """Rows of scores or patterns under `value` at `tokens`; `own` `[n, width]` is what the run itself has there."""
@@ -68,10 +74,7 @@ class PlainRows:
     def _source(self, port: int, source: Source, tokens: Tensor, width: int) -> Tensor:
         match source:
             case FromWorld(world):
-                # A token of a longer prompt looks at more than this many positions: its softmax is over all of them.
-                longest = max(width, max(self.stored.layout.lengths))
-                scores = self.scores(self.stored.runs[world], tokens, longest)
-                return (scores if port == SCORES else pattern_of(scores))[:, :width]
+                return self.of_world(port, world, tokens, width)
             case Mean():
                 return self._mean(port, source, tokens, width)
             case Moved(of, places):
@@ -79,24 +82,41 @@ class PlainRows:
                 return self._source(port, of, moved, width)
             case Blocked():
                 return torch.full((len(tokens), width), HIDDEN, device=tokens.device, dtype=self.stored.pieces.dtype)
-            case Noise() | Given() | Itself():
+            case Noise():
+                return self._noise(port, source, tokens, width)
+            case Given() | Itself():
                 raise AssertionError(f"no value of attention scores or patterns: {source}")
+
+    def of_world(self, port: int, world: str, tokens: Tensor, width: int) -> Tensor:
+        """Rows of a world at tokens of its own layout."""
+        layout = self.stored.prompts.world(world).layout
+        tables = self.tables if layout is None else self.stored.pieces.tables(layout)
+        layout = layout or self.stored.layout
+        # A token of a longer prompt looks at more than this many positions: its softmax is over all of them.
+        longest = max(width, *layout.lengths)
+        scores = self._scores(self.stored.runs[world], layout, tables, tokens, longest)
+        return (scores if port == SCORES else pattern_of(scores))[:, :width]
+
+    def _noise(self, port: int, noise: Noise, tokens: Tensor, width: int) -> Tensor:
+        """Noise has rows of the prompt's length."""
+        graph, prompts = self.stored.pieces.graph, self.stored.prompts
+        name = f"{graph.nodes[graph.blocks[self.block].first + self.head].name}.{SITES[port]}"
+        out = torch.zeros(len(tokens), width, dtype=torch.float64)
+        for i, token in enumerate(tokens.tolist()):
+            row, position = prompts.layout.place(token)
+            length = prompts.layout.lengths[row]
+            numbers = torch.from_numpy(prompt_noise(noise, name, row % prompts.n, length, length)[position])
+            out[i, :length] = numbers[:width] * noise.std
+        return out.to(tokens.device, self.stored.pieces.dtype)
 
     def _mean(self, port: int, mean: Mean, tokens: Tensor, width: int) -> Tensor:
         """The mean of rows, entry by entry: of patterns what is hidden counts as zero, of scores it does not count."""
         out: list[Tensor] = []
         for token in tokens.tolist():
-            rows = self._source(port, FromWorld(mean.world), self._averaged(mean, token, tokens.device), width)
+            averaged = torch.tensor(self.stored.average(mean).with_token(token), device=tokens.device)
+            rows = self.of_world(port, mean.world, averaged, width)
             shown = rows != HIDDEN
             total = rows.masked_fill(~shown, 0).sum(0)
             count = shown.sum(0) if port == SCORES else torch.full_like(total, len(rows))
             out.append((total / count.clamp_min(1)).masked_fill(count == 0, HIDDEN))
         return torch.stack(out)
-
-    def _averaged(self, mean: Mean, token: int, device: torch.device) -> Tensor:
-        """The tokens over which a mean at `token` is taken."""
-        layout = self.stored.layout
-        if mean.over_positions:
-            return torch.arange(layout.n_tokens, device=device)
-        position = layout.place(token)[1]
-        return torch.tensor([layout.offsets[p] + position for p, n in enumerate(layout.lengths) if n > position])

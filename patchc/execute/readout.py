@@ -1,11 +1,11 @@
-"""From final streams to metrics: logits where they are read, a number a prompt, float64.
+"""From what cells have at the ends of their paths to metrics: logits where they are read, a number a prompt, float64.
 
 What is reported of these numbers is for `statistics`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,22 +13,30 @@ from torch import Tensor
 
 from patchc.diagnostics import RULES
 from patchc.execute.indices import rows
+from patchc.execute.patterns import PlainRows
+from patchc.execute.places import probe_place
 from patchc.execute.statistics import Ends, Numbers, numbers
+from patchc.execute.stored import Stored
+from patchc.ir.dag import PATTERN, SCORES
 from patchc.ir.experiment import (
     Called,
     Constant,
+    Continuation,
     Expression,
     Kl,
     Measure,
     Metric,
+    NodeRead,
+    Probe,
     Product,
     Prompts,
     Quotient,
     Read,
     Sum,
 )
-from patchc.ir.tokens import Tokens
-from patchc.model.pieces import Pieces
+from patchc.ir.paths import Site
+from patchc.ir.program import End
+from patchc.model.pieces import Pieces, Tables
 from patchc.optimise.reads import leaves
 
 METRIC_FAILED = RULES.add("metric-failed", "a Python metric raised an error", exit=3)
@@ -38,61 +46,118 @@ MetricFunction = Callable[[Tensor], Tensor]
 UNEMBED_ROWS = 480
 
 
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What was read of some cells, in float64: `logits` `[cell, measured token, column or d_vocab]` (empty where no
+    metric reads them), and `nodes[probe]` `[cell, its token, width]`."""
+
+    n_cells: int
+    logits: Tensor
+    nodes: Mapping[Probe, Tensor]
+
+
 @dataclass
 class Readout:
-    """Evaluates an experiment's metrics on final streams `[measured token, d_model]`. `world_streams` are the plain
-    runs' whole final streams."""
+    """Evaluates an experiment's metrics on what its cells have at the ends `read_at`: for the logits the final stream,
+    `[measured token, d_model]`."""
 
     pieces: Pieces
     prompts: Prompts
-    measured: Tokens
+    read_at: tuple[End, ...]
     columns: tuple[int, ...] | None
     functions: Mapping[str, MetricFunction]
-    world_streams: Mapping[str, Tensor]
+    stored: Stored
+    tables: Tables
 
     def __post_init__(self) -> None:
-        self.places = {int(t): i for i, t in enumerate(rows(self.measured))}
+        self.row_of = {end.probe: {int(t): i for i, t in enumerate(rows(end.tokens))} for end in self.read_at}
+        self.places = self.row_of.get(None, {})
         self.column_of = {c: i for i, c in enumerate(self.columns or ())}
         self._log_probs: dict[str, Tensor] = {}
         self._of_all_prompts: set[str] = set()
         """Functions that give one number for all prompts together: there is no error of their mean."""
 
-    # ---- logits
-    def logits(self, streams: Tensor) -> Tensor:
+    # ---- what is read
+    def readings(self, at_ends: Sequence[Tensor]) -> Readings:
+        """From what some cells have at each end, `[cell, token, width]`."""
+        found = {end.probe: x for end, x in zip(self.read_at, at_ends, strict=True)}
+        final = found.pop(None, None)
+        logits = torch.empty(0) if final is None else self._logits(final)
+        return Readings(len(at_ends[0]), logits, {p: x.double() for p, x in found.items() if p is not None})
+
+    def _logits(self, streams: Tensor) -> Tensor:
         """`[cell, measured token, d_model]` to `[cell, measured token, column or d_vocab]`, float64."""
         cells, n, width = streams.shape
         columns = None if self.columns is None else torch.tensor(self.columns, device=streams.device)
         parts = [self.pieces.unembed(x, columns) for x in streams.reshape(-1, width).split(UNEMBED_ROWS)]
         return torch.cat(parts).double().view(cells, n, -1)
 
-    def of_world(self, world: str) -> Tensor:
-        """A plain run's final stream at the measured tokens, as one cell."""
-        return self.world_streams[world][rows(self.measured)][None]
+    def at_end(self, end: End, world: str) -> Tensor:
+        """What a plain run has at an end, `[token, width]`."""
+        run, probe, at = self.stored.runs[world], end.probe, rows(end.tokens)
+        if probe is not None and probe.site in (Site.SCORES, Site.PATTERN):
+            return self._entries(probe, world, at)
+        return (run.stream[-1] if probe is None else probe_place(self.pieces, probe).read(run))[at]
+
+    def _entries(self, probe: Probe, world: str, at: Tensor) -> Tensor:
+        node = self.pieces.graph.members(probe.nodes)[0]
+        assert node.layer is not None
+        assert node.head is not None
+        plain = PlainRows(self.stored, self.tables, node.block, node.layer, node.head)
+        port = SCORES if probe.site is Site.SCORES else PATTERN
+        return plain.of_world(port, world, at, max(self.prompts.layout.lengths))
+
+    def of_world(self, world: str) -> Readings:
+        """A plain run, as one cell."""
+        return self.readings([self.at_end(end, world)[None] for end in self.read_at])
 
     # ---- numbers
-    def per_prompt(self, expression: Expression, logits: Tensor) -> Tensor:
+    def per_prompt(self, expression: Expression, read: Readings) -> Tensor:
         """`[cell, prompt]`."""
         match expression:
             case Read():
-                return self._read(expression, logits)
+                return self._read(expression, read.logits)
+            case Continuation():
+                return self._continuation(expression, read.logits)
             case Kl(world, tokens):
-                return self._kl(world, tokens, logits)
+                return self._kl(world, tokens, read.logits)
+            case NodeRead():
+                return self._node(expression, read.nodes[expression.probe])
             case Called(name):
-                return self._called(name, logits)
+                return self._called(name, read.logits)
             case Constant(number):
-                return torch.full((len(logits), self.prompts.layout.n_prompts), number, dtype=torch.float64)
+                return torch.full((read.n_cells, self.prompts.n), number, dtype=torch.float64)
             case Sum(terms):
                 return sum(
-                    (f * self.per_prompt(e, logits) for f, e in terms[1:]),
-                    terms[0][0] * self.per_prompt(terms[0][1], logits),
+                    (f * self.per_prompt(e, read) for f, e in terms[1:]),
+                    terms[0][0] * self.per_prompt(terms[0][1], read),
                 )
             case Product(factors):
-                out = self.per_prompt(factors[0], logits)
+                out = self.per_prompt(factors[0], read)
                 for factor in factors[1:]:
-                    out = out * self.per_prompt(factor, logits)
+                    out = out * self.per_prompt(factor, read)
                 return out
             case Quotient(over, under):
-                return self.per_prompt(over, logits) / self.per_prompt(under, logits)
+                return self.per_prompt(over, read) / self.per_prompt(under, read)
+
+    def _node(self, leaf: NodeRead, values: Tensor) -> Tensor:
+        """Of `[cell, token, width]` at a probe."""
+        here = values[:, [self.row_of[leaf.probe][t] for t in leaf.tokens]]
+        if leaf.key is not None:
+            out = here @ self.stored.tensors[leaf.key].to(here)
+        elif leaf.neuron >= 0:
+            out = here[..., leaf.neuron]
+        else:
+            looked_at = [self.prompts.layout.place(t)[1] for t in leaf.sources]
+            out = here[:, range(len(looked_at)), looked_at]
+        return out.cpu()
+
+    def _continuation(self, leaf: Continuation, logits: Tensor) -> Tensor:
+        out: list[Tensor] = []
+        for answer, tokens in zip(leaf.answers, leaf.tokens, strict=True):
+            logprobs = logits[:, [self.places[t] for t in tokens]].log_softmax(-1)
+            out.append(logprobs[:, range(len(answer)), list(answer)].sum(-1))
+        return torch.stack(out, -1).cpu()
 
     def _read(self, read: Read, logits: Tensor) -> Tensor:
         at = [self.places[t] for t in read.tokens]
@@ -120,24 +185,24 @@ class Readout:
 
     def _kl(self, world: str, tokens: tuple[int, ...], logits: Tensor) -> Tensor:
         if world not in self._log_probs:
-            self._log_probs[world] = self.logits(self.of_world(world))[0].log_softmax(-1)
+            self._log_probs[world] = self.of_world(world).logits[0].log_softmax(-1)
         at = [self.places[t] for t in tokens]
         theirs = self._log_probs[world][at]
         return (theirs.exp() * (theirs - logits[:, at].log_softmax(-1))).sum(-1).cpu()
 
     def _called(self, name: str, logits: Tensor) -> Tensor:
-        layout = self.prompts.layout
+        n, at = self.prompts.n, [self.places[int(t)] for t in rows(self.prompts.alone)]
         out: list[Tensor] = []
         for cell in logits.to(self.pieces.dtype):
-            value = self._result_of(name, cell.view(layout.n_prompts, layout.lengths[0], -1))
-            if value.numel() not in (1, layout.n_prompts):
+            value = self._result_of(name, cell[at].view(n, self.prompts.own_lengths[0], -1))
+            if value.numel() not in (1, n):
                 raise METRIC_SHAPE.error(
                     f"`{name}` gave numbers of shape {list(value.shape)}; a metric gives one number,"
-                    f" or one a prompt: [{layout.n_prompts}]"
+                    f" or one a prompt: [{n}]"
                 )
-            if value.numel() < layout.n_prompts:
+            if value.numel() < n:
                 self._of_all_prompts.add(name)
-            out.append(value.reshape(-1).expand(layout.n_prompts))
+            out.append(value.reshape(-1).expand(n))
         return torch.stack(out).detach().cpu()
 
     def _result_of(self, name: str, logits: Tensor) -> Tensor:
@@ -160,7 +225,7 @@ class Readout:
 
     def _unpatched(self, metric: Metric, world: str) -> Tensor:
         """`[1, prompt]`: the metric in a plain run."""
-        return self.per_prompt(metric.expression, self.logits(self.of_world(world)))
+        return self.per_prompt(metric.expression, self.of_world(world))
 
     def _is_together(self, metric: Metric) -> bool:
         """Whether a part of the metric is one number for all prompts."""

@@ -47,17 +47,19 @@ def numbers(metric: Metric, values: Tensor, ends: Ends | None, together: bool = 
     """Of `values` `[cell, prompt]`, as they were read. `together`: they are one number for all prompts, said `prompt`
     times, whose error is not known."""
     normal = normalised(metric, values, ends)
+    # A ratio of means is taken of the means themselves: 0 and 1 at its ends, not nearly.
+    mean = normal.mean(-1) if metric.per_prompt else normalised(metric, values.mean(-1), ends)
     n = values.shape[-1]
     unknown = n < 2 or together
     stderr = torch.full_like(normal[:, 0], float("nan")) if unknown else normal.std(-1) / n**0.5
     if metric.interval is None or unknown:
-        return Numbers(normal, normal.mean(-1), stderr)
+        return Numbers(normal, mean, stderr)
     low, high = bootstrap(metric.interval, values, ends, metric.per_prompt)
-    return Numbers(normal, normal.mean(-1), stderr, low, high)
+    return Numbers(normal, mean, stderr, low, high)
 
 
 def normalised(metric: Metric, values: Tensor, ends: Ends | None) -> Tensor:
-    """`[cell, prompt]`: 0 at one end, 1 at the other, where the metric has ends."""
+    """`[cell, prompt]`, or of means `[cell]`: 0 at one end, 1 at the other, where the metric has ends."""
     if ends is None:
         return values
     zero, apart = ends.scale(metric.per_prompt)

@@ -52,25 +52,27 @@ class Sweep:
     def _run(self, progress: Callable[[int], None]) -> Outcome:
         program = self.program
         self._plain_runs()
+        stored = Stored(self.pieces, program.prompts, program.base, self.runs, self.tensors)
         self.readout = Readout(
             self.pieces,
             program.prompts,
-            program.measured,
+            program.ends,
             program.columns,
             self.functions,
-            {w: self.runs[w].stream[-1] for w in program.worlds},
+            stored,
+            self.tables,
         )
         metrics = program.experiment.metrics
         values = {m.name: self._of_base(m, len(program.roots)) for m in metrics}
         silent: list[int] = []
         done = len(program.no_effect)
         progress(done)
-        stored = Stored(self.pieces, program.prompts.layout, program.base, self.runs, self.tensors)
+        ends = [(self.readout.at_end(end, program.base), end.tokens) for end in program.ends]
         for work in program.passes:
-            walk = Walk(program.dag, self.pieces, self.tables, stored, program.measured)
-            streams = walk.streams([program.roots[c] for c in work.cells])
+            walk = Walk(program.dag, self.pieces, self.tables, stored)
+            found = walk.read([program.roots[c] for c in work.cells], ends)
             silent += [c for c, unfelt in zip(work.cells, walk.unfelt, strict=True) if unfelt]
-            self._measure(work.cells, streams, values)
+            self._measure(work.cells, found, values)
             done += len(work.cells)
             progress(done)
         return self._outcome(values, tuple(silent))
@@ -78,30 +80,30 @@ class Sweep:
     def _plain_runs(self) -> None:
         for world in self.program.worlds:
             if world not in self.runs:
-                prompts = self.program.prompts
-                self.runs[world] = run_world(self.pieces, prompts.world(world), prompts.layout, self.tables)
+                data = self.program.prompts.world(world)
+                layout = data.layout or self.program.prompts.layout
+                tables = self.tables if data.layout is None else self.pieces.tables(layout)
+                self.runs[world] = run_world(self.pieces, data, layout, tables)
 
     def _of_base(self, metric: Metric, n_cells: int) -> Tensor:
         """`[cell, prompt]`, the base run's number everywhere: what a cell without effect keeps."""
-        logits = self.readout.logits(self.readout.of_world(self.program.base))
-        return self.readout.per_prompt(metric.expression, logits).repeat(n_cells, 1)
+        return self._of_world(metric, self.program.base).repeat(n_cells, 1)
 
-    def _measure(self, cells: Sequence[int], streams: list[Tensor], values: dict[str, Tensor]) -> None:
-        """Reads the metrics of a pass's cells, some at a time."""
+    def _measure(self, cells: Sequence[int], found: list[list[Tensor]], values: dict[str, Tensor]) -> None:
+        """The metrics of a pass's cells, some at a time, from what each has at each end."""
         step = max(1, UNEMBED_ROWS // max(1, self.program.measured.bit_count()))
         for first in range(0, len(cells), step):
-            logits = self.readout.logits(torch.stack(streams[first : first + step]))
+            some = slice(first, first + step)
+            read = self.readout.readings([torch.stack(x) for x in zip(*found[some], strict=True)])
             for metric in self.program.experiment.metrics:
-                values[metric.name][list(cells[first : first + step])] = self.readout.per_prompt(
-                    metric.expression, logits
-                )
+                values[metric.name][list(cells[some])] = self.readout.per_prompt(metric.expression, read)
 
     def _outcome(self, values: dict[str, Tensor], silent: tuple[int, ...]) -> Outcome:
         metrics = self.program.experiment.metrics
         ends = {m.name: end for m in metrics if (end := self._apart(m)) is not None}
         numbers = {m.name: self.readout.numbers(m, values[m.name]) for m in metrics}
         unpatched = {
-            m.name: {w: self.readout.numbers(m, self._of_world(m, w)) for w in self.program.worlds} for m in metrics
+            m.name: {w: self.readout.numbers(m, self._of_world(m, w)) for w in self.program.aligned} for m in metrics
         }
         return Outcome(numbers, unpatched, ends, silent)
 
@@ -121,4 +123,4 @@ class Sweep:
 
     def _of_world(self, metric: Metric, world: str) -> Tensor:
         """`[1, prompt]`, as read."""
-        return self.readout.per_prompt(metric.expression, self.readout.logits(self.readout.of_world(world)))
+        return self.readout.per_prompt(metric.expression, self.readout.of_world(world))

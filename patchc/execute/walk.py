@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patchc.execute.attention import Attention
+from patchc.execute.entries import EntryRows
 from patchc.execute.indices import pick, rows, where
 from patchc.execute.packing import packed
 from patchc.execute.stored import Stored
@@ -22,11 +23,16 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
+    HeadZ,
     Masked,
     Mix,
+    Neurons,
     Out,
+    Projected,
     Run,
     Scale,
+    StoredZ,
     Stream,
     Sum,
     Tokenwise,
@@ -39,30 +45,39 @@ from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces, Tables
 from patchc.optimise.demand import demand
 
+STORED = (Const, Stream, StoredZ)
+
 
 @dataclass
 class Walk:
-    """The state of one pass. `streams()` gives the final stream of each root at the measured tokens."""
+    """The state of one pass. `measured`: the tokens at which `streams()` gives the final stream of each root."""
 
     dag: Dag
     pieces: Pieces
     tables: Tables
     stored: Stored
-    measured: Tokens
+    measured: Tokens = 0
 
     def streams(self, roots: Sequence[VariantId]) -> list[Tensor]:
         """For each root `[measured token, d_model]`: the base run's final stream with the root's difference added."""
+        final = self.stored.base_run.stream[-1][rows(self.measured)]
+        return [stream for (stream,) in self.read([(r,) for r in roots], [(final, self.measured)])]
+
+    def read(self, cells: Sequence[Sequence[VariantId]], ends: Sequence[tuple[Tensor, Tokens]]) -> list[list[Tensor]]:
+        """What each cell has at each end, `[token, width]`: the base run's numbers there, which `ends` gives with the
+        tokens, and the difference of the cell's root."""
         length = len(self.dag)
-        explicit = [self.dag.explicit(r) for r in roots]
+        explicit = [[self.dag.explicit(r) for r in roots] for roots in cells]
         try:
-            self.demand = demand(self.dag, ((r, self.measured) for r in explicit))
+            reads = [(r, tokens) for roots in explicit for r, (_, tokens) in zip(roots, ends, strict=True)]
+            self.demand = demand(self.dag, reads)
             self.values: dict[VariantId, Tensor] = {}
             self.left = list(self.demand.uses)
             self.zero: set[VariantId] = set()
             self._blocks()
-            streams = [self._final(r) for r in explicit]
-            self.unfelt = [self._is_unfelt(r) for r in explicit]
-            return streams
+            out = [[self._at_end(r, *end) for r, end in zip(roots, ends, strict=True)] for roots in explicit]
+            self.unfelt = [all(map(self._is_unfelt, roots)) for roots in explicit]
+            return out
         finally:
             self.dag.truncate(length)
 
@@ -77,19 +92,19 @@ class Walk:
                 continue
             seen.add(i)
             op = self.dag.ops[i]
-            if isinstance(op, Const | Stream) and self.demand.tokens[i] and i not in self.zero:
+            if isinstance(op, STORED) and self.demand.tokens[i] and i not in self.zero:
                 return False
-            if isinstance(op, Core | Tokenwise) and op.replaced:
+            if isinstance(op, Core | Tokenwise | Projected | Entries | Neurons) and op.replaced:
                 return False
             todo.extend(children(op))
         return True
 
-    def _final(self, root: VariantId) -> Tensor:
-        out = self.stored.base_run.stream[-1][rows(self.measured)]
-        here = self.demand.tokens[root] & self.measured
+    def _at_end(self, root: VariantId, base: Tensor, tokens: Tokens) -> Tensor:
+        here = self.demand.tokens[root] & tokens
         if root == EQUAL_TO_BASE or not here:
-            return out
-        out[where(self.measured, here)] += pick(self.value(root), self.demand.tokens[root], here)
+            return base
+        out = base.clone()
+        out[where(tokens, here)] += pick(self.value(root), self.demand.tokens[root], here)
         self.release(root)
         return out
 
@@ -98,7 +113,7 @@ class Walk:
         """A variant's difference at its demanded tokens; the reader calls `release` when it is done."""
         if i not in self.values:
             made = self.values[i] = self._make(i)
-            if isinstance(self.dag.ops[i], Const | Stream) and not bool(made.any()):
+            if isinstance(self.dag.ops[i], STORED) and not bool(made.any()):
                 self.zero.add(i)
         return self.values[i]
 
@@ -110,29 +125,31 @@ class Walk:
     def _make(self, i: VariantId) -> Tensor:
         tokens = self.demand.tokens[i]
         match self.dag.ops[i]:
-            case Const(block, members, value, _):
-                return self.stored.node(block, members, self.dag.values[value], rows(tokens))
-            case Stream(rank, value, _):
-                return self.stored.stream(rank, self.dag.values[value], rows(tokens))
+            case Const(block, members, value, _, site):
+                return self.stored.node(block, members, self.dag.values[value], rows(tokens), site)
+            case Stream(rank, value, _, block):
+                return self.stored.stream(rank, self.dag.values[value], rows(tokens), block)
+            case StoredZ(block, head, value, _):
+                return self.stored.z(block, head, self.dag.values[value], rows(tokens))
             case Sum(parts):
                 return self._add([(tokens, p) for p in parts], tokens)
             case Mix(parts):
                 return self._add(parts, tokens)
             case Scale(factor, x):
                 return factor * self._add([(tokens, x)], tokens)
-            case Core() | Out() | Tokenwise() | Run() | Masked() as op:
+            case Core() | Out() | Tokenwise() | Run() | Masked() | Projected() | HeadZ() | Entries() | Neurons() as op:
                 raise AssertionError(f"variant {i} was read before its block ran: {op}")
 
     def _add(self, parts: Sequence[tuple[Tokens, VariantId]], tokens: Tokens) -> Tensor:
         """The sum of parts, each at its own tokens."""
-        out = torch.zeros(
-            tokens.bit_count(), self.dag.graph.d_model, device=self.pieces.device, dtype=self.pieces.dtype
-        )
+        out: Tensor | None = None
         for some, p in parts:
-            here = some & tokens & self.dag.changed[p]
-            if here:
-                out[where(tokens, here)] += pick(self.value(p), self.demand.tokens[p], here)
+            if here := some & tokens & self.dag.changed[p]:
+                value = self.value(p)
+                out = value.new_zeros(tokens.bit_count(), value.shape[1]) if out is None else out
+                out[where(tokens, here)] += pick(value, self.demand.tokens[p], here)
                 self.release(p)
+        assert out is not None, "a variant is asked for where it changes something"
         return out
 
     def stream_rows(self, rank: int, parts: Sequence[tuple[VariantId, Tokens]]) -> Tensor:
@@ -173,9 +190,9 @@ class Walk:
         for i, op in enumerate(self.dag.ops):
             if self.demand.tokens[i]:
                 match op:
-                    case Tokenwise(block):
+                    case Tokenwise(block) | Projected(block) | Entries(block) | Neurons(block):
                         out.setdefault(block, []).append(i)
-                    case Out(core):
+                    case Out(core) | HeadZ(core):
                         core_op = self.dag.ops[core]
                         assert isinstance(core_op, Core)
                         out.setdefault(core_op.block, []).append(i)
@@ -190,6 +207,9 @@ class Walk:
             mine = [(i, tokens[i].bit_count()) for i, op in ops.items() if self._mlp_kind(op) == kind]
             for batch in packed(mine):
                 self._keep(batch, kind(index, [(i, ops[i]) for i in batch]))
+        for i in variants:
+            if isinstance(op := self.dag.ops[i], Neurons):
+                self.values[i] = self._neurons(index, i, op)
         self.stored.forget(index)
 
     def _mlp_kind(self, op: Tokenwise) -> Callable[[int, list[tuple[VariantId, Tokenwise]]], Tensor]:
@@ -205,6 +225,17 @@ class Walk:
 
     def _run_neurons(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
         """The same with neurons set."""
+        post = self._posts(index, batch)
+        at = torch.cat([rows(self.demand.tokens[i]) for i, _ in batch])
+        return self.pieces.mlp_down(self._layer(index), post) - self.stored.base_run.mlp[index][at]
+
+    def _neurons(self, index: int, i: VariantId, op: Neurons) -> Tensor:
+        """Neurons less the base run's, `[n, d_mlp]`."""
+        base = self.stored.post(self.stored.base_run, index)
+        return self._posts(index, [(i, op)]) - base[rows(self.demand.tokens[i])]
+
+    def _posts(self, index: int, batch: Sequence[tuple[VariantId, Tokenwise | Neurons]]) -> Tensor:
+        """Neurons on changed streams, with those that are set, `[rows, d_mlp]`."""
         layer = self._layer(index)
         post = self.pieces.mlp_post(layer, self._inputs(index, batch))
         sizes = [self.demand.tokens[i].bit_count() for i, _ in batch]
@@ -215,30 +246,38 @@ class Walk:
                     at, columns = where(self.demand.tokens[i], here), list(bits(r.neurons))
                     value = self.stored.neurons(index, self.dag.values[r.value], rows(here), own[at])
                     mine[at] = mine[at].index_copy(1, torch.tensor(columns, device=mine.device), value[:, columns])
-        at = torch.cat([rows(self.demand.tokens[i]) for i, _ in batch])
-        return self.pieces.mlp_down(layer, post) - self.stored.base_run.mlp[index][at]
+        return post
 
     def _stored_neurons(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
-        """Stored neurons less the base run's, written: one product for all, over the neurons that some variant sets."""
-        neurons = sorted({n for _, op in batch for r in op.replaced for n in bits(r.neurons)})
-        column = {n: c for c, n in enumerate(neurons)}
-        sizes = [self.demand.tokens[i].bit_count() for i, _ in batch]
-        gaps = torch.zeros(sum(sizes), len(neurons), device=self.pieces.device, dtype=self.pieces.dtype)
+        """Stored neurons less the base run's, written: variants that set the same neurons in one product."""
+        groups: dict[int, list[tuple[VariantId, Tokenwise]]] = {}
+        for i, op in batch:
+            groups.setdefault(op.neurons, []).append((i, op))
         known: dict[tuple[ValueId, Tokens], Tensor] = {}
-        for (i, op), mine in zip(batch, gaps.split(sizes), strict=True):
-            for r in op.replaced:
-                here = r.tokens & self.demand.tokens[i]
-                if here and (r.value, here) not in known:
-                    own = self.stored.post(self.stored.base_run, index)[rows(here)]
-                    value = self.stored.neurons(index, self.dag.values[r.value], rows(here), own)
-                    known[r.value, here] = (value - own)[:, neurons]
-                if here:
-                    columns = [column[n] for n in bits(r.neurons)]
-                    at = torch.arange(len(mine), device=mine.device)[where(self.demand.tokens[i], here)]
-                    mine[at[:, None], columns] = known[r.value, here][:, columns]
-        return self.pieces.neurons(self._layer(index), gaps, neurons)
+        written: dict[VariantId, Tensor] = {}
+        for neurons, group in groups.items():
+            gaps = [self._gap(index, i, op, known) for i, op in group]
+            out = self.pieces.neurons(self._layer(index), torch.cat(gaps), list(bits(neurons)))
+            for (i, _), part in zip(group, out.split([len(g) for g in gaps]), strict=True):
+                written[i] = part
+        return torch.cat([written[i] for i, _ in batch])
 
-    def _inputs(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
+    def _gap(self, index: int, i: VariantId, op: Tokenwise, known: dict[tuple[ValueId, Tokens], Tensor]) -> Tensor:
+        """What the neurons that a variant sets have more than in the base run, `[token, neuron]`; `known` has the
+        differences of whole layers."""
+        neurons, demanded = list(bits(op.neurons)), self.demand.tokens[i]
+        out = torch.zeros(demanded.bit_count(), len(neurons), device=self.pieces.device, dtype=self.pieces.dtype)
+        for r in op.replaced:
+            if here := r.tokens & demanded:
+                if (r.value, here) not in known:
+                    own = self.stored.post(self.stored.base_run, index)[rows(here)]
+                    known[r.value, here] = self.stored.neurons(index, self.dag.values[r.value], rows(here), own) - own
+                mine = [column for column, n in enumerate(neurons) if r.neurons >> n & 1]
+                at = torch.arange(len(out), device=out.device)[where(demanded, here)]
+                out[at[:, None], mine] = known[r.value, here][:, [neurons[column] for column in mine]]
+        return out
+
+    def _inputs(self, index: int, batch: Sequence[tuple[VariantId, Tokenwise | Neurons]]) -> Tensor:
         """The streams that some MLPs read, `[rows, d_model]`."""
         rank, tokens = self.dag.graph.blocks[index].rank, self.demand.tokens
         x = self.stream_rows(rank, [(op.input, tokens[i]) for i, op in batch])
@@ -256,14 +295,49 @@ class Walk:
         block = self.dag.graph.blocks[index]
         assert block.layer is not None
         outs = [(i, op) for i in variants if isinstance(op := self.dag.ops[i], Out)]
-        cores = sorted({op.core for _, op in outs})
+        read = [(i, op) for i in variants if isinstance(op := self.dag.ops[i], HeadZ)]
+        for i in variants:
+            match self.dag.ops[i]:
+                case Projected() as op:
+                    self.values[i] = self._projected(block.layer, op, self.demand.tokens[i])
+                case Entries() as op:
+                    self.values[i] = EntryRows(self, block.layer, op).differences(self.demand.tokens[i])
+                    self._release_all(op)
+                case _:
+                    pass
+        cores = sorted({op.core for _, op in (*outs, *read)})
         z = Attention(self, index, block.layer).cores(cores)
+        for i, op in read:
+            heads, values = z[op.core]
+            values = pick(values, self.demand.tokens[op.core], self.demand.tokens[i])
+            self.values[i] = values[:, heads.index(op.head)]
         by_heads: dict[int, list[tuple[VariantId, VariantId]]] = {}
         for i, op in outs:
             by_heads.setdefault(op.heads, []).append((i, op.core))
         for heads, group in by_heads.items():
             for batch in packed([((i, core), self.demand.tokens[i].bit_count()) for i, core in group]):
                 self._keep([i for i, _ in batch], self._written(block.layer, heads, batch, z))
+
+    def _release_all(self, op: Entries) -> None:
+        for x in (op.q, op.k):
+            if x:
+                self.release(x)
+
+    def _projected(self, layer: int, op: Projected, tokens: Tokens) -> Tensor:
+        """A head's q, k or v less the base run's, `[n, d_head]`."""
+        column = op.head if op.port == 0 else self.pieces.kv_head(op.head)
+        base = self.stored.base_run.attention[op.block].raw[op.port][rows(tokens)][:, column]
+        out = base.clone()
+        if here := tokens & self.dag.changed[op.input]:
+            x = self.stream_rows(self.dag.graph.blocks[op.block].rank, [(op.input, here)])
+            self.release(op.input)
+            y = self.pieces.norm(layer, op.port, x)
+            out[where(tokens, here)] = self.pieces.project(layer, op.port, y, [column])[:, 0]
+        for r in op.replaced:
+            if here := tokens & r.tokens:
+                at, value = where(tokens, here), self.dag.values[r.value]
+                out[at] = self.stored.projection(op.block, op.port, op.head, value, rows(here), out[at])
+        return out - base
 
     def _written(
         self,

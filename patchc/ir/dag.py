@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from patchc.ir.experiment import Value
+from patchc.ir.experiment import Given, Noise, Value
 from patchc.ir.graph import BlockKind, ResidualGraph
+from patchc.ir.paths import Site
 from patchc.ir.tokens import Layout, Tokens
 
 ValueId = int
@@ -23,21 +24,25 @@ NEVER = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Const:
-    """The stored value of some members of a block (bits, counted from the block's first node) at `tokens`."""
+    """The stored value of some members of a block (bits, counted from the block's first node) at `tokens`. `site` is
+    `OUT` unless a value has another effect elsewhere: noise on heads' z, noise or a tensor for all attention output."""
 
     block: int
     members: int
     value: ValueId
     tokens: Tokens
+    site: Site = Site.OUT
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The stored value of the whole stream below `rank`, at `tokens`."""
+    """The stored value of the whole stream below `rank`, at `tokens`; with noise that only the MLP of `block` reads,
+    which is that MLP's own."""
 
     rank: int
     value: ValueId
     tokens: Tokens
+    block: int = -1
 
 
 SCORES, PATTERN = 3, 4
@@ -108,6 +113,14 @@ class Tokenwise:
     input: VariantId
     replaced: tuple[ReplacedNeurons, ...] = ()
 
+    @property
+    def neurons(self) -> int:
+        """All neurons that are set somewhere."""
+        out = 0
+        for r in self.replaced:
+            out |= r.neurons
+        return out
+
 
 @dataclass(frozen=True, slots=True)
 class Sum:
@@ -146,7 +159,60 @@ class Run:
     input: VariantId
 
 
-Op = Const | Stream | Core | Out | Tokenwise | Sum | Scale | Mix | Masked | Run
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """A head's q, k or v before rotary, `[token, d_head]`: for a metric that reads it, no stream value."""
+
+    block: int
+    port: int
+    head: int
+    input: VariantId
+    replaced: tuple[Replaced, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """A head's scores or pattern (`port`), a row a token, `[token, longest prompt]`, likewise. `q` and `k` are
+    projections of that head."""
+
+    block: int
+    head: int
+    port: int
+    q: VariantId
+    k: VariantId
+    replaced: tuple[Replaced, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Neurons:
+    """An MLP's neurons, `[token, d_mlp]`, likewise."""
+
+    block: int
+    input: VariantId
+    replaced: tuple[ReplacedNeurons, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadZ:
+    """A head's z, `[token, d_head]`, likewise."""
+
+    core: VariantId
+    head: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredZ:
+    """The stored z of a head at `tokens`, likewise."""
+
+    block: int
+    head: int
+    value: ValueId
+    tokens: Tokens
+
+
+Inner = Projected | Entries | Neurons | HeadZ | StoredZ
+"""Values inside a node: metrics read them, and nothing else does."""
+Op = Const | Stream | Core | Out | Tokenwise | Sum | Scale | Mix | Masked | Run | Inner
 
 
 @dataclass
@@ -196,11 +262,14 @@ class Dag:
             self.low.append(low)
         return found
 
-    def const(self, block: int, members: int, value: Value, tokens: Tokens) -> VariantId:
-        return self.make(Const(block, members, self.value(value), tokens), tokens, NEVER)
+    def const(self, block: int, members: int, value: Value, tokens: Tokens, site: Site = Site.OUT) -> VariantId:
+        if not any(isinstance(source, Noise | Given) for _, source in value.terms):
+            site = Site.OUT  # sums of a node's parts: one value, wherever it is said to enter
+        return self.make(Const(block, members, self.value(value), tokens, site), tokens, NEVER)
 
-    def stream(self, rank: int, value: Value, tokens: Tokens) -> VariantId:
-        return self.make(Stream(rank, self.value(value), tokens), tokens, NEVER)
+    def stream(self, rank: int, value: Value, tokens: Tokens, block: int = -1) -> VariantId:
+        block = block if any(isinstance(source, Noise) for _, source in value.terms) else -1
+        return self.make(Stream(rank, self.value(value), tokens, block), tokens, NEVER)
 
     def masked(self, input: VariantId, starts: tuple[tuple[int, Tokens, VariantId], ...]) -> VariantId:
         changed = self.changed[input]
@@ -231,6 +300,36 @@ class Dag:
             changed |= r.tokens
         rank = self.graph.blocks[block].rank
         return self.make(Tokenwise(block, input, replaced), changed, min(rank, self.low[input]))
+
+    def projected(
+        self, block: int, port: int, head: int, input: VariantId, replaced: tuple[Replaced, ...]
+    ) -> VariantId:
+        changed = self.changed[input]
+        for r in replaced:
+            changed |= r.tokens
+        rank = self.graph.blocks[block].rank
+        return self.make(Projected(block, port, head, input, replaced), changed, min(rank, self.low[input]))
+
+    def entries(
+        self, block: int, head: int, port: int, q: VariantId, k: VariantId, replaced: tuple[Replaced, ...]
+    ) -> VariantId:
+        changed = self.changed[q] | self.spread(self.changed[k])
+        for r in replaced:
+            changed |= r.tokens
+        return self.make(Entries(block, head, port, q, k, replaced), changed, self.graph.blocks[block].rank)
+
+    def neurons(self, block: int, input: VariantId, replaced: tuple[ReplacedNeurons, ...]) -> VariantId:
+        changed = self.changed[input]
+        for r in replaced:
+            changed |= r.tokens
+        rank = self.graph.blocks[block].rank
+        return self.make(Neurons(block, input, replaced), changed, min(rank, self.low[input]))
+
+    def head_z(self, core: VariantId, head: int) -> VariantId:
+        return self.make(HeadZ(core, head), self.changed[core], self.low[core])
+
+    def stored_z(self, block: int, head: int, value: Value, tokens: Tokens) -> VariantId:
+        return self.make(StoredZ(block, head, self.value(value), tokens), tokens, NEVER)
 
     def sum(self, parts: Iterable[VariantId]) -> VariantId:
         """A part that stands twice counts twice."""
@@ -309,10 +408,12 @@ def children(op: Op) -> Iterator[VariantId]:
             yield from parts
         case Core(_, q, k, v, _):
             yield from (q, k, v)
-        case Out(core, _):
+        case Out(core, _) | HeadZ(core, _):
             yield core
-        case Tokenwise(_, x) | Scale(_, x) | Run(_, x):
+        case Tokenwise(_, x) | Scale(_, x) | Run(_, x) | Projected(_, _, _, x) | Neurons(_, x):
             yield x
+        case Entries(_, _, _, q, k):
+            yield from (q, k)
         case Mix(parts):
             for _, x in parts:
                 yield x
@@ -320,5 +421,5 @@ def children(op: Op) -> Iterator[VariantId]:
             yield x
             for _, _, value in starts:
                 yield value
-        case Const() | Stream():
+        case Const() | Stream() | StoredZ():
             pass

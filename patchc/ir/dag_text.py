@@ -14,21 +14,26 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
+    HeadZ,
     Masked,
     Mix,
+    Neurons,
     Op,
     Out,
+    Projected,
     Replaced,
     ReplacedNeurons,
     Run,
     Scale,
+    StoredZ,
     Stream,
     Sum,
     Tokenwise,
     VariantId,
 )
-from patchc.ir.experiment import Value
 from patchc.ir.graph import PORTS
+from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 from patchc.ir.value_text import ValueText
 from patchc.ir.wording import Wording
@@ -57,10 +62,11 @@ def _name(variant: VariantId) -> str:
 
 def _op(dag: Dag, op: Op) -> str:
     match op:
-        case Const(block, members, value, _):
-            return f"stored {_members(dag, block, members)} of {_value(dag, dag.values[value])}"
+        case Const(block, members, value, _, site):
+            where = "" if site is Site.OUT else f".{site}"
+            return f"stored {_members(dag, block, members)}{where} of {_value(dag, value)}"
         case Stream(rank, value, _):
-            return f"stored stream below rank {rank} of {_value(dag, dag.values[value])}"
+            return f"stored stream below rank {rank} of {_value(dag, value)}"
         case Core(block, q, k, v, replaced):
             inputs = ", ".join(f"{p}: {_name(x)}" for p, x in zip(PORTS, (q, k, v), strict=True))
             return f"attention {dag.graph.blocks[block].layer}({inputs})" + "".join(_replaced(dag, r) for r in replaced)
@@ -68,6 +74,22 @@ def _op(dag: Dag, op: Op) -> str:
             block = dag.ops[core]
             assert isinstance(block, Core)
             return f"{_members(dag, block.block, heads)} of {_name(core)}"
+        case Projected(block, port, head, x, replaced):
+            return f"{_members(dag, block, 1 << head)}.{PORTS[port]}({_name(x)})" + "".join(
+                _replaced(dag, r) for r in replaced
+            )
+        case Entries(block, head, port, q, k, replaced):
+            name = f"{_members(dag, block, 1 << head)}.{'scores' if port == SCORES else 'pattern'}"
+            return f"{name}(q: {_name(q)}, k: {_name(k)})" + "".join(_replaced(dag, r) for r in replaced)
+        case Neurons(block, x, replaced):
+            layer = dag.graph.blocks[block].layer
+            return f"mlp[{layer}].post({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
+        case HeadZ(core, head):
+            block = dag.ops[core]
+            assert isinstance(block, Core)
+            return f"{_members(dag, block.block, 1 << head)}.z of {_name(core)}"
+        case StoredZ(block, head, value, _):
+            return f"stored {_members(dag, block, 1 << head)}.z of {_value(dag, value)}"
         case Tokenwise(block, x, replaced):
             return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
         case Sum(parts):
@@ -90,18 +112,18 @@ def _members(dag: Dag, block: int, members: int) -> str:
 def _replaced(dag: Dag, r: Replaced) -> str:
     site = f"{(*PORTS, 'scores', 'pattern')[r.port]} of heads {_numbers(r.heads)}"
     looking = f", looking at {positions(dag, r.sources)}" if r.port >= SCORES else ""
-    return f" with {site} = {_value(dag, dag.values[r.value])} @ {positions(dag, r.tokens)}{looking}"
+    return f" with {site} = {_value(dag, r.value)} @ {positions(dag, r.tokens)}{looking}"
 
 
 def _neurons(dag: Dag, r: ReplacedNeurons) -> str:
     every = r.neurons == (1 << dag.graph.d_mlp) - 1
     which = "all neurons" if every else f"neurons {_numbers(r.neurons)}"
-    return f" with {which} = {_value(dag, dag.values[r.value])} @ {positions(dag, r.tokens)}"
+    return f" with {which} = {_value(dag, r.value)} @ {positions(dag, r.tokens)}"
 
 
 def _numbers(members: int) -> str:
     return ",".join(map(str, bits(members)))
 
 
-def _value(dag: Dag, value: Value) -> str:
-    return ValueText(Wording(dag.layout)).value(value)
+def _value(dag: Dag, value: int) -> str:
+    return ValueText(Wording(dag.layout)).value(dag.values[value])

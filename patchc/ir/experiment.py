@@ -12,7 +12,7 @@ from functools import cached_property
 from patchc.diagnostics import Span
 from patchc.ir.graph import Nodes
 from patchc.ir.paths import Path, Site
-from patchc.ir.tokens import Layout
+from patchc.ir.tokens import Layout, Tokens
 
 # ---- data
 
@@ -53,6 +53,14 @@ class Prompts:
     def own_lengths(self) -> tuple[int, ...]:
         """The length of each row's prompt, without an answer that follows it."""
         return self.own or self.layout.lengths
+
+    @cached_property
+    def alone(self) -> Tokens:
+        """Every token of every prompt, once: no copies, no answers that follow."""
+        out = 0
+        for row in range(self.n):
+            out |= ((1 << self.own_lengths[row]) - 1) << self.layout.offsets[row]
+        return out
 
     @cached_property
     def _worlds(self) -> dict[str, World]:

@@ -6,10 +6,11 @@ A pass is one walk over the model's blocks; every matrix product in it takes the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from patchc.ir.dag import Dag, VariantId
-from patchc.ir.experiment import Experiment, Prompts
+from patchc.ir.experiment import Experiment, Probe, Prompts
 from patchc.ir.tokens import Tokens
 
 
@@ -21,6 +22,14 @@ class Pass:
     rows: tuple[int, ...]
     """Token rows that each block computes."""
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where metrics read a run: the logits (`probe` None) or a node, at these tokens."""
+
+    probe: Probe | None
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +46,15 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`roots[cell]` is the cell's final stream; `measured` the tokens that the metrics read; `columns` the token ids
-    whose logits they read (None: the whole vocabulary); `worlds` the worlds that must be run, the base world first."""
+    """`roots[cell]` are what is read of the cell, one for each of `ends` (the logits' is its final stream); `columns`
+    the token ids whose logits are read (None: the whole vocabulary); `worlds` the worlds that must be run, the base
+    world first."""
 
     experiment: Experiment
     prompts: Prompts
     dag: Dag
-    roots: tuple[VariantId, ...]
-    measured: Tokens
+    roots: tuple[tuple[VariantId, ...], ...]
+    ends: tuple[End, ...]
     columns: tuple[int, ...] | None
     worlds: tuple[str, ...]
     passes: tuple[Pass, ...]
@@ -54,6 +64,20 @@ class Program:
     @property
     def base(self) -> str:
         return self.worlds[0]
+
+    def reads(self, cells: Iterable[int]) -> list[tuple[VariantId, Tokens]]:
+        """The roots of some cells, each with the tokens at which it is read."""
+        return [(root, end.tokens) for c in cells for root, end in zip(self.roots[c], self.ends, strict=True)]
+
+    @property
+    def aligned(self) -> tuple[str, ...]:
+        """The worlds of the study's own prompts: all but those of other data."""
+        return tuple(w for w in self.worlds if self.prompts.world(w).layout is None)
+
+    @property
+    def measured(self) -> Tokens:
+        """The tokens at which logits are read."""
+        return next((end.tokens for end in self.ends if end.probe is None), 0)
 
     @property
     def n_passes(self) -> int:

@@ -11,13 +11,19 @@ from patchc.ir.dag import (
     Const,
     Core,
     Dag,
+    Entries,
+    HeadZ,
+    Inner,
     Masked,
     Mix,
+    Neurons,
     Op,
     Out,
+    Projected,
     Replaced,
     Run,
     Scale,
+    StoredZ,
     Stream,
     Sum,
     Tokenwise,
@@ -50,8 +56,10 @@ def _broken(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]:
     for child in children(op):
         if not 0 <= child < i:
             yield "reads-an-earlier-variant", f"v{i} reads v{child}"
-        elif isinstance(dag.ops[child], Core) != isinstance(op, Out):
+        elif isinstance(dag.ops[child], Core) != isinstance(op, Out | HeadZ):
             yield "z-is-read-by-out-alone", f"v{i} reads v{child}, {type(dag.ops[child]).__name__}"
+        elif isinstance(dag.ops[child], Inner) and not isinstance(op, Mix | Sum | Scale | Masked | Entries):
+            yield "no-node-reads-what-is-inside-one", f"v{i} reads v{child}, {type(dag.ops[child]).__name__}"
         elif isinstance(dag.ops[child], Run) and not isinstance(op, Mix):
             yield "a-run-ends-at-the-logits", f"v{i} reads the suffix v{child}"
     if not dag.changed[i] or dag.changed[i] & ~dag.layout.all:
@@ -71,6 +79,9 @@ def _broken_by_kind(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]
             if dag.graph.blocks[block].kind is not kind:
                 yield "runs-a-block-of-its-kind", f"v{i} runs block {block}, {dag.graph.blocks[block].kind}"
             yield from _broken_replaced(dag, i, op)
+        case Projected(block, _, head) | StoredZ(block, head):
+            if dag.graph.blocks[block].kind is not BlockKind.ATTENTION or head >= dag.graph.n_heads:
+                yield "names-what-there-is", f"v{i} is of head {head} of block {block}"
         case Out(_, heads):
             if not heads or heads >> dag.graph.n_heads:
                 yield "names-what-there-is", f"v{i} writes heads {heads:b}"
@@ -82,7 +93,9 @@ def _broken_by_kind(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]
         case Scale(factor, _):
             if factor in (0.0, 1.0):
                 yield "is-in-normal-form", f"v{i} scales by {factor}"
-        case Stream() | Masked() | Run():
+        case Entries(block, head) if head >= dag.graph.n_heads:
+            yield "names-what-there-is", f"v{i} is of head {head} of block {block}"
+        case Stream() | Masked() | Run() | HeadZ() | Entries() | Neurons():
             pass
 
 

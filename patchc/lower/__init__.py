@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
 from patchc.ir.dag import Dag, VariantId
 from patchc.ir.experiment import Experiment, Patch, Prompts
 from patchc.ir.graph import ResidualGraph
-from patchc.ir.tokens import Tokens
+from patchc.ir.program import End
 from patchc.lower.fold import Fold, Folded
 
 NO_EFFECT = RULES.add("no-effect", "a patch provably changes nothing that is measured")
@@ -17,10 +17,10 @@ NO_EFFECT = RULES.add("no-effect", "a patch provably changes nothing that is mea
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The final stream of each cell, and the cells whose measured tokens provably equal the base run's."""
+    """What each cell's ends read, and the cells in which all that is measured provably equals the base run's."""
 
     dag: Dag
-    roots: tuple[VariantId, ...]
+    roots: tuple[tuple[VariantId, ...], ...]
     no_effect: tuple[int, ...]
 
 
@@ -28,21 +28,22 @@ def lower(
     experiment: Experiment,
     prompts: Prompts,
     graph: ResidualGraph,
-    measured: Tokens,
+    ends: Sequence[End],
     progress: Callable[[int], None] | None = None,
 ) -> Lowered:
     """Fold every cell into one DAG. A patch that bites in no cell is an error, and so is an experiment of one cell that
-    changes nothing at the measured tokens; a sweep's cells that change nothing are counted."""
+    changes nothing that is measured; a sweep's cells that change nothing are counted."""
     dag = Dag(graph, prompts.layout)
     fold = Fold(dag, prompts, experiment.run)
-    roots: list[VariantId] = []
+    probes = [end.probe for end in ends]
+    roots: list[tuple[VariantId, ...]] = []
     dead: list[int] = []
     written: dict[Span | int, bool] = {}
     faults: list[Diagnostic] = []
     for number, cell in enumerate(experiment.cells):
-        folded = fold.cell(cell.patches)
-        roots.append(folded.root)
-        if not dag.changed[folded.root] & measured:
+        folded = fold.cell(cell.patches, probes)
+        roots.append(folded.roots)
+        if not any(dag.changed[root] & end.tokens for root, end in zip(folded.roots, ends, strict=True)):
             dead.append(number)
         _note_bites(written, cell.patches, folded)
         faults += [f for f in folded.faults if f not in faults]

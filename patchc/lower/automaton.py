@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from patchc.ir.bits import bits, bitset
 from patchc.ir.experiment import Patch, Value
-from patchc.ir.graph import QKV, ResidualGraph
+from patchc.ir.graph import QKV, Nodes, ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Alt, Edges, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Tokens
 
@@ -52,8 +52,8 @@ class Automaton:
         """For each watch: the atoms that it watches, and the value that enters where none of them matches."""
         self.partial: list[int] = []
         """Complement patches whose own paths begin at a part of a pattern or of an MLP's neurons."""
-        self.last: list[tuple[Tokens, Atoms]] = []
-        """What the logits read: (tokens, atoms that may match the last writer)."""
+        self.last: list[tuple[int, Step]] = []
+        """The atoms at which paths end, with the steps as they are written."""
         for number, patch in enumerate(patches):
             self._add_patch(number, patch)
         self.plain = bitset(
@@ -72,6 +72,7 @@ class Automaton:
         first_atom = len(self.steps)
         _, first, last = self._add(patch.path)
         start = Start(number, patch.value)
+        self.last += [(i, self.steps[i]) for i in bits(last)]
         if patch.complement:
             for i in bits(first):
                 if not self._is_whole(self.steps[i]):
@@ -79,8 +80,6 @@ class Automaton:
                 self._accept(i)
         else:
             self.starts.update(dict.fromkeys(bits(first), start))
-        for i in bits(last):
-            self.last += self.reading(self.steps[i].tokens, self.before[i])
         if not patch.complement:
             return
         own = ((1 << len(self.steps)) - 1) & ~((1 << first_atom) - 1)
@@ -88,7 +87,6 @@ class Automaton:
         self.steps.append(Step(self.graph.all))
         self.before.append(1 << watch)
         self.watches[watch] = (own, start)
-        self.last.append((EVERYWHERE, 1 << watch))
 
     def _is_whole(self, step: Step) -> bool:
         """Whether a step is not some entries of a pattern or some neurons, to whose complement no edges belong."""
@@ -138,6 +136,32 @@ class Automaton:
     def _join(self, upstream: Atoms, downstream: Atoms) -> None:
         for i in bits(downstream):
             self.before[i] |= upstream
+
+    # ---- where paths end
+    def at_logits(self) -> list[tuple[Tokens, Atoms]]:
+        """What the logits read: (tokens, atoms that may match the last writer)."""
+        ends = [i for i, step in self.last if step.nodes & self.graph.logits_set]
+        return [part for i in ends for part in self.reading(self.steps[i].tokens, self.before[i])] + self._watched()
+
+    def at_stream(self, rank: int) -> list[tuple[Tokens, Atoms]]:
+        """The same of a metric that reads the stream below `rank`; a value that is put in there itself is read."""
+        ends = [(i, step) for i, step in self.last if step.site is Site.STREAM and step.rank == rank]
+        out = [part for i, step in ends for part in self.reading(step.tokens, self.before[i])]
+        out += [(EVERYWHERE, 1 << i) for i, _ in ends if i in self.starts]
+        for w, (watched, _) in self.watches.items():
+            whole = 0  # where the stream alone is a path of a complement's set
+            for i, step in ends:
+                whole |= step.tokens if (self.accepts & watched) >> i & 1 else 0
+            out = [(t & ~whole if a & watched else t, a) for t, a in out] + [(~whole, 1 << w)]
+        return [(t, a) for t, a in out if t and a]
+
+    def at_nodes(self, nodes: Nodes) -> list[tuple[Tokens, Atoms]]:
+        """(tokens, atoms that match) of a metric that reads some of these nodes."""
+        ends = [i for i, step in self.last if step.nodes & nodes and step.site is not Site.STREAM]
+        return [part for i in ends for part in self.reading(EVERYWHERE, 1 << i)] + self._watched()
+
+    def _watched(self) -> list[tuple[Tokens, Atoms]]:
+        return [(EVERYWHERE, 1 << w) for w in self.watches]
 
     def upstream(self, atoms: Atoms) -> Atoms:
         """The atoms that may match a node just above these, position and port aside."""

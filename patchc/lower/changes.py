@@ -36,7 +36,7 @@ class Changes:
 
     def __init__(self, dag: Dag, prompts: Prompts, run: str, any_data: bool = False):
         self.dag, self.run = dag, run
-        self._differing = {w.name: differing(prompts, run, w.name) for w in prompts.worlds}
+        self._differing = {w.name: differing(prompts, run, w.name) for w in prompts.worlds if w.layout is None}
         if any_data:
             self._differing = {w: 0 if w == run else dag.layout.all for w in self._differing}
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from patchc.diagnostics import RULES, Diagnostic, Note
 from patchc.ir.bits import bits
 from patchc.ir.dag import SCORES, Dag, Replaced, ReplacedNeurons, VariantId
 from patchc.ir.experiment import Patch, Prompts, Value
-from patchc.ir.graph import Kind
+from patchc.ir.graph import Kind, Node
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
 from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start
@@ -51,14 +52,18 @@ class Entering:
         where = self.dag.layout.all if tokens == EVERYWHERE else tokens
         return Entry(tokens, stored(value, where), own, start)
 
-    def _stored(self, index: int, members: int, value: Value, tokens: Tokens) -> VariantId:
+    def _stored(self, index: int, members: int, site: Site, value: Value, tokens: Tokens) -> VariantId:
         """The stored difference of a block's members; members that cannot differ are left out."""
         block = self.graph.blocks[index]
         by_tokens: dict[Tokens, int] = {}
         for i in bits(members):
             here = self.changes.at_node(value, self.graph.nodes[block.first + i].kind) & tokens
             by_tokens[here] = by_tokens.get(here, 0) | 1 << i
-        return self.dag.sum(self.dag.const(index, some, value, here) for here, some in by_tokens.items() if here)
+        return self.dag.sum(self.dag.const(index, some, value, here, site) for here, some in by_tokens.items() if here)
+
+    def _stored_z(self, index: int, head: int, value: Value, tokens: Tokens) -> VariantId:
+        """The same of one head's z, as a metric reads it."""
+        return self.dag.stored_z(index, head, value, self.changes.at_node(value, Kind.HEAD) & tokens)
 
     def _enter(self, x: VariantId, entries: list[Entry]) -> VariantId:
         """`x` with values put in its place at their tokens."""
@@ -124,10 +129,7 @@ class Entering:
         """A layer's whole attention output, set where such a value starts."""
         block = self.graph.blocks[index]
         members = (1 << block.size) - 1
-
-        def stored(value: Value, tokens: Tokens) -> VariantId:
-            return self._stored(index, members, value, tokens)
-
+        stored = partial(self._stored, index, members, Site.ATTN_OUT)
         entries = [
             self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored)
             for i in bits(c & self.automaton.attn_out_atoms)
@@ -182,8 +184,8 @@ class Entering:
         def stored(value: Value, tokens: Tokens) -> VariantId:
             """The stream that it reads, or where that is a world's own, what the MLP wrote there."""
             if shortcut:
-                return self._stored(index, 1, value, tokens)
-            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens)
+                return self._stored(index, 1, Site.OUT, value, tokens)
+            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens, index)
 
         entries = [self._entry(step.tokens, start, stored) for step, start in inputs]
         if shortcut:
@@ -191,6 +193,18 @@ class Entering:
         x = self._enter(x, entries)
         sets = self._agreed_neurons(neurons, x)
         return self.dag.tokenwise(index, x, sets) if x or sets else x
+
+    def _inside_mlp(self, node: Node, site: Site, x: VariantId, inner: list[tuple[Step, Start]]) -> VariantId:
+        """What an MLP reads, or its neurons, with values in their place."""
+
+        def stored(value: Value, tokens: Tokens) -> VariantId:
+            return self.dag.stream(node.rank, value, self.changes.at_stream(value, node.rank) & tokens, node.block)
+
+        x = self._enter(x, [self._entry(step.tokens, start, stored) for step, start in inner if step.site is Site.IN])
+        if site is Site.IN:
+            return x
+        sets = self._agreed_neurons([s for s in inner if s[0].site is Site.POST], x)
+        return self.dag.neurons(node.block, x, sets)
 
     def _agreed_neurons(self, members: list[tuple[Step, Start]], input: VariantId) -> tuple[ReplacedNeurons, ...]:
         """An MLP's neurons that are set, at the tokens where that can change something."""

@@ -9,18 +9,22 @@ are no part of a state. Where, from a rank up, every node reads on in one plain 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from patchc.diagnostics import RULES, Diagnostic
 from patchc.ir.bits import bits
-from patchc.ir.dag import EQUAL_TO_BASE, NEVER, Dag, VariantId
-from patchc.ir.experiment import Patch, Prompts
-from patchc.ir.graph import Block, BlockKind, Reader
+from patchc.ir.dag import EQUAL_TO_BASE, NEVER, SCORES, Dag, VariantId
+from patchc.ir.experiment import Patch, Probe, Prompts
+from patchc.ir.graph import Block, BlockKind, Node, Reader
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
-from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start
+from patchc.lower.automaton import ENTERS, INNER_SITES, PORT_SITES, Atoms, Automaton, Start
 from patchc.lower.entering import Entering, Entry
+
+NOWHERE = -1
+"""The number of a reader that is no node: no relation of edges names it."""
 
 PART_OF_A_NODE = RULES.add(
     "complement-of-a-part", "a complement leaves out a part of a node that has no edges of its own"
@@ -32,11 +36,16 @@ INSIDE = (*INNER_SITES, Site.IN, Site.POST)
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A cell's root (its final stream), the patches that bite in it, and what is wrong with it."""
+    """What is read of a cell, the patches that bite in it, and what is wrong with it."""
 
-    root: VariantId
+    roots: tuple[VariantId, ...]
     biting: frozenset[int]
     faults: tuple[Diagnostic, ...] = ()
+
+    @property
+    def root(self) -> VariantId:
+        """The final stream, where the logits are read."""
+        return self.roots[0]
 
 
 class Fold(Entering):
@@ -51,8 +60,8 @@ class Fold(Entering):
         ]
         self._ranks_of: dict[int, int] = {}
 
-    def cell(self, patches: tuple[Patch, ...]) -> Folded:
-        """The final stream of a cell with these patches."""
+    def cell(self, patches: tuple[Patch, ...], ends: Sequence[Probe | None] = (None,)) -> Folded:
+        """A cell with these patches, read at each of `ends`; None is the logits."""
         self.automaton = Automaton(patches, self.graph)
         self.patches = patches
         self.streams: dict[tuple[int, Atoms], VariantId] = {}
@@ -67,8 +76,63 @@ class Fold(Entering):
             for i in self.automaton.partial
         ]
         self._find_live_atoms()
-        root = self._by_token(self.automaton.last, Reader(self.graph.logits))
-        return Folded(root, frozenset(self.biting), tuple(self.faults))
+        roots = tuple(self._end(probe) for probe in ends)
+        return Folded(roots, frozenset(self.biting), tuple(self.faults))
+
+    # ---- where paths end
+    def _end(self, probe: Probe | None) -> VariantId:
+        """What is read there: a difference in the place's own space."""
+        logits = self.graph.logits
+        if probe is None:
+            return self._by_token(self.automaton.at_logits(), partial(self._read, Reader(logits)))
+        if probe.site is Site.STREAM:
+            reader = Reader(replace(logits, id=NOWHERE, rank=probe.rank))
+            return self._by_token(self.automaton.at_stream(probe.rank), partial(self._read, reader))
+        parts = self.automaton.at_nodes(probe.nodes)
+        if probe.site in (Site.OUT, Site.ATTN_OUT):
+            return self._by_token(parts, partial(self._written, probe))
+        return self._by_token(parts, partial(self._inside, self.graph.members(probe.nodes)[0], probe.site))
+
+    def _written(self, probe: Probe, c: Atoms) -> VariantId:
+        """What a node, or a whole attention block, writes as `c` matches it."""
+        node = self.graph.members(probe.nodes)[0]
+        block, mine = self.graph.blocks[node.block], probe.nodes >> self.graph.blocks[node.block].first
+        c &= self.at[block.rank]
+        groups = {m: members & mine for m, members in self._groups(block, c).items() if members & mine}
+        if probe.site is Site.OUT:
+            c &= ~self.automaton.attn_out_atoms
+        return self.dag.sum(self._block(node.block, groups, c))
+
+    def _inside(self, node: Node, site: Site, c: Atoms) -> VariantId:
+        """What is inside a head or an MLP as `c` matches it."""
+        matched = c & ~self.automaton.attn_out_atoms
+        member = node.id - self.graph.blocks[node.block].first
+        starts = [
+            (replace(step, site=site) if self.patches[start.patch].complement else step, start)
+            for step, start in self.automaton.active_starts(matched)
+        ]
+        inner = [s for s in starts if s[0].site in INSIDE]
+        settled = self.automaton.settled(matched)
+        if site is Site.Z:
+            z = self.dag.head_z(self._core(node.block, settled, node, 1 << member, inner), member)
+            stored = partial(self._stored_z, node.block, member)
+            return self._enter(
+                z, [self._entry(step.tokens, start, stored) for step, start in starts if step.site is site]
+            )
+        if site is Site.IN or site is Site.POST:
+            return self._inside_mlp(node, site, self._input(settled, Reader(node)), inner)
+        ports = [port for port in ENTERS[site] if port is not None]
+        read = {site, *(PORT_SITES[p] for p in ports), *((Site.SCORES,) if site is Site.PATTERN else ())}
+        q, k, v = (self._input(settled, Reader(node, port)) if port in ports else EQUAL_TO_BASE for port in range(3))
+        sets = self._agreed([self._replaced(1 << member, *s) for s in inner if s[0].site in read], (q, k, v))
+        projected = [
+            self.dag.projected(node.block, port, member, (q, k, v)[port], tuple(r for r in sets if r.port == port))
+            for port in ports
+        ]
+        if site in PORT_SITES:
+            return projected[0]
+        entries = tuple(r for r in sets if r.port >= SCORES)
+        return self.dag.entries(node.block, member, INNER_SITES.index(site), projected[0], projected[1], entries)
 
     # ---- which atoms can make a difference, and where
     def _find_live_atoms(self) -> None:
@@ -234,9 +298,7 @@ class Fold(Entering):
             if step.site in INSIDE:
                 inner.append((step, start))
             else:
-                entries.append(
-                    self._entry(step.tokens, start, lambda value, tokens: self._stored(index, members, value, tokens))
-                )
+                entries.append(self._entry(step.tokens, start, partial(self._stored, index, members, step.site)))
         # A value that takes the node's place everywhere leaves nothing to compute; one that equals the base run's still
         # bites where it undoes another patch, so there the node is looked at.
         everywhere = any(e.tokens == EVERYWHERE and not e.own and e.stored for e in entries) and self.masked is None
@@ -253,25 +315,31 @@ class Fold(Entering):
             case BlockKind.MLP:
                 return self._mlp(index, self._input(m, Reader(node)), inner)
             case BlockKind.ATTENTION:
-                if not m & ~self.automaton.plain:
-                    q = k = v = self._input(m, Reader(node, 0))
-                    if self.automaton.upstream(m) & self.automaton.via:
-                        k, v = self._input(m, Reader(node, 1)), self._input(m, Reader(node, 2))
-                else:
-                    q, k, v = (self._input(m, Reader(node, p)) for p in range(3))
-                sets = self._agreed([self._replaced(members, *s) for s in inner], (q, k, v))
-                return self.dag.out(self.dag.core(index, q, k, v, sets), members)
+                return self.dag.out(self._core(index, m, node, members, inner), members)
+
+    def _core(self, index: int, m: Atoms, head: Node, members: int, inner: list[tuple[Step, Start]]) -> VariantId:
+        """Attention of members of a block, of which one is `head`, on what their ports read."""
+        if not m & ~self.automaton.plain:
+            q = k = v = self._input(m, Reader(head, 0))
+            if self.automaton.upstream(m) & self.automaton.via:
+                k, v = self._input(m, Reader(head, 1)), self._input(m, Reader(head, 2))
+        else:
+            q, k, v = (self._input(m, Reader(head, p)) for p in range(3))
+        sets = self._agreed([self._replaced(members, *s) for s in inner], (q, k, v))
+        return self.dag.core(index, q, k, v, sets)
 
     def _input(self, m: Atoms, reader: Reader) -> VariantId:
-        return self._by_token(self.automaton.into_port(m, reader.port), reader) if m else EQUAL_TO_BASE
+        if not m:
+            return EQUAL_TO_BASE
+        return self._by_token(self.automaton.into_port(m, reader.port), partial(self._read, reader))
 
-    def _by_token(self, parts: list[tuple[Tokens, Atoms]], reader: Reader) -> VariantId:
+    def _by_token(self, parts: list[tuple[Tokens, Atoms]], read: Callable[[Atoms], VariantId]) -> VariantId:
         """What a port reads: one stream, or a mix of streams by token where steps name positions."""
         if all(tokens == EVERYWHERE for tokens, _ in parts):
             c = 0
             for _, atoms in parts:
                 c |= atoms
-            return self._read(reader, c) if c else EQUAL_TO_BASE
+            return read(c) if c else EQUAL_TO_BASE
         classes = {0: self.dag.layout.all}
         for tokens, atoms in parts:
             new: dict[Atoms, Tokens] = {}
@@ -280,4 +348,4 @@ class Fold(Entering):
                     if some:
                         new[joined] = new.get(joined, 0) | some
             classes = new
-        return self.dag.mix((tokens, self._read(reader, c)) for c, tokens in classes.items() if c)
+        return self.dag.mix((tokens, read(c)) for c, tokens in classes.items() if c)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from patchc.diagnostics import RULES
 from patchc.ir.dag import Dag, VariantId
-from patchc.ir.experiment import Experiment, Patch, Prompts
+from patchc.ir.experiment import Experiment, Patch, Probe, Prompts
 from patchc.ir.graph import ResidualGraph
 from patchc.lower.fold import Fold
 
@@ -22,15 +22,20 @@ MAX_CELLS = 2000
 
 @dataclass(frozen=True, slots=True)
 class MaskedCells:
-    """`root`: the final stream. Masks are numbered as the experiment's results are, row by row."""
+    """`root`: the final stream; `probes`: what is read at each. Masks are numbered as the experiment's results
+    are, row by row."""
 
     dag: Dag
     root: VariantId
     shape: tuple[int, ...]
+    prompts: Prompts
+    probes: tuple[tuple[Probe, VariantId], ...] = ()
 
 
-def lower_masked(experiment: Experiment, prompts: Prompts, graph: ResidualGraph) -> MaskedCells:
-    """Fold the union of all cells."""
+def lower_masked(
+    experiment: Experiment, prompts: Prompts, graph: ResidualGraph, probes: tuple[Probe, ...] = ()
+) -> MaskedCells:
+    """Fold the union of all cells: up to the logits, and up to each probe."""
     if len(experiment.cells) > MAX_CELLS:
         raise TOO_LARGE.error(
             f"`{experiment.name}` has {len(experiment.cells):,} cells; a compiled graph holds at most {MAX_CELLS:,}",
@@ -44,7 +49,8 @@ def lower_masked(experiment: Experiment, prompts: Prompts, graph: ResidualGraph)
         masks += [_flat(cell.index, experiment.shape)] * len(cell.patches)
     dag = Dag(graph, prompts.layout)
     fold = Fold(dag, prompts, experiment.run, masked=lambda start: masks[start.patch])
-    return MaskedCells(dag, fold.cell(tuple(patches)).root, experiment.shape)
+    root, *read = fold.cell(tuple(patches), (None, *probes)).roots
+    return MaskedCells(dag, root, experiment.shape, prompts, tuple(zip(probes, read, strict=True)))
 
 
 def _flat(index: tuple[int, ...], shape: tuple[int, ...]) -> int:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from patchc.diagnostics import RULES, nearest
+from patchc.diagnostics import RULES, closest
 from patchc.resources import builtin_model, builtin_models
 
 NOT_FOUND = RULES.add("model-not-found", "no built-in model, directory or hub model of that name")
@@ -45,16 +45,16 @@ def model_folder(model: str | Path, base: Path, revision: str | None = None, *, 
 
 
 def _suggestion(name: str) -> str:
-    close = nearest(name, builtin_models())
-    known = ", ".join(f'"{n}"' for n in builtin_models()) or "none"
-    return f'did you mean "{close}"?' if close else f"built-in models: {known}"
+    close = closest(name, builtin_models())
+    known = ", ".join(f"`{n}`" for n in builtin_models()) or "none"
+    return f"did you mean `{close}`?" if close else f"the built-in models are {known}"
 
 
 def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
     """A model of the Hugging Face hub, from its local cache where all that is wanted is there."""
-    close = nearest(name, builtin_models())
+    close = closest(name, builtin_models())
     if close and "/" not in name:
-        raise NOT_FOUND.error(f'no model is called "{name}"', fix=f'did you mean "{close}"?')
+        raise NOT_FOUND.error(f'no model is called "{name}"', fix=f"did you mean `{close}`?")
     from huggingface_hub import snapshot_download
 
     wanted = [*TEXTS, WEIGHTS] if weights else [*TEXTS]

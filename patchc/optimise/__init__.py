@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from patchc.ir.experiment import Experiment, Prompts
-from patchc.ir.program import Program
-from patchc.ir.tokens import Tokens
+from patchc.ir.program import End, Program
 from patchc.lower import Lowered
 from patchc.optimise import reads
 from patchc.optimise.cut import DEFAULT_BUDGET, cut
@@ -14,7 +13,7 @@ def optimise(
     experiment: Experiment,
     prompts: Prompts,
     lowered: Lowered,
-    measured: Tokens,
+    ends: tuple[End, ...],
     budget: int = DEFAULT_BUDGET,
     element: int = 4,
 ) -> Program:
@@ -27,9 +26,9 @@ def optimise(
         prompts,
         lowered.dag,
         lowered.roots,
-        measured,
+        ends,
         reads.columns(experiment.metrics),
         reads.worlds(experiment, prompts),
-        cut(lowered.dag, lowered.roots, live, measured, budget, element),
+        cut(lowered.dag, lowered.roots, [end.tokens for end in ends], live, budget, element),
         lowered.no_effect,
     )

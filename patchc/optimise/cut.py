@@ -20,15 +20,21 @@ DEFAULT_BUDGET = 2 << 30
 
 
 def cut(
-    dag: Dag, roots: Sequence[VariantId], cells: Sequence[int], measured: Tokens, budget: int, element: int
+    dag: Dag,
+    roots: Sequence[Sequence[VariantId]],
+    measured: Sequence[Tokens],
+    cells: Sequence[int],
+    budget: int,
+    element: int,
 ) -> tuple[Pass, ...]:
-    """`cells` are the numbers of the cells that need a pass; `element` is the bytes of one number."""
-    needs = demand(dag, ((roots[c], measured) for c in cells))
+    """`roots[cell]` are read at the tokens of `measured`; `cells` are the numbers of the cells that need a pass;
+    `element` is the bytes of one number."""
+    needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)))
     passes: list[Pass] = []
     chosen: list[int] = []
     rows: Counter[int] = Counter()
     seen: set[VariantId] = set()
-    for c in sorted(cells, key=lambda c: (dag.low[roots[c]], c)):
+    for c in sorted(cells, key=lambda c: (min(dag.low[r] for r in roots[c]), c)):
         more = rows_of(dag, needs, reachable(dag, needs, roots[c], seen))
         if chosen and bytes_of(dag, rows + more, element) > budget:
             passes.append(_pass(dag, chosen, rows, element))

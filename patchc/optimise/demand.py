@@ -9,7 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from patchc.ir.dag import Const, Core, Dag, Masked, Mix, Out, Run, Scale, Stream, Sum, Tokenwise, VariantId
+from patchc.ir.dag import (
+    Const,
+    Core,
+    Dag,
+    Entries,
+    HeadZ,
+    Masked,
+    Mix,
+    Neurons,
+    Out,
+    Projected,
+    Run,
+    Scale,
+    StoredZ,
+    Stream,
+    Sum,
+    Tokenwise,
+    VariantId,
+)
 from patchc.ir.tokens import Tokens
 
 
@@ -53,8 +71,14 @@ def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
         case Sum(parts):
             for p in parts:
                 _ask(dag, out, p, tokens)
-        case Tokenwise(_, x) | Scale(_, x):
+        case Tokenwise(_, x) | Scale(_, x) | Projected(_, _, _, x) | Neurons(_, x):
             _ask(dag, out, x, tokens)
+        case Entries(_, _, _, q, k):
+            _ask(dag, out, q, tokens)
+            _ask(dag, out, k, dag.layout.whole(tokens))
+        case HeadZ(core, head):
+            _ask(dag, out, core, tokens)
+            out.heads[core] = out.heads.get(core, 0) | 1 << head
         case Mix(parts):
             for here, p in parts:
                 _ask(dag, out, p, here & tokens)
@@ -70,7 +94,7 @@ def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
             _ask(dag, out, x, tokens)
             for _, here, value in starts:
                 _ask(dag, out, value, here & tokens)
-        case Const() | Stream():
+        case Const() | Stream() | StoredZ():
             pass
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from patchc.ir.dag import Core, Dag, Out, Run, Tokenwise, VariantId, children
+from patchc.ir.dag import Core, Dag, Entries, HeadZ, Neurons, Out, Projected, Run, Tokenwise, VariantId, children
 from patchc.ir.graph import BlockKind, ResidualGraph
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import Demand, demand
@@ -39,13 +39,13 @@ class Live:
         default_factory=dict[tuple[int, Tokens, Tokens], list[int]]
     )
 
-    def peak(self, roots: Sequence[VariantId], measured: Tokens, work: Work) -> int:
-        """The most that one pass over these roots holds, beside plain runs and the reading of metrics; `work` is what
-        it computes."""
-        needs = demand(self.dag, [(root, measured) for root in roots])
+    def peak(self, reads: Sequence[tuple[VariantId, Tokens]], work: Work) -> int:
+        """The most that one pass holds for these roots, each read at its tokens, beside plain runs and the reading of
+        metrics; `work` is what it computes."""
+        needs = demand(self.dag, reads)
         n = len(self.dag.graph.blocks) + 1
         change = [0] * (n + 1)
-        made, last = self._lives(needs, roots)
+        made, last = self._lives(needs, (root for root, _ in reads))
         for i, birth in made.items():
             size = self._size(needs, i)
             change[birth] += size
@@ -56,7 +56,7 @@ class Live:
             live[block] = now
         self._add_suffixes(live, needs)
         scratch = self._scratch(work)
-        finals = len(roots) * measured.bit_count() * self.dag.graph.d_model * self.element
+        finals = sum(tokens.bit_count() for _, tokens in reads) * self.dag.graph.d_model * self.element
         return max(a + b for a, b in zip(live, scratch, strict=True)) + finals
 
     def _size(self, needs: Demand, i: VariantId) -> int:
@@ -87,9 +87,9 @@ class Live:
     def _block(self, i: VariantId) -> int | None:
         """The block that computes a variant; None where it is made whenever it is read."""
         match self.dag.ops[i]:
-            case Tokenwise(block) | Core(block):
+            case Tokenwise(block) | Core(block) | Projected(block) | Entries(block) | Neurons(block):
                 return block
-            case Out(core):
+            case Out(core) | HeadZ(core):
                 op = self.dag.ops[core]
                 assert isinstance(op, Core)
                 return op.block

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from patchc.ir.dag import Const, Core, Dag, Out, Run, Tokenwise, VariantId
-from patchc.ir.graph import BlockKind
+from patchc.ir.dag import Const, Core, Dag, Entries, HeadZ, Neurons, Out, Projected, Run, StoredZ, Tokenwise, VariantId
+from patchc.ir.experiment import Probe
+from patchc.ir.graph import BlockKind, ResidualGraph
+from patchc.ir.paths import Site
 from patchc.ir.program import Program, Rates
 from patchc.optimise.memory import Live, plain_run_bytes, readout_bytes
 from patchc.optimise.remarks import Remark, remarks
@@ -56,6 +58,8 @@ class Plan:
     measured_tokens: int
     cost: Cost
     remarks: tuple[Remark, ...]
+    read_inside: dict[str, int]
+    """How many tokens metrics read at each place in the model."""
 
     def __str__(self) -> str:
         from patchc.report.plans import plan_text
@@ -85,7 +89,18 @@ def plan(program: Program, rates: Rates, budget: int, element: int) -> Plan:
         program.measured.bit_count(),
         _cost(program, rates, element),
         remarks(program, budget),
+        {place_name(dag.graph, e.probe): e.tokens.bit_count() for e in program.ends if e.probe is not None},
     )
+
+
+def place_name(graph: ResidualGraph, probe: Probe) -> str:
+    """A place that a metric reads, as a spec writes it."""
+    if probe.site is Site.STREAM:
+        return f"the stream below rank {probe.rank}"
+    node = graph.members(probe.nodes)[0]
+    if probe.site is Site.ATTN_OUT:
+        return f"attn_out[{node.layer}]"
+    return node.name if probe.site is Site.OUT else f"{node.name}.{probe.site}"
 
 
 def block_name(dag: Dag, index: int) -> str:
@@ -109,10 +124,18 @@ def _class_of(dag: Dag, i: VariantId) -> str:
                 BlockKind.MLP: "MLPs, stored values",
                 BlockKind.EMBED: "embeddings, stored values",
             }[dag.graph.blocks[block].kind]
+        case Core() as core if core.is_base(0, 1, 2):
+            return "attention, scores or patterns set"
         case Core():
             return "attention, computed again"
+        case Projected() | HeadZ() | StoredZ() | Entries():
+            return "insides of heads, read by metrics"
+        case Neurons():
+            return "neurons, read by metrics"
         case Out():
             return "heads, written again"
+        case Tokenwise(_, 0):
+            return "neurons, stored values"
         case Tokenwise():
             return "MLPs, computed again"
         case Run():
@@ -128,10 +151,10 @@ def _cost(program: Program, rates: Rates, element: int) -> Cost:
     counter, live = WorkCounter(program.dag), Live(program.dag, element)
     done, peak = Work(), 0
     for work in program.passes:
-        roots = [program.roots[cell] for cell in work.cells]
-        own = counter.of_roots(roots, program.measured)
+        reads = program.reads(work.cells)
+        own = counter.of_reads(reads)
         done.add(own)
-        peak = max(peak, live.peak(roots, program.measured, own))
+        peak = max(peak, live.peak(reads, own))
     graph, prompts = program.dag.graph, program.prompts
     columns = graph.d_vocab if program.columns is None else len(program.columns)
     logits = program.measured.bit_count() * columns

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from patchc.ir.dag import NEVER, Core, Out, Run
+from patchc.ir.dag import NEVER, Core, Out, Run, VariantId
 from patchc.ir.experiment import Experiment, Measure, Read
 from patchc.ir.program import Program
 from patchc.optimise.demand import Demand, demand
@@ -23,8 +24,10 @@ class Remark:
 
 def remarks(program: Program, budget: int) -> tuple[Remark, ...]:
     """In the order in which they act."""
-    live = [root for cell, root in enumerate(program.roots) if cell not in set(program.no_effect)]
-    needs = demand(program.dag, [(root, program.measured) for root in live])
+    dead = set(program.no_effect)
+    cells = [c for c in range(len(program.roots)) if c not in dead]
+    live = [program.roots[c] for c in cells]
+    needs = demand(program.dag, program.reads(cells))
     return (
         _folded(program, needs, live),
         _dropped(program),
@@ -38,8 +41,8 @@ def remarks(program: Program, budget: int) -> tuple[Remark, ...]:
     )
 
 
-def _folded(program: Program, needs: Demand, live: list[int]) -> Remark:
-    alone = sum(len(reachable(program.dag, needs, root, set())) for root in live)
+def _folded(program: Program, needs: Demand, live: Sequence[tuple[VariantId, ...]]) -> Remark:
+    alone = sum(len(reachable(program.dag, needs, roots, set())) for roots in live)
     together = sum(bool(tokens) for tokens in needs.tokens)
     text = f"{together:,} variants, where every cell by itself would have {alone:,}"
     return Remark("equal variants are one", together < alone, text)
@@ -52,8 +55,8 @@ def _dropped(program: Program) -> Remark:
     return Remark("cells without effect", True, f"{n:,} of {cells:,} provably equal the unpatched run and are not run")
 
 
-def _late_entry(program: Program, live: list[int]) -> Remark:
-    graph, lows = program.dag.graph, [program.dag.low[root] for root in live]
+def _late_entry(program: Program, live: Sequence[tuple[VariantId, ...]]) -> Remark:
+    graph, lows = program.dag.graph, [min(program.dag.low[root] for root in roots) for roots in live]
     blocks = len(graph.blocks) - 1
     skipped = [sum(b.rank < low for b in graph.blocks[1:]) if low < NEVER else blocks for low in lows]
     if not any(skipped):
@@ -66,7 +69,8 @@ def _forward(program: Program, needs: Demand) -> Remark:
     name = "forward positions"
     if not program.dag.graph.causal:
         return Remark(name, False, "this model attends to later positions, so a change spreads to every position")
-    sizes = [program.dag.changed[root].bit_count() for root in program.roots if program.dag.changed[root]]
+    changed = (program.dag.changed[root] for roots in program.roots for root in roots)
+    sizes = [tokens.bit_count() for tokens in changed if tokens]
     total = program.prompts.layout.n_tokens
     mean = sum(sizes) / max(1, len(sizes))
     if mean == total:
@@ -75,7 +79,10 @@ def _forward(program: Program, needs: Demand) -> Remark:
 
 
 def _backward(program: Program) -> Remark:
-    measured, total = program.measured.bit_count(), program.prompts.layout.n_tokens
+    read = 0
+    for end in program.ends:
+        read |= end.tokens
+    measured, total = read.bit_count(), program.prompts.layout.n_tokens
     used = measured < total
     text = f"{measured} of {total} tokens are measured; what no measured token reads is not computed"
     return Remark("backward positions", used, text if used else "every token is measured")

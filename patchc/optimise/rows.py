@@ -6,17 +6,18 @@ Exact where the DAG is explicit; a `Run` is counted as the plain model on its ch
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from patchc.ir.dag import Core, Dag, Run, Tokenwise, VariantId, children
+from patchc.ir.dag import Core, Dag, Neurons, Projected, Run, Tokenwise, VariantId, children
 from patchc.ir.graph import BlockKind
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import Demand
 
 
-def reachable(dag: Dag, demand: Demand, root: VariantId, seen: set[VariantId]) -> list[VariantId]:
-    """The demanded variants below a root that `seen` does not hold yet; adds them to it."""
+def reachable(dag: Dag, demand: Demand, roots: Sequence[VariantId], seen: set[VariantId]) -> list[VariantId]:
+    """The demanded variants below some roots that `seen` does not hold yet; adds them to it."""
     out: list[VariantId] = []
-    todo = [root]
+    todo = list(roots)
     while todo:
         i = todo.pop()
         if i in seen or not (demand.tokens[i] or isinstance(dag.ops[i], Core)):
@@ -32,7 +33,7 @@ def rows_of(dag: Dag, demand: Demand, variants: list[VariantId]) -> Counter[int]
     out: Counter[int] = Counter()
     for i in variants:
         match dag.ops[i]:
-            case Core(block):
+            case Core(block) | Projected(block) | Neurons(block):
                 out[block] += demand.tokens[i].bit_count()
             case Tokenwise(block, x):
                 out[block] += demand.tokens[i].bit_count() if x else 0

@@ -1,6 +1,7 @@
 """What a pass computes, counted before it runs: rows of each kind, block by block. Rates turn them into FLOPs.
 
-Exact for everything the executor does with a weight; additions, norms and softmaxes are not counted.
+Exact for everything the executor does with a weight; additions, norms and softmaxes are not counted, nor scores and
+neurons of plain runs, which are computed when a value first needs them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from patchc.ir.dag import Const, Core, Dag, Out, Run, Tokenwise
+from patchc.ir.dag import Const, Core, Dag, Entries, Neurons, Out, Projected, Run, Tokenwise, VariantId
 from patchc.ir.graph import BlockKind
 from patchc.ir.program import Rates
 from patchc.ir.tokens import Layout, Tokens
@@ -19,13 +20,14 @@ from patchc.optimise.demand import Demand, demand
 @dataclass
 class Work:
     """Counts by block: token rows of MLPs; head rows projected, for q and for k and v; (query, key, head) triples; head
-    rows written."""
+    rows written; rows of stored neurons written, each for itself."""
 
     mlp: dict[int, int] = field(default_factory=dict[int, int])
     queries: dict[int, int] = field(default_factory=dict[int, int])
     keys: dict[int, int] = field(default_factory=dict[int, int])
     triples: dict[int, int] = field(default_factory=dict[int, int])
     written: dict[int, int] = field(default_factory=dict[int, int])
+    neurons: dict[int, int] = field(default_factory=dict[int, int])
 
     def add(self, other: Work) -> None:
         for mine, theirs in zip(self._counts(), other._counts(), strict=True):
@@ -33,7 +35,7 @@ class Work:
                 mine[block] = mine.get(block, 0) + n
 
     def _counts(self) -> tuple[dict[int, int], ...]:
-        return self.mlp, self.queries, self.keys, self.triples, self.written
+        return self.mlp, self.queries, self.keys, self.triples, self.written, self.neurons
 
     def flops(self, rates: Rates) -> int:
         heads = sum(self.queries.values()) + sum(self.keys.values())
@@ -42,6 +44,7 @@ class Work:
             + rates.projection * heads
             + rates.triple * sum(self.triples.values())
             + rates.write * sum(self.written.values())
+            + rates.logit * sum(self.neurons.values())  # one number times a vector of the stream, as a logit is
         )
 
 
@@ -53,9 +56,9 @@ class Counter:
     dag: Dag
     _suffixes: dict[tuple[int, Tokens, Tokens], Work] = field(default_factory=dict[tuple[int, Tokens, Tokens], "Work"])
 
-    def of_roots(self, roots: Iterable[int], measured: Tokens) -> Work:
-        """Everything that one pass over these roots computes, each shared variant once."""
-        needs = demand(self.dag, [(root, measured) for root in roots])
+    def of_reads(self, reads: Iterable[tuple[VariantId, Tokens]]) -> Work:
+        """Everything that one pass computes for these roots, each read at its tokens, each shared variant once."""
+        needs = demand(self.dag, reads)
         out = Work()
         for block, asked in needs.projections.items():
             for (_, port), (heads, tokens) in asked.items():
@@ -68,10 +71,18 @@ class Counter:
     def _add_variant(self, out: Work, op: object, i: int, needs: Demand) -> None:
         tokens = needs.tokens[i]
         match op:
+            case Tokenwise(block, 0) as mlp:
+                self._add(out.neurons, block, tokens.bit_count() * mlp.neurons.bit_count())
             case Tokenwise(block):
                 self._add(out.mlp, block, tokens.bit_count())
             case Core(block):
                 self._add(out.triples, block, self._triples(tokens) * needs.heads.get(i, 0).bit_count())
+            case Neurons(block):
+                self._add(out.mlp, block, tokens.bit_count())
+            case Entries(block):
+                self._add(out.triples, block, self._triples(tokens))
+            case Projected(block, port):
+                self._add(out.queries if port == 0 else out.keys, block, tokens.bit_count())
             case Out(core, heads):
                 inner = self.dag.ops[core]
                 assert isinstance(inner, Core)

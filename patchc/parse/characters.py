@@ -31,7 +31,7 @@ _MEANT = {
     "%": (" ", "`%` is not part of the language", "write 0.1 for ten per cent"),
     "~": (" ", "`~` is not part of the language", "what is left out is `a - b`, or `all except a`"),
     "\\": (" ", "a line needs no `\\` to go on", "line ends are white space"),
-    "\u2192": (" ", "an arrow is written `->`", None),
+    "\u2192": (" ", "an arrow is written `->`, in two characters", "write `->`"),
     "\u2212": ("-", "this is a typographic minus", "write `-`"),
     "\u2013": ("-", "this is a dash, not a minus", "write `-`"),
     "\u2014": ("-", "this is a dash, not a minus", "write `-`"),
@@ -50,7 +50,8 @@ def explain_character(source: Source, text: str, offset: int) -> tuple[Diagnosti
     end = offset + 1
     while end < len(text) and text[end] == char:
         end += 1
-    instead, message, fix = _MEANT.get(char, (" ", _foreign(char), None))
+    plain = "write a plain space" if unicodedata.category(char) == "Zs" else None
+    instead, message, fix = _MEANT.get(char, (" ", _foreign(char), plain))
     return SYNTAX.at(Span(source, offset, end), message, fix=fix), _put(text, offset, instead.ljust(end - offset))
 
 
@@ -89,5 +90,5 @@ def _other_quotes(source: Source, text: str, offset: int) -> tuple[Diagnostic, s
     end = offset + 1 if close < 0 else close + 1
     instead = " " if close < 0 else '"' + " " * (end - offset - 2) + '"'
     message = f'a text is written in straight double quotes `"`, not in {char}'
-    fix = None if close < 0 else f'"{text[offset + 1 : close]}"'
+    fix = None if close < 0 else f'write `"{text[offset + 1 : close]}"`'
     return SYNTAX.at(Span(source, offset, end), message, fix=fix), _put(text, offset, instead)

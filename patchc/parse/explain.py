@@ -161,7 +161,9 @@ def _missing_with(s: Situation, source: Source) -> Mistake | None:
     if s.kind in ("TO", "FROM", "BY", "AS", "AT", "EQUAL", "STRING"):
         return Mistake(f"{s.shown} cannot stand here", "the value follows `with`: `patch node h with clean`")
     if s.kind in CLAUSES | STATEMENTS | {"RBRACE", "$END"}:
-        return Mistake(f"this `{word}` has no value", "`with clean`, or another value, at its end", word)
+        return Mistake(f"this `{word}` has no value", "end it with `with clean`, or with another value", word)
+    if s.kind in ("NAME", "INT", "FLOAT", "PARAM") and s.previous_kind in ("NAME", "RSQB", "RPAR"):
+        return Mistake(f"`with` is missing before {s.shown}", f"write `with {s.token}`")
     return None
 
 
@@ -241,7 +243,7 @@ def _followed_by_nothing(s: Situation, source: Source) -> Mistake | None:
 def _missing_comma(s: Situation, source: Source) -> Mistake | None:
     operand = s.kind in ("NAME", "STRING", "INT", "FLOAT", "PARAM")
     if operand and "COMMA" in s.accepts and not s.starts_line and s.previous is not None:
-        return Mistake(f"{s.shown} cannot follow `{s.previous}`", "a comma between them?")
+        return Mistake(f"{s.shown} cannot follow `{s.previous}` without a comma", f"write `{s.previous}, {s.token}`")
     return None
 
 

@@ -27,6 +27,8 @@ def index_brackets(s: Situation, source: Source) -> Mistake | None:
 
 def mixed_operators(s: Situation, source: Source) -> Mistake | None:
     """`a -> b | c`, with both readings."""
+    if s.previous_kind in ("MINUS", "ARROW", "VBAR"):
+        return None
     before = s.chain_has(*SET_OPERATORS)
     if s.token not in SET_OPERATORS or before is None or before == s.token or "SLASH" in s.accepts:
         return None
@@ -85,9 +87,13 @@ def arrow(s: Situation, source: Source) -> Mistake | None:
     if s.kind == "ARROW" and "SLASH" in s.accepts:
         return Mistake("`->` makes a path, and here stands a value", "paths stand after `patch path` and in `let`")
     if s.kind == "COMPARE" and s.token == ">" and s.previous_kind == "MINUS":
-        return Mistake("an arrow is written `->`, without a space")
+        return Mistake("an arrow is written `->`, without a space", "write `->`")
     if s.kind == "EQUAL" and s.next_kind == "COMPARE":
-        return Mistake("an arrow is written `->`")
+        return Mistake("an arrow is written `->`, not `=>`", "write `->`")
+    if s.kind == "ARROW" and s.previous_kind == "MINUS":
+        return Mistake("an arrow is written `->`, with one dash", "write `->`")
+    if s.kind == "COMPARE" and s.token == ">" and "ARROW" in s.accepts:
+        return Mistake("`>` compares numbers; an arrow is written `->`", "write `->`")
     return None
 
 

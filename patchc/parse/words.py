@@ -190,6 +190,8 @@ def _is_tight(before: Word, word: Word) -> bool:
     if before.is_sign:
         return True
     match word.kind, before.kind:
+        case (_, "EQUAL") if before.rule in ("option", "named"):
+            return True
         case ("LPAR", _):
             return word.rule not in ("group", "parens")
         case ("LBRACE", "DOT") | ("RBRACE", _) | (_, "LBRACE"):
@@ -202,7 +204,5 @@ def _is_tight(before: Word, word: Word) -> bool:
             return word.rule == "star"
         case ("EQUAL", _):
             return word.rule in ("option", "named")
-        case (_, "EQUAL"):
-            return before.rule in ("option", "named")
         case _:
             return False

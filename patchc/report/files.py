@@ -85,7 +85,7 @@ def _check_suffix(path: Path, known: tuple[str, ...], what: str, span: Span | No
     if path.suffix.lower() not in known:
         shown = f"`{path.suffix}`" if path.suffix else "no suffix"
         message = f"{path.name} has {shown}; {what} are written as {', '.join(known)}"
-        raise UNKNOWN_FORMAT.error(message, span=span, fix=f'"{path.stem or "results"}{known[0]}"')
+        raise UNKNOWN_FORMAT.error(message, span=span, fix=f'as in `"{path.stem or "results"}{known[0]}"`')
 
 
 def _json(result: Result) -> str:

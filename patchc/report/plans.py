@@ -48,7 +48,9 @@ def _executed(plan: Plan, measured: Analysis | None) -> Branch:
     most = plan.n_cells * plan.plain_rows
     leaves = [f"{n:>10,} token rows in {block}" for block, n in plan.rows.items()]
     columns = "the whole vocabulary" if plan.columns is None else f"{plan.columns} answer columns"
-    leaves.append(f"{columns} unembedded at {plan.measured_tokens} tokens a cell")
+    if plan.measured_tokens:
+        leaves.append(f"{columns} unembedded at {plan.measured_tokens} tokens a cell")
+    leaves += [f"{place} read at {n} tokens a cell" for place, n in plan.read_inside.items()]
     head = f"execute   {worlds}, {_counted(plan.n_passes, 'pass')}; a pass a cell: {most:,} token rows in every block"
     if measured is not None:
         head += f"; took {measured.seconds:.3g} s, {measured.cpu_seconds:.3g} CPU s"

@@ -94,7 +94,7 @@ class AnswerReader:
 
     def _refuse(self, text: str, ids: Ids | None, spaced: Ids | None, span: Span | None) -> None:
         """Say why `text` is not one token."""
-        fix = f'" {text}"' if spaced is not None and len(spaced) == 1 else None
+        fix = f'write `" {text}"`' if spaced is not None and len(spaced) == 1 else None
         if ids is None and fix is None:
             self._encoder.piece(text, span)  # raises, naming the unknown word
         if ids is None:
@@ -110,12 +110,12 @@ class AnswerReader:
         written = self._encoder.written(ids)
         if written not in (text, text.lstrip(" ")):  # some tokenizers put the space into the token, unseen
             message = f'the tokenizer turns the answer "{text}" into "{written}"'
-            raise ANSWER_NOT_AS_WRITTEN.error(message, fix=f'"{written}"', span=span)
+            raise ANSWER_NOT_AS_WRITTEN.error(message, fix=f'write `"{written}"`, if that is what you mean', span=span)
 
     def _warn_space(self, text: str, prompt: int | None, span: Span | None) -> None:
         if not self._ends_in_space(prompt):
             message = f'the answer "{text}" has no leading space, and the text does not end in one'
-            self._data.scope.report.add(MISSING_LEADING_SPACE.at(span, message, fix=f'" {text}"'))
+            self._data.scope.report.add(MISSING_LEADING_SPACE.at(span, message, fix=f'write `" {text}"`'))
 
     def _ends_in_space(self, prompt: int | None) -> bool:
         """Whether a prompt's text (any prompt's) ends in white space; ids alone are taken not to warn."""

@@ -58,7 +58,7 @@ def over_prompts(bindings: Sequence[tree.Binding], n: int, scope: Scope) -> ByPr
     assert isinstance(domain, tree.Ref)
     if domain.sites or len(domain.indices) > 1:
         message = "prompts have one index and no sites"
-        raise PROMPT_VARIABLE.error(message, fix="prompts[..9]", span=domain.span)
+        raise PROMPT_VARIABLE.error(message, fix="as in `prompts[..9]`", span=domain.span)
     numbers = chosen(domain.indices[0], n, scope, "data") if domain.indices else range(n)
     return ByPrompt(binding, before, tuple(dict.fromkeys(numbers)))
 

@@ -58,7 +58,7 @@ class Continuations:
     def _check(self, ending: Sequences, span: Span | None) -> None:
         if not self._data.graph.causal:
             message = "this model looks ahead, so that an answer's tokens would change what stands before them"
-            raise MULTI_TOKEN_ANSWER.error(message, fix="first(...) reads the first token", span=span)
+            raise MULTI_TOKEN_ANSWER.error(message, fix="`first(...)` reads the first token", span=span)
         if (prompt := self._too_long(ending)) is not None:
             n = self._data.lengths[prompt] + len(ending[prompt])
             message = f"prompt {prompt} and its answer have {n} tokens; the model's context is {self._data.graph.n_ctx}"

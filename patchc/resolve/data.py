@@ -138,7 +138,7 @@ class Dataset:
             self._told.add(column)
             shown = self.encoder.show(bos)
             message = f"{column!r} begins with {shown!r}, and the tokenizer puts another before it"
-            self.scope.report.add(DOUBLE_BOS.at(where, message, fix=f"leave {shown} out, or write bos=false"))
+            self.scope.report.add(DOUBLE_BOS.at(where, message, fix=f"leave {shown} out, or write `bos=false`"))
 
     def _check_ids(self, ids: Ids, column: str, prompt: int, where: Span | None) -> None:
         limit = self.graph.n_ctx

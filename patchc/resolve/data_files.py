@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source, Span
 from patchc.resolve.files import FILE_TOO_LARGE, read_text
-from patchc.resolve.json_text import BAD_JSON, JsonText
+from patchc.resolve.json_text import BAD_JSON, Item, JsonText
 from patchc.resolve.tables import csv_rows, parquet_rows
 
 UNKNOWN_DATA_FORMAT = RULES.add("unknown-data-format", "a data file whose suffix names no format that is read")
@@ -98,7 +98,7 @@ def _row(text: JsonText, found: Any, start: int, end: int) -> Row:
     where = Span(text.source, start, end)
     if not isinstance(found, dict):
         raise BAD_JSON.error("a prompt is a JSON object, with columns as its keys", span=where)
-    return Row(_present(found), where, lru_cache(partial(_locate, text, start)))
+    return Row(_present(found), where, partial(_locate, text.source, cache(partial(text.members, start))))
 
 
 def _present(cells: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,10 +106,10 @@ def _present(cells: Mapping[str, Any]) -> dict[str, Any]:
     return {name: cell for name, cell in cells.items() if cell is not None}
 
 
-def _locate(text: JsonText, start: int, column: str) -> Span | None:
+def _locate(source: Source, members: Callable[[], Mapping[str, Item]], column: str) -> Span | None:
     """Where a prompt's value for a column stands."""
-    found = text.members(start).get(column)
-    return Span(text.source, found[1], found[2]) if found else None
+    found = members().get(column)
+    return Span(source, found[1], found[2]) if found else None
 
 
 def _shortened(diagnostics: list[Diagnostic], name: str) -> list[Diagnostic]:
@@ -152,12 +152,14 @@ def _autocircuit(text: JsonText, start: int, found: Mapping[str, Any]) -> list[R
 
     Its `answers` and `wrong_answers` are the columns `answer` and `wrong`.
     """
+    members = text.members(start)
     words = found.get("word_idxs") or {}
     if not isinstance(words, dict) or not all(_is_index(i) for i in words.values()):
-        raise BAD_PROMPT_FILE.error("`word_idxs` gives each name a position", span=_locate(text, start, "word_idxs"))
+        raise BAD_PROMPT_FILE.error(
+            "`word_idxs` gives each name a position", span=Span(text.source, *members["word_idxs"][1:])
+        )
     named = {name: Counted(i) for name, i in words.items()}
-    prompts = text.members(start)["prompts"]
-    return [_renamed(_row(text, *item), named) for item in text.items(prompts[1])]
+    return [_renamed(_row(text, *item), named) for item in text.items(members["prompts"][1])]
 
 
 def _is_index(value: Any) -> bool:

@@ -23,12 +23,13 @@ class Encoder:
     A prompt is encoded as `tokenizer(text)` does by default, the special tokens that it adds included. A chat template
     is never applied, whether the tokenizer has one or not: a text that is a conversation is written out with its
     markers. `bos`: None for what the tokenizer does by default, True for its BOS token in front of the text, False for
-    no special tokens.
+    no special tokens. `model`: where the spec names the model, for what is wrong with its tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, bos: bool | None = None):
+    def __init__(self, tokenizer: Any, bos: bool | None = None, model: Span | None = None):
         self._tokenizer = tokenizer
         self._bos = bos
+        self._model = model
         self._known: dict[tuple[str, bool], Ids] = {}
         self._shown: dict[int, str] = {}
 
@@ -45,7 +46,8 @@ class Encoder:
         if not self._bos:
             return self._ids(text, False, span)
         if self.bos is None:
-            raise NO_BOS.error("bos=true, but the tokenizer has no beginning-of-sequence token", span=span)
+            message = "bos=true, but the model's tokenizer has no beginning-of-sequence token"
+            raise NO_BOS.error(message, fix="leave `bos` out, or write `bos=false`", span=self._model)
         return (self.bos, *self._ids(text, False, span))
 
     def n_leading(self, text: str) -> int:
@@ -89,7 +91,8 @@ class Encoder:
 
     def _encode(self, text: str, special: bool, span: Span | None) -> Ids:
         if self._tokenizer is None:
-            raise NO_TOKENIZER.error(f"the model has no tokenizer to read {text!r}; give token ids", span=span)
+            fix = "give it one, `patchc.load(module, tokenizer=...)`, or write token ids into the data"
+            raise NO_TOKENIZER.error("the model has no tokenizer to read texts", fix=fix, span=self._model)
         ids = self._call(text, special)
         if ids is not None and not self._has_unknown(text):
             return ids

@@ -44,9 +44,20 @@ class Ends:
     certain: bool = True
 
     def told(self, graph: ResidualGraph) -> str:
-        """`the logits and head[3, 1].pattern`."""
+        """`the logits, mlp[2] and head[3, 1].pattern`."""
         names = [*(["the logits"] if self.logits else []), *(probe_name(graph, p) for p in self.probes)]
-        return " and ".join(dict.fromkeys(names))
+        *most, last = dict.fromkeys(names)
+        return f"{', '.join(most)} and {last}" if most else last
+
+    def example(self, graph: ResidualGraph) -> str:
+        """What a path can end with: `logits`, `head[3, 1].{q, k}`."""
+        if self.logits:
+            return "logits"
+        probe = self.probes[0]
+        name = probe_name(graph, probe)
+        if probe.site in (Site.PATTERN, Site.SCORES):
+            return name.removesuffix(str(probe.site)) + "{q, k}"
+        return name.removesuffix(f".{probe.site}") if probe.site in (Site.Z, Site.IN, Site.POST) else name
 
     def steps(self, graph: ResidualGraph) -> tuple[Step, ...]:
         """The last steps of every path: the logits and each place that is read."""

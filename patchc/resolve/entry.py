@@ -4,7 +4,7 @@ positions that a mean of other data has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from patchc.diagnostics import RULES, Span
@@ -12,7 +12,7 @@ from patchc.ir.bits import bits
 from patchc.ir.experiment import Blocked, Given, Mean, Moved, Noise, Source, Value, World
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.paths import Site, Step
-from patchc.ir.tokens import Layout
+from patchc.resolve.data import Dataset
 from patchc.resolve.tensors import TENSOR_SHAPE, Tensors
 
 VALUE_SITE = RULES.add("value-site", "a value that cannot enter at the site where it is put")
@@ -27,10 +27,11 @@ class Entry:
 
     graph: ResidualGraph
     tensors: Tensors
+    dataset: Dataset
     worlds: Mapping[str, World]
     _lengths: dict[str, int] = field(default_factory=dict[str, int])
 
-    def check(self, step: Step, value: Value, layout: Layout, span: Span | None) -> None:
+    def check(self, step: Step, value: Value, span: Span | None) -> None:
         """Raise what is wrong with a value at a start."""
         for _, source in value.terms:
             match source:
@@ -41,9 +42,9 @@ class Entry:
                     raise VALUE_SITE.error("`blocked` is no attention: a value of scores alone", fix=fix, span=span)
                 case Noise(relative=True) if step.site in ENTRIES:
                     message = f"the rows of .{step.site} differ in length, so that no one deviation is their own"
-                    raise VALUE_SITE.error(message, fix="noise(std=0.1, seed=0)", span=span)
+                    raise VALUE_SITE.error(message, fix="as in `noise(std=0.1, seed=0)`", span=span)
                 case Mean() | Moved():
-                    self._check_mean(step, source, layout, span)
+                    self._check_mean(step, source, span)
                 case _:
                     pass
 
@@ -73,7 +74,7 @@ class Entry:
             raise TENSOR_SHAPE.error("a tensor cannot stand for a head's z", fix=fix, span=span)
         if step.site in ENTRIES:
             message = f"a tensor cannot stand for .{step.site}, whose rows differ in length"
-            raise VALUE_SITE.error(message, fix="zero, mean or another world", span=span)
+            raise VALUE_SITE.error(message, fix="write `zero`, `mean` or another world", span=span)
         if step.site is Site.OUT and step.nodes.bit_count() != 1:
             names = ", ".join(n.name for n in self.graph.members(step.nodes)[:3])
             message = f"a tensor takes the place of one node, and this start is several ({names}, ...)"
@@ -81,7 +82,7 @@ class Entry:
 
     # ---- means
 
-    def _check_mean(self, step: Step, source: Source, layout: Layout, span: Span | None) -> None:
+    def _check_mean(self, step: Step, source: Source, span: Span | None) -> None:
         at = source.tokens if isinstance(source, Moved) else None
         mean = source.source if isinstance(source, Moved) else source
         if not isinstance(mean, Mean):
@@ -89,16 +90,22 @@ class Entry:
         if mean.over_positions:
             if step.site in ENTRIES:
                 message = f"the rows of .{step.site} differ in length, and have no mean over positions"
-                raise VALUE_SITE.error(message, fix=f"mean({mean.world})", span=span)
+                raise VALUE_SITE.error(message, fix=f"write `mean({mean.world})`", span=span)
         elif mean.world in self.worlds:
-            tokens = (at[t] if at else t for t in bits(step.tokens & layout.all))
-            self._check_position(mean.world, max((layout.place(t)[1] for t in tokens), default=0), span)
+            tokens = bits(step.tokens & self.dataset.layout.all)
+            self._check_positions(mean.world, [at[t] if at else t for t in tokens], span)
 
-    def _check_position(self, world: str, position: int, span: Span | None) -> None:
+    def _check_positions(self, world: str, tokens: Sequence[int], span: Span | None) -> None:
+        """Other data have no answers that follow their prompts, and a last position of their own."""
+        lengths = self.dataset.lengths
         if world not in self._lengths:
             self._lengths[world] = max(map(len, self.worlds[world].ids))
         longest = self._lengths[world]
-        if position >= longest:
-            message = f"the mean of {world} is needed at position {position}; its longest prompt has {longest} tokens"
+        for row, position in map(self.dataset.layout.place, tokens):
+            if position < min(longest, lengths[row % len(lengths)]):
+                continue
+            lacking = f"its longest prompt has {longest} tokens" if position >= longest else "no answer follows there"
+            message = f"the mean of {world} is needed at position {position}; {lacking}"
             file, column = world.rsplit(":", 1)
-            raise MEAN_POSITION.error(message, fix=f'mean("{file}", {column}, over=positions)', span=span)
+            fix = f'write `mean("{file}", {column}, over=positions)`'
+            raise MEAN_POSITION.error(message, fix=fix, span=span)

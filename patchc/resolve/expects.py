@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,22 +76,26 @@ class Expects:
         tolerance = float(self.scope.number(node.tolerance))
         if node.op != "==":
             message = f"`within` belongs to ==, and this is {node.op}, which needs no tolerance"
-            raise BAD_TOLERANCE.error(message, fix=f"== {written(node.bound)} within {tolerance:g}", span=node.span)
-        if tolerance < 0:
-            raise BAD_TOLERANCE.error(f"a tolerance is not negative: {tolerance:g}", span=node.tolerance.span)
+            raise BAD_TOLERANCE.error(
+                message, fix=f"write `== {written(node.bound)} within {tolerance:g}`", span=node.span
+            )
+        if not 0 <= tolerance < math.inf:
+            raise BAD_TOLERANCE.error(f"a tolerance is a number from 0 on, not {tolerance:g}", span=node.tolerance.span)
         return tolerance
 
     def _top(self, node: tree.ExpectTop, name: str, table: Table) -> Expect:
         top = self.scope.number(node.top)
         if not isinstance(top, int) or top < 1:
-            raise BAD_TOP.error(f"top takes a whole number of cells, not {top}", fix="top(3)", span=node.top.span)
+            raise BAD_TOP.error(
+                f"top takes a whole number of cells, not {top}", fix="as in `top(3)`", span=node.top.span
+            )
         indices, total = self._indices(node.cells, table, node.span), len(table.indices({}))
         if top >= total:
             message = f"top({top}) is every cell of this experiment, which has {total}"
             raise BAD_TOP.error(message, span=node.span)
         if len(indices) > top:
             message = f"{len(indices)} cells are named, and top({top}) has room for {top}"
-            raise BAD_TOP.error(message, fix=f"top({len(indices)})", span=node.span)
+            raise BAD_TOP.error(message, fix=f"write `top({len(indices)})`", span=node.span)
         return Expect(name, indices, "includes", 0.0, node.span, top=top)
 
     def _indices(

@@ -91,9 +91,9 @@ class Experiments:
         for kind, word in ((tree.Run, "run"), (tree.Patch, "patch"), (tree.Measure, "measure")):
             if kind not in has and not (kind is tree.Patch and tree.Attribute in has):
                 fix = {
-                    "run": "run clean",
-                    "patch": "patch node head[0, 0] with corrupt",
-                    "measure": "measure kl(clean)",
+                    "run": "as in `run clean`",
+                    "patch": "as in `patch node head[0, 0] with corrupt`",
+                    "measure": "as in `measure kl(clean)`",
                 }[word]
                 self.report.add(MISSING_CLAUSE.at(node.name.span, f"experiment {name!r} has no `{word}`", fix=fix))
         runs = _clauses(node, tree.Run)
@@ -115,7 +115,7 @@ class Experiments:
                 self._check_metric(item, variables)
                 metric = self.metrics.measured(item)
                 if metric.name in {m.name for m in found}:
-                    fix = f"measure ... as {metric.name.split('(')[0]}_2"
+                    fix = f"name one of them: `as {metric.name.split('(')[0]}_2`"
                     raise NAME_CLASH.error(f"two metrics are called {metric.name!r}", fix=fix, span=item.span)
                 found.append(metric)
         return found
@@ -240,7 +240,7 @@ class Experiments:
         told = f": {run!r} and {others[0]!r} have the same text in every prompt" if others else f", {run!r}"
         message = f"the patches of {node.name.text!r} change nothing: each value is what the run itself has{told}"
         span = next(c.value.span for c in _clauses(node, tree.Patch))
-        return WORLDS_EQUAL.error(message, span=span)
+        return WORLDS_EQUAL.error(message, fix=f"name another world than `{run}` after `with`", span=span)
 
     def _warn_unchanged(self, node: tree.Experiment, one: OneExperiment, run: str) -> None:
         for world in sorted({v.world for v in one.values if v.world and v.world != run}):
@@ -284,7 +284,9 @@ class Experiments:
         for metric in metrics:
             if metric.interval and by_prompt:
                 message = "an interval is drawn over prompts, and this experiment shows each prompt alone"
-                self.report.add(BAD_INTERVAL.at(metric.span, message, fix="no loop over prompts, or no interval"))
+                self.report.add(
+                    BAD_INTERVAL.at(metric.span, message, fix="leave out the loop over prompts, or the interval")
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from patchc.diagnostics import RULES, Span
+from patchc.spec import neighbour, not_text
 
 MISSING_FILE = RULES.add("missing-file", "a file that the spec names is not there or cannot be read")
 UNSAFE_FILE = RULES.add("unsafe-file", "a file that can run code when it is read, such as a pickle")
@@ -41,7 +42,7 @@ def open_checked(path: Path, name: str, span: Span | None, limit: int | None = M
     except ValueError as error:  # a NUL in the name
         raise MISSING_FILE.error(f"{name!r} is no file name: {error}", span=span) from None
     except OSError as error:
-        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
+        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", fix=neighbour(path), span=span) from None
     _refuse_code(start, name, span)
     return start
 
@@ -52,7 +53,7 @@ def read_text(path: Path, name: str, span: Span | None) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MISSING_FILE.error(f"{name} is not text in UTF-8 (byte {error.start})", span=span) from None
+        raise not_text(name, error, span) from None
     except OSError as error:
         raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", span=span) from None
 

@@ -106,7 +106,7 @@ def _is_variable(node: tree.Item, env: Env) -> bool:
 def _outside(node: tree.Item, index: int, axis: Axis, written: str):
     value = "" if isinstance(node, tree.Number) else f" ({axis.unit} {index})"
     message = f"no {written}{value}: {axis.model}"
-    fix = f"the last {axis.unit} is -1" if axis.size else None
+    fix = f"the last {axis.unit} is `-1`" if axis.size else None
     return UNKNOWN_NODE.error(message, fix=fix, span=_span(node))
 
 

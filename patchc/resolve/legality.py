@@ -8,7 +8,8 @@ there is one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from patchc.diagnostics import RULES, Diagnostic, Span
 from patchc.ir.bits import bitset
@@ -19,6 +20,7 @@ from patchc.resolve.terms import Chain, Circuit, Either, NodeSet, Repeat, Term
 
 BACKWARD_EDGE = RULES.add("backward-edge", "a path goes from a node to one that reads before the node writes")
 EMPTY_SET = RULES.add("empty-set", "a set of nodes with nothing in it")
+HIDDEN_ENTRY = RULES.add("hidden-entry", "an entry of an attention pattern that the model's mask hides")
 NO_POSITION = RULES.add("no-position", "no position takes every step of a path")
 
 EMPTY_CIRCUIT = RULES.add("empty-circuit", "a circuit that holds no path from the input to the logits")
@@ -29,7 +31,7 @@ LONG = 60
 
 def empty_circuit(span: Span | None) -> Diagnostic:
     message = "no path from the input to the logits is in this circuit: its first nodes are not `input`'s"
-    return EMPTY_CIRCUIT.at(span, message, fix="add input, or embed")
+    return EMPTY_CIRCUIT.at(span, message, fix="add `input`, or `embed`")
 
 
 class Legality:
@@ -79,10 +81,10 @@ class Legality:
             case NodeSet():
                 return self._enter(term, after, before)
             case Chain(parts):
-                for part in parts:
+                for i, part in enumerate(parts):
                     after, fault = self._walk(part, after, before)
                     if fault:
-                        return after, fault
+                        return after, replace(fault, fix=fault.fix or self._turned(parts[i - 1 : i + 1]))
                     before = before if isinstance(part, Repeat) else self._label(part)
                 return after, None
             case Either(parts):
@@ -93,6 +95,16 @@ class Legality:
             case Circuit():
                 fault = None if term.starts(self._graph) else empty_circuit(term.span)
                 return self._graph.top, fault
+
+    def _turned(self, steps: Sequence[Term]) -> str | None:
+        """The fix for two nodes that stand the wrong way round."""
+        sets = [step for step in steps if isinstance(step, NodeSet) and len(step.members) == 1]
+        if len(sets) < 2 or not sets[0].members[0].ports:
+            return None
+        if self._enter(sets[0], self._enter(sets[1], -1, "")[0], "")[1]:
+            return None
+        reader, writer = (step.label.partition(".")[0] for step in sets)
+        return f"did you mean `{writer} -> {reader}`?"
 
     def _enter(self, nodes: NodeSet, after: int, before: str) -> tuple[int, Diagnostic | None]:
         if not nodes.members:

@@ -14,7 +14,7 @@ from patchc.parse import tree
 from patchc.resolve.bindings import Binding, Env, Number, Place, WorldName
 from patchc.resolve.data import Dataset
 from patchc.resolve.positions import UNEQUAL_POSITIONS, Positions
-from patchc.resolve.scope import NOT_SUPPORTED_YET, NUMBER_DOMAINS, WRONG_KIND, Scope, written
+from patchc.resolve.scope import NUMBER_DOMAINS, WRONG_KIND, Scope, written
 from patchc.resolve.sets import Sets
 from patchc.resolve.terms import NodeSet
 
@@ -79,9 +79,8 @@ class Loops:
                 return [NodeSet((member,), node.span) for member in nodes.members]
 
     def _numbers(self, name: str, span: Span | None) -> list[Binding]:
+        """Layers, heads or positions; a loop over prompts makes no cells and is for `by_prompt`."""
         match name:
-            case "prompts":
-                raise NOT_SUPPORTED_YET.error("a loop over prompts is not supported yet", span=span)
             case "positions":
                 return [Number(i, "position") for i in range(self._length(span))]
             case "heads":
@@ -95,7 +94,7 @@ class Loops:
         if len(set(lengths)) > 1:
             shortest, longest = min(lengths), max(lengths)
             message = f"the prompts have {shortest} to {longest} tokens, and no position has one number in all"
-            fix = f"named positions (`at ...` in the data), or counted from the end: {-min(shortest, 5)}..-1"
+            fix = f"name positions in the data (`at ...`), or count from the end: `{-min(shortest, 5)}..-1`"
             raise UNEQUAL_POSITIONS.error(message, fix=fix, span=span)
         return lengths[0]
 
@@ -143,7 +142,7 @@ class Loops:
     def _range(self, node: tree.Range, env: Env) -> list[Binding]:
         if node.first is None or node.last is None:
             message = "a range to loop over needs both ends: what it counts is not known here"
-            raise WRONG_KIND.error(message, fix="0..5", span=node.span)
+            raise WRONG_KIND.error(message, fix="as in `0..5`", span=node.span)
         first, last = self._end(node.first, env), self._end(node.last, env)
         if first is None or last is None:
             return self._positions_between(node, env)
@@ -184,5 +183,5 @@ def _distinct(found: Sequence[Binding], node: tree.Binding) -> tuple[Binding, ..
         other = out.setdefault(label_of(b), b)
         if isinstance(b, NodeSet) and isinstance(other, NodeSet) and b.members != other.members:
             message = f"{node.name.text!r} has two values that are both called {b.label}, at different positions"
-            raise WRONG_KIND.error(message, fix="a second loop variable for the positions", span=node.domain.span)
+            raise WRONG_KIND.error(message, fix="loop over the positions with another variable", span=node.domain.span)
     return tuple(out.values())

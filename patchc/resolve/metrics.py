@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from patchc.diagnostics import RULES, Severity, nearest
+from patchc.diagnostics import RULES, PatchcError, Severity, nearest
 from patchc.ir.experiment import Called, Interval, Kl, Measure, Metric, Read
 from patchc.parse import tree
 from patchc.resolve.answers import AnswerReader
@@ -54,6 +54,8 @@ class Metrics:
         self._answers = answers
         self._continuations = continuations
         self._open: list[str] = []
+        self._circles: list[set[str]] = []
+        """Metrics that are defined by one another, which has been reported."""
 
     def measured(self, node: tree.Measured) -> Metric:
         """One thing of a `measure` clause, under its alias, its own name or the text as written."""
@@ -79,12 +81,13 @@ class Metrics:
 
     def _normalised(self, node: tree.Normalised, name: str) -> Metric:
         if node.per is not None and node.per.text != "prompt":
-            raise WRONG_KIND.error("only `per prompt` can stand here", fix="per prompt", span=node.per.span)
+            raise WRONG_KIND.error("only `per prompt` can stand here", fix="write `per prompt`", span=node.per.span)
         zero, one = self._data.world(node.zero), self._data.world(node.one)
         if all(self._data.same(zero, one)):
             told = "one world" if zero == one else "the same text in every prompt"
             message = f"{zero!r} and {one!r} are {told}, so that nothing lies between 0 and 1"
-            raise SAME_WORLD.error(message, span=node.span)
+            fix = "name two different worlds, as in `from corrupt to clean`"
+            raise SAME_WORLD.error(message, fix=fix, span=node.span)
         expression = self._typed(node.inner, None).expression
         return Metric(name, expression, zero, one, node.per is not None, node.span)
 
@@ -93,7 +96,7 @@ class Metrics:
     def _interval(self, node: tree.Interval) -> Interval:
         level = self._scope.number(node.level)
         if not 0 < level < 1:
-            fix = f"interval {level / 100:g}" if 50 <= level < 100 else "interval 0.95"
+            fix = f"write `interval {level / 100:g}`" if 50 <= level < 100 else "as in `interval 0.95`"
             message = f"an interval's level lies between 0 and 1, and this is {level:g}"
             raise BAD_INTERVAL.error(message, fix=fix, span=node.level.span)
         options = self._options(node)
@@ -103,7 +106,7 @@ class Metrics:
             raise BAD_INTERVAL.error(message, span=node.span)
         if len(self._data.lengths) < 2:
             message = "an interval is drawn over prompts, and there is one prompt"
-            raise BAD_INTERVAL.error(message, fix="more prompts, or no interval", span=node.span)
+            raise BAD_INTERVAL.error(message, fix="give more prompts, or leave the interval out", span=node.span)
         return Interval(float(level), options.get("seed", 0), resamples)
 
     def _options(self, node: tree.Interval) -> Mapping[str, int]:
@@ -115,7 +118,7 @@ class Metrics:
                 raise BAD_INTERVAL.error(f"an interval has seed and resamples, no {name}", fix=fix, span=option.span)
             value = self._scope.number(option.value) if isinstance(option.value, tree.Number | tree.Parameter) else None
             if not isinstance(value, int):
-                raise BAD_INTERVAL.error(f"{name} is a whole number", fix=f"{name}=1", span=option.value.span)
+                raise BAD_INTERVAL.error(f"{name} is a whole number", fix=f"as in `{name}=1`", span=option.value.span)
             out[name] = value
         return out
 
@@ -179,7 +182,7 @@ class Metrics:
             answer = tree.Ref(tree.Name("answer", span=node.span), span=node.span)
             return self._read(Measure(name), answer, at, node)
         if name in FUNCTIONS:
-            raise WRONG_KIND.error(f"{name} takes {TAKES[name]}", fix=EXAMPLES[name], span=node.span)
+            raise WRONG_KIND.error(f"{name} takes {TAKES[name]}", fix=f"as in `{EXAMPLES[name]}`", span=node.span)
         raise self._scope.not_a("a metric", node.name, [*self._scope.metrics, *self._scope.called, *FUNCTIONS])
 
     def _inner(self, node: tree.Ref, value: tree.Value, at: Tokens | None) -> Typed:
@@ -199,7 +202,7 @@ class Metrics:
         argument = node.arguments[0]
         if name == "kl":
             if not isinstance(argument, tree.Ref) or argument.indices or argument.sites:
-                raise WRONG_KIND.error("kl takes a world", fix="kl(clean)", span=node.span)
+                raise WRONG_KIND.error("kl takes a world", fix="as in `kl(clean)`", span=node.span)
             return Typed(Kl(self._data.world(argument.name), self._tokens(at)), "nats", node.span)
         return self._read(Measure(name), argument, at, node)
 
@@ -225,7 +228,7 @@ class Metrics:
     def _continued(self, answer: tree.Name | tree.Text, at: Tokens | None, whole: tree.Construct):
         if at is not None and at != self._positions.last:
             message = "an answer of several tokens follows the prompt, and this is read at another position"
-            raise WRONG_KIND.error(message, fix="first(...) reads the first token anywhere", span=whole.span)
+            raise WRONG_KIND.error(message, fix="`first(...)` reads the first token anywhere", span=whole.span)
         return self._continuations.read(self._answers.sequences(answer), whole.span)
 
     def _answer(self, node: tree.Argument, measure: Measure) -> tuple[tree.Name | tree.Text, bool]:
@@ -251,7 +254,11 @@ class Metrics:
 
     def _opened(self, name: tree.Name) -> _Opened:
         if name.text in self._open:
-            chain = " -> ".join([*self._open[self._open.index(name.text) :], name.text])
+            circle = self._open[self._open.index(name.text) :]
+            if set(circle) in self._circles:
+                raise PatchcError(())
+            self._circles.append(set(circle))
+            chain = " -> ".join([*circle, name.text])
             raise RECURSIVE_METRIC.error(f"{name.text!r} is defined by itself ({chain})", span=name.span)
         return _Opened(self._open, name.text)
 

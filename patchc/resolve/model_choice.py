@@ -53,7 +53,7 @@ def model_choice(spec: tree.Spec, parameters: Mapping[str, Literal] | None = Non
 
 def missing_model(spec: tree.Spec) -> PatchcError:
     """The error for a spec that names no model."""
-    return NO_MODEL.error("the spec names no model", fix='model "ioi-tiny"', span=spec.span)
+    return NO_MODEL.error("the spec names no model", fix='as in `model "ioi-tiny"`', span=spec.span)
 
 
 def _chosen(node: tree.Model, scope: Scope) -> ModelChoice:

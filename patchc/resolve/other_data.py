@@ -56,7 +56,8 @@ class OtherData:
         found = next((name for name, cell in records[0].cells.items() if isinstance(cell, str)), None)
         if found is None:
             message = f"{file} has no column of texts; it has {', '.join(has) or 'none'}"
-            raise NO_TEXT_COLUMN.error(message, fix=f'mean("{file}", {has[0] if has else "clean"})', span=span)
+            fix = f'as in `mean("{file}", {has[0] if has else "clean"})`'
+            raise NO_TEXT_COLUMN.error(message, fix=fix, span=span)
         return found
 
     def _read(self, records: list[Record], world: str, column: str, span: Span | None) -> World:

@@ -48,7 +48,7 @@ def check_drawn(shown: Show, shape: Sequence[int]) -> None:
     if shown.kind == "line" and max(shape, default=1) < 2:
         what = "a single number" if not shape else "one cell along each dim"
         message = f"there is {what} here, and a line takes two points"
-        raise NOTHING_TO_DRAW.error(message, fix="show table", span=shown.span)
+        raise NOTHING_TO_DRAW.error(message, fix="write `show table`", span=shown.span)
 
 
 def _file(scope: Scope, file: tree.Text | tree.Parameter, suffixes: Sequence[str]) -> str:

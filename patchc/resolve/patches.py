@@ -19,7 +19,7 @@ from patchc.resolve.bindings import Env
 from patchc.resolve.data import Dataset
 from patchc.resolve.ends import LOGITS, Ends
 from patchc.resolve.entry import Entry
-from patchc.resolve.legality import BACKWARD_EDGE, NO_POSITION, Legality, Reach
+from patchc.resolve.legality import BACKWARD_EDGE, HIDDEN_ENTRY, NO_POSITION, Legality, Reach
 from patchc.resolve.paths import BAD_START, Paths
 from patchc.resolve.scope import WRONG_KIND
 from patchc.resolve.sets import Sets
@@ -28,8 +28,6 @@ from patchc.resolve.terms import NodeSet, Term
 from patchc.resolve.values import Values
 
 WORLDS_EQUAL = RULES.add("worlds-equal", "an experiment whose patches give every node what the run itself has there")
-
-LOOKS_AHEAD = RULES.add("looks-ahead", "a pattern's entries at which a position would look at a later one")
 
 T = TypeVar("T")
 Found = Path | None
@@ -55,7 +53,7 @@ class Patches:
         self._sets = sets
         self._paths = paths
         self._values = values
-        self._entry = Entry(graph, tensors, values.other.worlds)
+        self._entry = Entry(graph, tensors, dataset, values.other.worlds)
         self._legality = Legality(graph)
 
     def cells(self, clauses: Sequence[tree.Patch], run: str, ends: Ends) -> OneExperiment:
@@ -71,7 +69,7 @@ class Patches:
         term = self._sets.term(node.what, env)
         path = self._path(node, term, ends)
         if not self._sets.locals_of(node.what, env):
-            self._check(node, term, path)
+            self._check(node, term, path, ends)
         return path if self._is_legal(node, term, path, ends) else None
 
     def _path(self, node: tree.Target, term: Term, ends: Ends) -> Path:
@@ -86,7 +84,8 @@ class Patches:
             case "all":
                 if isinstance(term, NodeSet):
                     message = "`patch all except` takes paths, and these are nodes"
-                    raise WRONG_KIND.error(message, fix="circuit(...) of the nodes, or a -> b -> logits", span=span)
+                    fix = "write `circuit(...)` of the nodes, or `a -> b -> logits`"
+                    raise WRONG_KIND.error(message, fix=fix, span=span)
                 return self._paths.path(term, span, ends)
 
     def _is_legal(self, node: tree.Target, term: Term, path: Path, ends: Ends) -> bool:
@@ -97,11 +96,13 @@ class Patches:
             return False
         return self._legality.lowest(self._path(node, term, LOGITS)) is not None
 
-    def _check(self, node: tree.Target, term: Term, path: Path) -> None:
+    def _check(self, node: tree.Target, term: Term, path: Path, ends: Ends) -> None:
         """The rank rule for every alternative as written, and that some position takes every step."""
         span = node.what.span if node.what else node.span
         if fault := self.fault(node, term):
             raise PatchcError([fault])
+        if not starts(path):
+            raise self._paths.not_an_end(None, span, ends)
         constants = self._graph.of(Kind.ATTN_BIAS)
         if all(not step.nodes & ~constants for step in starts(path)):
             raise BAD_START.error("a bias is the same in every run: no value changes it", span=term.span)
@@ -117,7 +118,7 @@ class Patches:
                 "no position looks at a later one, and here each would: "
                 "the one that asks stands first, [asks, looked at]"
             )
-            raise LOOKS_AHEAD.error(message, span=span)
+            raise HIDDEN_ENTRY.error(message, span=span)
 
     def _is_hidden(self, step: Step) -> bool:
         """Whether a start is entries of a pattern or of scores that stand above the diagonal in every prompt."""
@@ -146,7 +147,7 @@ class Patches:
         """A value can enter wherever a path starts."""
         if not all(isinstance(source, FromWorld | Itself) for _, source in value.terms):
             for step in starts(path):
-                self._entry.check(step, value, self._data.layout, span)
+                self._entry.check(step, value, span)
 
     def locals_of(self, node: Any, env: Env) -> tuple[str, ...]:
         return self._sets.locals_of(node, env)

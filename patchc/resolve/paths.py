@@ -14,7 +14,7 @@ from patchc.ir.bits import bits, bitset
 from patchc.ir.graph import QKV, Nodes, ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Tokens
-from patchc.resolve.ends import LOGITS, Ends, probe_name
+from patchc.resolve.ends import LOGITS, Ends
 from patchc.resolve.scope import WRONG_KIND
 from patchc.resolve.terms import Chain, Circuit, Either, Member, NodeSet, Repeat, Term, joined
 
@@ -54,7 +54,7 @@ class Paths:
         """`patch node n`: `n -> any* -> logits`, and `n` itself where it is read."""
         if not isinstance(term, NodeSet):
             raise WRONG_KIND.error(
-                "`patch node` takes nodes, and this is a path", fix="patch path", span=term.span or span
+                "`patch node` takes nodes, and this is a path", fix="a path is `patch path`", span=term.span or span
             )
         start = self._start(term)
         path = Seq((start, self.rest, self.end(ends)))
@@ -77,7 +77,7 @@ class Paths:
                 return _alt([Seq((start, *end)) for end in after])
             case _:
                 raise NOT_AN_EDGE.error(
-                    "an edge is `a -> b`, two sets of nodes", fix="patch path", span=term.span or span
+                    "an edge is `a -> b`, two sets of nodes", fix="a path is `patch path`", span=term.span or span
                 )
 
     def _after(self, reader: NodeSet, ends: Ends) -> tuple[tuple[Path, ...], ...]:
@@ -114,7 +114,7 @@ class Paths:
         start = self._start(term)
         found = self._read_at(start, ends)
         if term.members and not found and ends.certain:
-            raise self._not_an_end(term.members[-1], term.span or span, ends)
+            raise self.not_an_end(None, term.span or span, ends)
         return _alt(found or [start])
 
     def everything(self, ends: Ends) -> Path:
@@ -133,7 +133,7 @@ class Paths:
             case Repeat():
                 message = "a path starts at the nodes whose value is replaced, not with a star"
                 raise STAR_START.error(
-                    message, fix="put those nodes first: a -> any* -> logits", span=term.span or span
+                    message, fix="put those nodes first: `a -> any* -> logits`", span=term.span or span
                 )
             case _:
                 pass
@@ -150,17 +150,18 @@ class Paths:
             case NodeSet(members) if members:
                 for m in members:
                     if not ends.is_end(self._graph, m):
-                        raise self._not_an_end(m, term.span or span, ends)
+                        raise self.not_an_end(m, term.span or span, ends)
             case _:
-                raise self._not_an_end(None, term.span or span, ends)
+                raise self.not_an_end(None, term.span or span, ends)
 
-    def _not_an_end(self, member: Member | None, span: Span | None, ends: Ends) -> PatchcError:
+    def not_an_end(self, member: Member | None, span: Span | None, ends: Ends) -> PatchcError:
+        """The error for paths that end at `member`, or at nothing that is measured."""
         if not ends.probes:
-            return PATH_END.error("a path ends at the logits", fix="... -> logits", span=span)
+            fix = "end it with `-> logits`, or with `-> any* -> logits`"
+            return PATH_END.error("a path ends at the logits", fix=fix, span=span)
         here = f"; this one ends at {member.name}" if member else ""
         message = f"a path ends at what is measured, and the metrics read {ends.told(self._graph)}{here}"
-        last = "logits" if ends.logits else probe_name(self._graph, ends.probes[0]).split(".")[0]
-        return PATH_END.error(message, fix=f"... -> {last}", span=span)
+        return PATH_END.error(message, fix=f"end it with `-> {ends.example(self._graph)}`", span=span)
 
     # ---- terms
 
@@ -267,10 +268,10 @@ class Paths:
             raise BAD_START.error("nothing starts at the logits: every path ends there", span=span)
         if member.kv >= 0 and member.site is Site.OUT:
             message = f"{member.name} is keys and values, which are replaced one by one"
-            raise BAD_START.error(message, fix=f"{member.name}.{{k, v}}", span=span)
+            raise BAD_START.error(message, fix=f"write `{member.name}.{{k, v}}`", span=span)
         if member.site is Site.OUT and member.ports != QKV:
             message = f"{member.name} is what a difference left of a head's ports, and no value can enter there"
-            raise BAD_START.error(message, fix="name the sites: h.{q, k}", span=span)
+            raise BAD_START.error(message, fix="name the sites: `h.{q, k}`", span=span)
 
     def _later_steps(self, nodes: NodeSet) -> Path:
         """A step for each choice of ports and place; a head that is named port by port is joined again."""
@@ -300,12 +301,12 @@ def _no_port(member: Member, span: Span | None) -> PatchcError:
     whole = member.name.split(".")[0]
     if member.kv >= 0:
         message = f"{member.name} is keys and values, and a path enters one of them"
-        return NOT_A_PORT.error(message, fix=f"{member.name}.{{k, v}}", span=span)
+        return NOT_A_PORT.error(message, fix=f"write `{member.name}.{{k, v}}`", span=span)
     if member.site is Site.POST:
         message = f"no edge enters {member.name}: a path goes through the MLP itself"
-        return NOT_A_PORT.error(message, fix=whole, span=span)
+        return NOT_A_PORT.error(message, fix=f"did you mean `{whole}`?", span=span)
     message = f"no edge enters {member.name}: a head's ports are .q .k .v, and the head itself is all three"
-    return NOT_A_PORT.error(message, fix=whole, span=span)
+    return NOT_A_PORT.error(message, fix=f"did you mean `{whole}`?", span=span)
 
 
 def _nodes(members: Iterable[Member]) -> Nodes:

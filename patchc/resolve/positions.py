@@ -127,7 +127,7 @@ class Positions:
         if -length <= index < length:
             return index % length
         message = f"no position {index} in prompt {prompt}: its {length} tokens are numbered 0..{length - 1}"
-        raise POSITION_OUTSIDE.error(message, span=span)
+        raise POSITION_OUTSIDE.error(message, fix="the last position is `-1`", span=span)
 
     def _between(self, node: tree.Range, env: Env) -> Spots:
         lengths = self._data.lengths
@@ -183,7 +183,7 @@ class Positions:
             return self._declared(declared, prompt)
         if name not in record.cells:
             message = f"prompt {prompt} has no position {name!r}"
-            raise MISSING_POSITION.error(message, fix=f"at {name} ...", span=record.where or span)
+            raise MISSING_POSITION.error(message, fix=f"add `at {name} ...` to its `data`", span=record.where or span)
         self._data.cell(prompt, name, span)
         return self._from_cell(record.as_position(name), name, prompt, record.span(name) or span)
 
@@ -231,7 +231,7 @@ class Positions:
             case _:
                 pass
         message = f"{name!r} is used as a position, and prompt {prompt} has {shortened(cell)}"
-        raise WRONG_KIND.error(message, fix="an index, [first, last], or a text", span=span)
+        raise WRONG_KIND.error(message, fix="give an index, `[first, last]`, or a text", span=span)
 
     def _column_text(self, column: tree.Name, prompt: int) -> str:
         if column.text not in self._data.columns:
@@ -252,7 +252,8 @@ class Positions:
             raise self._not_found(text, prompt, span)
         if which is None and len(found) > 1:
             message = f'"{text}" stands {len(found)} times in prompt {prompt}: say `first` or `last`'
-            raise AMBIGUOUS_POSITION.error(message, fix=f"{named or repr(text)} last".replace("'", '"'), span=span)
+            said = named or f'"{text}"'
+            raise AMBIGUOUS_POSITION.error(message, fix=f"write `{said} last`, or `{said} first`", span=span)
         return found[-1] if which == "last" else found[0]
 
     def _occurrences(self, text: str, prompt: int, of_column: bool) -> list[OnePrompt]:
@@ -271,7 +272,7 @@ class Positions:
 
     def _not_found(self, text: str, prompt: int, span: Span | None) -> PatchcError:
         other = text[1:] if text.startswith(" ") else " " + text
-        fix = f'"{other}"' if self._occurrences(other, prompt, False) else None
+        fix = f'did you mean `"{other}"`?' if self._occurrences(other, prompt, False) else None
         column = self._data.text_column
         listed = self._data.encoder.listed(self._data.text_ids[prompt])
         message = f'"{text}" is not among the tokens of {column!r} in prompt {prompt}: {listed}'

@@ -15,6 +15,7 @@ from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS
 from patchc.resolve.data import Dataset
 from patchc.resolve.indices import Axis, Indexer
+from patchc.resolve.legality import HIDDEN_ENTRY
 from patchc.resolve.positions import ONE_POSITION, Positions
 from patchc.resolve.scope import WRONG_KIND, written
 from patchc.resolve.selectors import UNKNOWN_SITE
@@ -23,7 +24,6 @@ from patchc.resolve.tensors import TENSOR_SHAPE, Tensors
 from patchc.resolve.terms import Member
 
 NOT_A_NUMBER = RULES.add("not-a-number", "a metric reads a vector, or several nodes, where one number is needed")
-HIDDEN_ENTRY = RULES.add("hidden-entry", "an entry of an attention pattern that the model's mask hides")
 
 ENTRIES = (Site.PATTERN, Site.SCORES)
 IN_HEADS = (Site.PATTERN, Site.SCORES)
@@ -58,7 +58,7 @@ class Probes:
             return NodeRead(probe, self._at(at, tokens), neuron=self._neuron(node))
         probe, _ = self._probe(node)
         message = f"{written(node)} is a vector of {self._width(probe)} numbers; a metric is one number a prompt"
-        raise NOT_A_NUMBER.error(message, fix=f"dot({written(node)}, tensor(...))", span=node.span)
+        raise NOT_A_NUMBER.error(message, fix=f"as in `dot({written(node)}, tensor(...))`", span=node.span)
 
     def dot(self, node: tree.Function, at: Tokens | None) -> NodeRead:
         """`dot(NODE @ POSITION, tensor(...))`."""
@@ -71,7 +71,7 @@ class Probes:
             raise WRONG_KIND.error("dot takes a node and a tensor", fix=fix, span=target.span)
         if _inner(target) in ENTRIES or (_inner(target) is Site.POST and target.sites[-1].indices):
             message = f"{written(target)} is a number already, and dot takes a vector"
-            raise NOT_A_NUMBER.error(message, fix=written(target), span=target.span)
+            raise NOT_A_NUMBER.error(message, fix=f"write `{written(target)}`", span=target.span)
         probe, tokens = self._probe(target)
         key = self.tensors.named(tensor)
         self._check_width(probe, key, target, tensor.span)
@@ -81,7 +81,7 @@ class Probes:
         """An entry of a pattern says its positions itself."""
         if isinstance(node.inner, tree.Ref) and _inner(node.inner) in ENTRIES:
             message = f"{written(node.inner)} names its positions itself: `@` has nothing to say"
-            raise WRONG_KIND.error(message, fix=written(node.inner), span=node.span)
+            raise WRONG_KIND.error(message, fix=f"write `{written(node.inner)}`", span=node.span)
 
     def _arguments(self, node: tree.Function) -> tuple[tree.Argument, tree.Function]:
         match node.arguments:
@@ -100,7 +100,7 @@ class Probes:
         members = self.sets.nodes(bare, NO_LOCALS).members
         if len(members) != 1:
             message = f"a metric reads one node, and {written(node)} is {len(members) or 'none'}"
-            raise NOT_A_NUMBER.error(message, fix="name one: head[0, 1]", span=node.span)
+            raise NOT_A_NUMBER.error(message, fix="name one: `head[0, 1]`", span=node.span)
         member = members[0]
         probe = self._outer(member, node) if site is None else self._within(member, site, node)
         return probe, self._given(member, node.span)
@@ -112,15 +112,20 @@ class Probes:
             if member.kv >= 0:
                 raise WRONG_KIND.error(f"{member.name} has .k and .v, and no output", span=node.span)
             self._check_output(member, node)
+        if member.site not in (Site.STREAM, Site.ATTN_OUT):
+            self._check_one(member, node)
         return Probe(member.nodes, member.site, member.rank)
 
     def _check_output(self, member: Member, node: tree.Ref) -> None:
         kinds = {n.kind for n in self.graph.members(member.nodes)}
         if Kind.LOGITS in kinds:
-            raise WRONG_KIND.error("logits are read by answer", fix="logit(answer)", span=node.span)
+            raise WRONG_KIND.error("logits are read by answer", fix="write `logit(answer)`", span=node.span)
         if kinds == {Kind.ATTN_BIAS}:
             message = f"{member.name} is a constant: it is the same in every run"
-            raise WRONG_KIND.error(message, fix=member.name.replace("attn_bias", "attn_out"), span=node.span)
+            fix = f"did you mean `{member.name.replace('attn_bias', 'attn_out')}`?"
+            raise WRONG_KIND.error(message, fix=fix, span=node.span)
+
+    def _check_one(self, member: Member, node: tree.Ref) -> None:
         if member.nodes.bit_count() != 1:
             names = ", ".join(n.name for n in self.graph.members(member.nodes)[:3])
             fix = "resid_pre[0]" if member.nodes == self.graph.input else "name one of them"
@@ -156,7 +161,7 @@ class Probes:
         if len(indices) != 2:
             what = written(node.sites[-1])
             message = f"{what} takes two positions: the one that asks and the one that is looked at"
-            raise NOT_A_NUMBER.error(message, fix=f"{written(node).split('[end')[0]}[-1, 0]", span=node.span)
+            raise NOT_A_NUMBER.error(message, fix=f"as in `{written(node).split('[end')[0]}[-1, 0]`", span=node.span)
         tokens, sources = (self._position(i) for i in indices)
         self._check_seen(node, tokens, sources)
         return NodeRead(probe, tokens, sources)
@@ -183,7 +188,8 @@ class Probes:
         found = self.indexer.all_of(indices[0], axis, NO_LOCALS, written(node))
         if len(found) != 1:
             message = f"a metric reads one neuron, and {written(node)} is {len(found)}"
-            raise NOT_A_NUMBER.error(message, fix=f"{written(node).rpartition('[')[0]}[{found[0]}]", span=node.span)
+            fix = f"as in `{written(node).rpartition('[')[0]}[{found[0]}]`"
+            raise NOT_A_NUMBER.error(message, fix=fix, span=node.span)
         return found[0]
 
     # ---- widths

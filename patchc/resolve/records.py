@@ -76,6 +76,9 @@ def _of_statement(statement: tree.Data, scope: Scope, base: Path) -> list[Record
     cells, spans = _columns(statement, scope)
     positions = {f.name.text: f for f in statement.fields if isinstance(f, tree.Position)}
     if statement.file is None:
+        if not any(isinstance(f, tree.Column) for f in statement.fields):
+            fix = 'as in `data { clean "..." corrupt "..." }`'
+            raise EMPTY_DATA.error("this data block has no column, and names no file", fix=fix, span=statement.span)
         return [Record(cells, positions, statement.span, spans)]
     name = scope.text(statement.file)
     rows = _not_empty(read_rows(base / name, name, statement.file.span), statement.file.span, f"{name} holds no prompt")
@@ -157,7 +160,7 @@ def _rows(given: Given) -> list[dict[str, Any]]:
     if isinstance(given, Mapping):
         return _from_columns({str(k): plain(v) for k, v in given.items()})
     if isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(r, Mapping) for r in given):
-        return [{str(k): plain(v) for k, v in record.items()} for record in given]
+        return [_present({str(k): plain(v) for k, v in record.items()}) for record in given]
     message = f"data is a list of dicts, a DataFrame or a dict of columns, not {type(given).__name__}"
     raise BAD_DATA.error(message)
 
@@ -172,6 +175,11 @@ def _from_columns(columns: dict[str, Any]) -> list[dict[str, Any]]:
         raise BAD_DATA.error(f"the columns differ in their number of prompts: {told}")
     names = list(columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _present(cells: dict[str, Any]) -> dict[str, Any]:
+    """Without what is None or NaN, as a DataFrame has it: the prompt lacks that column."""
+    return {name: cell for name, cell in cells.items() if cell is not None and cell == cell}
 
 
 def plain(value: Any) -> Any:

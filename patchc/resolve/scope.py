@@ -82,7 +82,7 @@ class Scope:
         """The diagnostic for taking a name that is taken, or None."""
         if name in BUILT_IN:
             message = f"{name!r} cannot name {kind}: the language has it as {BUILT_IN[name]}"
-            return NAME_CLASH.at(span, message, fix=f"another name, such as {name}_")
+            return NAME_CLASH.at(span, message, fix=f"choose another name, such as `{name}_`")
         other = self.names.get(name)
         if other is None:
             return None
@@ -113,7 +113,7 @@ class Scope:
             return self.parameters[node.name]
         given = f" (given: {', '.join(self.parameters)})" if self.parameters else ""
         message = f"no value is given for ${{{node.name}}}{given}"
-        raise UNKNOWN_PARAMETER.error(message, fix=f"--set {node.name}=...", span=node.span)
+        raise UNKNOWN_PARAMETER.error(message, fix=f"give it one: `--set {node.name}=...`", span=node.span)
 
     def text(self, node: tree.Text | tree.Parameter) -> str:
         """The text that stands there, or that the parameter stands for."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
-from patchc.diagnostics import RULES, Span, nearest
+from patchc.diagnostics import RULES, Span, closest
 from patchc.ir.bits import bits, bitset
 from patchc.ir.graph import PORTS, QKV, BlockKind, Kind, ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Site
@@ -135,7 +135,7 @@ class Selectors:
         rank = self._stream_rank(name, layer)
         if rank is None:
             message = f"no resid_mid[{layer}]: its attention and its MLP do not stand one after the other"
-            raise UNKNOWN_NODE.error(message, fix=f"resid_pre[{layer}] or resid_post[{layer}]", span=span)
+            raise UNKNOWN_NODE.error(message, fix=f"write `resid_pre[{layer}]` or `resid_post[{layer}]`", span=span)
         return Member(f"{name}[{layer}]", self._graph.below(rank), Site.STREAM, 0, rank=rank)
 
     def _stream_rank(self, name: str, layer: int) -> int | None:
@@ -174,9 +174,9 @@ class Selectors:
     def _name(self, name: tree.Name, site: tree.Site) -> Site:
         """A site that some node has, with as many indices as it can have."""
         if name.text not in TAKES:
-            meant = nearest(name.text, TAKES)
+            meant = closest(name.text, TAKES)
             message = f"no site .{name.text}: a head has {HEAD_SITES.told}, an MLP {MLP_SITES.told}"
-            raise UNKNOWN_SITE.error(message, fix=f".{meant}" if meant else None, span=name.span)
+            raise UNKNOWN_SITE.error(message, fix=f"did you mean `.{meant}`?" if meant else None, span=name.span)
         takes = TAKES[name.text]
         if len(site.indices) > len(takes):
             what = f"takes {len(takes)} ({' and '.join(takes)})" if takes else "takes no index"

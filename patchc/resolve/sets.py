@@ -66,6 +66,8 @@ class Sets:
         self._names: dict[int, tuple[str, ...]] = {}
         self._memo: dict[tuple[int, ...], tuple[Term, tuple[Any, ...]]] = {}
         self._open: list[str] = []
+        self._circles: list[set[str]] = []
+        """Lets that are defined by one another, which has been reported."""
 
     def term(self, node: tree.Set, env: Env) -> Term:
         """What an expression stands for."""
@@ -146,7 +148,7 @@ class Sets:
         if len(sets) != len(terms):
             less = written(node.parts[1]) if len(node.parts) == 2 else "(...) | (...)"
             message = "paths are not taken out of paths; `patch all except` is every path but those that it names"
-            raise BAD_DIFFERENCE.error(message, fix=f"patch all except {less}", span=node.span)
+            raise BAD_DIFFERENCE.error(message, fix=f"write `patch all except {less}`", span=node.span)
         whole = sets[0]
         for less in sets[1:]:
             whole = self._difference.of(whole, less, node.span)
@@ -171,7 +173,7 @@ class Sets:
             return self._selectors.at_sites(self._selectors.select(node, env), node.sites, env, node.span)
         if name in NUMBER_DOMAINS:
             message = f"{name!r} are numbers to range over (`for l in {name}`), not nodes"
-            raise WRONG_KIND.error(message, fix="head" if name == "heads" else None, span=node.span)
+            raise WRONG_KIND.error(message, fix="did you mean `head`?" if name == "heads" else None, span=node.span)
         known = [*(n for n, b in env.items() if isinstance(b, TERMS)), *self._scope.lets, *NODE_NAMES]
         raise self._scope.not_a("a set of nodes", node.name, known)
 
@@ -191,13 +193,17 @@ class Sets:
         if let.parameters:
             takes = ", ".join(p.text for p in let.parameters)
             raise ARGUMENT_COUNT.error(
-                f"{let.name.text!r} takes {takes}", fix=f"{let.name.text}({takes})", span=name.span
+                f"{let.name.text!r} takes {takes}", fix=f"write `{let.name.text}({takes})`", span=name.span
             )
         return self._inside(let, name, NO_LOCALS)
 
     def _inside(self, let: tree.Let, name: tree.Name, env: Env) -> Term:
         if let.name.text in self._open:
-            chain = " -> ".join([*self._open[self._open.index(let.name.text) :], let.name.text])
+            circle = self._open[self._open.index(let.name.text) :]
+            if set(circle) in self._circles:
+                raise PatchcError(())
+            self._circles.append(set(circle))
+            chain = " -> ".join([*circle, let.name.text])
             raise RECURSIVE_LET.error(f"{let.name.text!r} is defined by itself ({chain})", span=name.span)
         self._open.append(let.name.text)
         try:
@@ -234,7 +240,7 @@ class Sets:
         terms = [self._argument(a, env) for a in node.arguments]
         if len(terms) == 1 and isinstance(terms[0], Circuit):
             return nodes_of(self._graph, terms[0], node.span)
-        raise WRONG_KIND.error("nodes(...) takes one circuit", fix="nodes(circuit(...))", span=node.span)
+        raise WRONG_KIND.error("nodes(...) takes one circuit", fix="as in `nodes(circuit(...))`", span=node.span)
 
     def _circuit(self, node: tree.Call, env: Env) -> Term:
         for argument in node.arguments:

@@ -83,7 +83,7 @@ class Sources:
                 return True
             case _:
                 message = "a mean is over prompts; `over` can add the positions"
-                raise BAD_ARGUMENT.error(message, fix="over=positions", span=named.span if named else None)
+                raise BAD_ARGUMENT.error(message, fix="as in `over=positions`", span=named.span if named else None)
 
     def _grouped(self, by: tree.Named) -> tuple[int, ...]:
         """For each row of the layout the number of its group: prompts with equal cells are one."""
@@ -92,8 +92,7 @@ class Sources:
             numbers: dict[str, int] = {}
             cells = self._cells(column)
             groups = [numbers.setdefault(cell, len(numbers)) for cell in cells]
-            copies = self._data.layout.n_prompts // len(groups)
-            self._groups[column.text] = tuple(groups) * copies
+            self._groups[column.text] = tuple(groups) * len(self._data.endings)
         return self._groups[column.text]
 
     def _column(self, named: tree.Named) -> tree.Name:
@@ -130,7 +129,7 @@ class Sources:
                 return Moved(inner, tuple(before[t] for t in at))
             case _:
                 message = "only a world, a mean or a resampled prompt has a value of another position"
-                raise WRONG_KIND.error(message, fix="clean @ end", span=span)
+                raise WRONG_KIND.error(message, fix="as in `clean @ end`", span=span)
 
     def _one_a_row(self, tokens: Tokens, span: Span | None) -> tuple[int, ...]:
         layout = self._data.layout
@@ -138,8 +137,9 @@ class Sources:
         for row, length in enumerate(layout.lengths):
             here = list(bits(tokens & layout.prompt(row)))
             if len(here) != 1:
-                message = f"a value comes from one position of each prompt; this is {len(here)} in prompt {row}"
-                raise SEVERAL_PLACES.error(message, fix="clean @ end", span=span)
+                prompt = row % len(self._data.lengths)
+                message = f"a value comes from one position of each prompt; this is {len(here)} in prompt {prompt}"
+                raise SEVERAL_PLACES.error(message, fix="as in `clean @ end`", span=span)
             out += here * length
         return tuple(out)
 
@@ -156,7 +156,9 @@ class Sources:
             case (tree.Ref(name, (), ()),):
                 world = self._world(name, env)
             case _:
-                raise BAD_ARGUMENT.error("resample takes a world", fix="resample(corrupt, seed=0)", span=node.span)
+                raise BAD_ARGUMENT.error(
+                    "resample takes a world", fix="as in `resample(corrupt, seed=0)`", span=node.span
+                )
         return self.resampled(world, same, seed, node.span)
 
     def resampled(self, world: str, same: tree.Name | None, seed: int, span: Span | None) -> Moved:
@@ -189,15 +191,15 @@ class Sources:
     def _alike(self, same: tree.Name | None) -> list[Any]:
         """For each prompt what another has to share with it: its lengths, and the cell of a column."""
         layout, n = self._data.layout, len(self._data.records)
-        lengths = [len(ids) for ids in self._data.ids(self._data.base)]
+        lengths = self._data.lengths
         cells = self._cells(same) if same else [""] * n
         return [(layout.lengths[i::n], lengths[i], cells[i]) for i in range(n)]
 
     def _alone(self, prompt: int, same: tree.Name | None, span: Span | None) -> PatchcError:
-        length = len(self._data.ids(self._data.base)[prompt])
+        length = self._data.lengths[prompt]
         also = f" and the same {same.text}" if same else ""
         message = f"no other prompt has the {length} tokens{also} of prompt {prompt}, so that it cannot be resampled"
-        return NO_OTHER_PROMPT.error(message, fix="add prompts of that length, or use mean(over=positions)", span=span)
+        return NO_OTHER_PROMPT.error(message, fix="add prompts of that length, or use `mean`", span=span)
 
     # ---- noise
 
@@ -222,7 +224,7 @@ class Sources:
         seed = self._number_of(given.named["seed"], env)
         if not seed.is_integer() or seed < 0:
             message = f"a seed is a whole number from 0 on, not {seed:g}"
-            raise BAD_ARGUMENT.error(message, fix="seed=0", span=given.named["seed"].span)
+            raise BAD_ARGUMENT.error(message, fix="as in `seed=0`", span=given.named["seed"].span)
         return int(seed)
 
     def _number_of(self, named: tree.Named, env: Env) -> float:

@@ -81,7 +81,7 @@ def resolve(
         report.add(missing_model(spec).diagnostics[0].at(_start(source)))
     if bos is None and chosen is not None:
         bos = next((bool(value) for name, value in chosen.options if name == "bos"), None)
-    study = _Study(spec, graph, Encoder(tokenizer, bos), scope, base, data, tensors or {}, metrics)
+    study = _Study(spec, graph, Encoder(tokenizer, bos, _model(spec)), scope, base, data, tensors or {}, metrics)
     experiments = study.experiments(source)
     if report.has_errors:
         raise PatchcError(_in_order(report.diagnostics, source))
@@ -101,6 +101,11 @@ def _in_order(diagnostics: Sequence[Diagnostic], source: Source) -> list[Diagnos
         return d.span.start if d.span is not None and d.span.source == source else -1
 
     return sorted(diagnostics, key=start)
+
+
+def _model(spec: tree.Spec) -> Span | None:
+    """Where the spec names its model."""
+    return next((item.span for item in spec.items if isinstance(item, tree.Model)), None)
 
 
 def _seeds(experiments: Sequence[Experiment]) -> tuple[tuple[str, int], ...]:
@@ -132,7 +137,7 @@ class _Study:
         statements = [i for i in spec.items if isinstance(i, tree.Data)]
         records = read_records(statements, scope, base, data)
         if not statements and data is None:
-            fix = 'data { clean "..." corrupt "..." }'
+            fix = 'as in `data { clean "..." corrupt "..." }`'
             self.report.add(EMPTY_DATA.at(spec.span, "the spec has no data", fix=fix))
         self.dataset = Dataset(records, encoder, graph, scope, set(_runs(spec)))
         self._declare_data()

@@ -60,7 +60,7 @@ class _Lines:
 def _csv_row(header: Sequence[str], cells: Sequence[str], where: Span) -> tuple[dict[str, str], Span]:
     if len(cells) != len(header):
         message = f"this line has {len(cells)} cells, and the first line names {len(header)} columns"
-        raise BAD_TABLE.error(message, fix='a cell with a comma stands in quotes: "a, b"', span=where)
+        raise BAD_TABLE.error(message, fix='a cell with a comma stands in quotes: `"a, b"`', span=where)
     return {name: cell for name, cell in zip(header, cells, strict=True) if cell}, where
 
 

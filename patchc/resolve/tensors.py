@@ -40,7 +40,7 @@ class Tensors:
         texts = [a.text for a in node.arguments if isinstance(a, tree.Text)]
         if len(texts) != len(node.arguments) or len(texts) not in (1, 2):
             message = "tensor takes a safetensors file and a key, or the name of a tensor given in Python"
-            raise WRONG_KIND.error(message, fix='tensor("v.safetensors", "key")', span=node.span)
+            raise WRONG_KIND.error(message, fix='as in `tensor("v.safetensors", "key")`', span=node.span)
         if len(texts) == 1:
             return self.from_python(texts[0], node.span)
         return self.from_file(texts[0], texts[1], node.span)

@@ -54,11 +54,11 @@ class Values:
         found = self._linear(node, env, run)
         if found.number is not None:
             message = f"this is the number {found.number:g}; a value is a world, a mean, a tensor, self or zero"
-            raise NOT_LINEAR.error(message, fix="zero" if found.number == 0 else None, span=node.span)
+            raise NOT_LINEAR.error(message, fix="write `zero`" if found.number == 0 else None, span=node.span)
         terms = _merged(found.terms)
         if any(isinstance(source, Blocked) for _, source in terms) and terms != ((1.0, Blocked()),):
             message = "`blocked` is no attention at all: it stands alone, without a factor"
-            raise NOT_LINEAR.error(message, fix="blocked", span=node.span)
+            raise NOT_LINEAR.error(message, fix="write `blocked` alone", span=node.span)
         return Value(terms)
 
     # ---- arithmetic
@@ -156,7 +156,7 @@ class Values:
                 return _only(self.sources.resampled(run, None, 0, name.span))
             case "noise" | "tensor" as function:
                 message = f"{function} needs its arguments"
-                raise BAD_ARGUMENT.error(message, fix=EXAMPLES[function], span=name.span)
+                raise BAD_ARGUMENT.error(message, fix=f"as in `{EXAMPLES[function]}`", span=name.span)
             case _:
                 if name.text not in self._data.columns and self._data.records:
                     raise self._scope.not_a("a value", name, [*self._data.columns, *NAMES])
@@ -173,7 +173,7 @@ class Values:
             case "noise":
                 return _only(self.sources.noise(node, env))
             case "zero" | "self" | "blocked" as name:
-                raise BAD_ARGUMENT.error(f"{name} takes no arguments", fix=name, span=node.span)
+                raise BAD_ARGUMENT.error(f"{name} takes no arguments", fix=f"write `{name}`", span=node.span)
             case _:
                 raise self._scope.not_a("a value", node.name, ["mean", "resample", "noise", "tensor"])
 

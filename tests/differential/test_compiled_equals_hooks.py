@@ -67,7 +67,7 @@ def compiled(m: LoadedModel, data: Prompts, e: Experiment, tensors: Mapping[str,
     dag = Dag(m.graph, data.layout)
     fold = Fold(dag, data, e.run)
     roots = [fold.cell(c.patches).root for c in e.cells]
-    stored = Stored(m.pieces, data.layout, e.run, plain_runs(m, data), tensors or {})
+    stored = Stored(m.pieces, data, e.run, plain_runs(m, data), tensors or {})
     walk = Walk(dag, m.pieces, m.pieces.tables(data.layout), stored, data.layout.all)
     return [m.pieces.unembed(x) for x in walk.streams(roots)]
 

@@ -16,6 +16,7 @@ from patchc.diagnostics import PatchcError, Source
 from patchc.ir.bits import bitset
 from patchc.ir.dag_text import dag_text
 from patchc.ir.graph import residual_graph
+from patchc.ir.program import End
 from patchc.lower import lower
 from patchc.parse import parse
 from patchc.resolve import resolve
@@ -55,7 +56,7 @@ def lowered(lines: str) -> dict[str, str]:
     try:
         study = resolve(parse(source), source, GRAPH, tokenizer, base=Path()).study
         (experiment,) = study.experiments
-        found = lower(experiment, study.prompts, GRAPH, bitset([3]))
+        found = lower(experiment, study.prompts, GRAPH, [End(None, bitset([3]))])
     except PatchcError as error:
         return {"errors": "\n".join(f"{d.code}: {d.message}" for d in error.diagnostics)}
-    return {"dag": dag_text(found.dag, found.roots)}
+    return {"dag": dag_text(found.dag, [root for roots in found.roots for root in roots])}

@@ -16,7 +16,7 @@ from patchc.ir.reader import read_study
 from tests.unit.resolving import SMALL, resolved, short
 
 EXTRA = {
-    "tensors": {"direction": (32,), "narrow": (8,), "square": (8, 8), "wide": (128,)},
+    "tensors": {"direction": (32,), "narrow": (8,), "square": (8, 8), "wide": (64,)},
     "metrics": ("mine",),
 }
 PARAMETERS = {"K": 2}

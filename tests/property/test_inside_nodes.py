@@ -220,6 +220,18 @@ def test_blocked_entries_leave_the_rest_renormalised(kind: str, layer: int) -> N
     assert near(got, by_hand(kind, data, layer, blocked))
 
 
+def test_scores_of_zero_are_even_attention_to_what_is_visible() -> None:
+    data, graph = prompts(Random(0), (5, 4)), loaded_model("gpt2-eager").graph
+
+    def even(scores: Tensor) -> Tensor:
+        pattern, n = scores.softmax(-1), scores.shape[-1]
+        pattern[:, 1] = torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]
+        return pattern
+
+    (got,) = logits("gpt2-eager", data, (start(graph, ZERO, Step(head(graph, 1, 1), site=Site.SCORES)),))
+    assert near(got, by_hand("gpt2-eager", data, 1, even))
+
+
 def test_a_row_in_which_everything_is_blocked_attends_to_nothing() -> None:
     data, graph = prompts(Random(0), (5, 4)), loaded_model("llama-sdpa").graph
     row = bitset(data.layout.token(p, 3) for p in range(2))

@@ -34,7 +34,7 @@ class Counting(Toy):
 def run_rows(c: Case, dag: Dag, root: int, measured: int) -> Counter[int]:
     toy = Counting(c.graph, c.toy.seed)
     toy.rows = Counter()
-    stored = Stored(toy, c.prompts.layout, "clean", plain_runs(c), {})
+    stored = Stored(toy, c.prompts, "clean", plain_runs(c), {})
     Walk(dag, toy, toy.tables(c.prompts.layout), stored, measured).streams([root])
     return toy.rows
 
@@ -54,6 +54,6 @@ def test_planned_rows_are_the_rows_that_run(rng: Random) -> None:
     measured = rng.getrandbits(c.prompts.layout.n_tokens) & dag.changed[folded.root]
     if folded.faults or not measured:
         return
-    (work,) = cut(dag, [folded.root], [0], measured, 1 << 30, 8)
+    (work,) = cut(dag, [folded.roots], [measured], [0], 1 << 30, 8)
     planned = {b.layer: work.rows[i] for i, b in enumerate(c.graph.blocks) if b.kind == "mlp" and work.rows[i]}
     assert planned == dict(run_rows(c, dag, folded.root, measured))

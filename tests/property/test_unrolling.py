@@ -35,7 +35,7 @@ def fold(c: Case, cell: Cell) -> tuple[Dag, Folded]:
 def compiled(c: Case, dag: Dag, *roots: int) -> list[Tensor]:
     """Logits `[token, vocab]` of each root."""
     layout = c.prompts.layout
-    stored = Stored(c.toy, layout, "clean", plain_runs(c), {})
+    stored = Stored(c.toy, c.prompts, "clean", plain_runs(c), {})
     walk = Walk(dag, c.toy, c.toy.tables(layout), stored, layout.all)
     return [c.toy.unembed(x) for x in walk.streams(roots)]
 

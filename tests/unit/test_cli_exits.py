@@ -70,12 +70,13 @@ def test_spec_files_that_cannot_be_read(run: Run, tmp_path: Path, command: str) 
     (tmp_path / "latin.patch").write_bytes(b'model "caf\xe9"')
     (tmp_path / "folder.patch").mkdir()
     for name, words in [("none.patch", "No such file"), ("folder.patch", "directory"), ("latin.patch", "UTF-8")]:
+        code = "not-utf8" if name == "latin.patch" else "missing-spec"
         ran = run(command, name)
-        assert (ran.exit, ran.codes, ran.out) == (1, ["missing-spec"], "")
+        assert (ran.exit, ran.codes, ran.out) == (1, [code], "")
         assert name in ran.err
         assert words in ran.err
         made = run(command, "--format", "json", name).json
-        assert [d["code"] for d in made["diagnostics"]] == ["missing-spec"]
+        assert [d["code"] for d in made["diagnostics"]] == [code]
 
 
 def test_a_node_listing_of_no_model(run: Run) -> None:
@@ -102,6 +103,45 @@ def test_wrong_usage_is_2(run: Run, arguments: tuple[str, ...]) -> None:
     ran = run(*arguments)
     assert (ran.exit, ran.out) == (2, "")
     assert "Usage: patchc" in ran.err
+
+
+@pytest.mark.parametrize("arguments", [
+    ("run", "--format", "json"), ("run", "--format=json", "--chek", "a.patch"), ("frobnicate", "--format", "json"),
+    ("run", "a.patch", "--check=none", "--format", "json"), ("check", "--format", "json"),
+])  # fmt: skip
+def test_wrong_usage_as_json_is_the_one_object(run: Run, arguments: tuple[str, ...]) -> None:
+    spec(MODEL, DATA, ONE)
+    ran = run(*arguments)
+    assert (ran.exit, ran.err) == (2, "")
+    (found,) = ran.json["diagnostics"]
+    assert (found["code"], set(found)) == ("usage", DIAGNOSTIC)
+    assert found["message"]
+
+
+def test_several_diagnostics_are_counted(run: Run) -> None:
+    two = ONE.replace("head[0, 0]", "haed").replace("measure", "measure kl(klean),")
+    ran = run("run", spec(MODEL, DATA, two))
+    assert ran.exit == 1
+    assert len(ran.codes) == 2
+    assert ran.err.splitlines()[-1] == "2 errors; `patchc explain CODE` says more about a code"
+    assert "explain" not in run("run", spec(MODEL, DATA, ONE.replace("head[0, 0]", "haed"))).err
+
+
+def test_explain(run: Run) -> None:
+    ran = run("explain", "unknown-node")
+    assert (ran.exit, ran.err) == (0, "")
+    assert ran.out.startswith("# unknown-node: ")
+    made = run("explain", "unknown-node", "--format", "json").json
+    assert set(made) == {"format_version", "code", "summary", "topic", "severity", "exit", "text"}
+    assert (made["code"], made["severity"], made["exit"]) == ("unknown-node", "error", 1)
+    listed = run("explain")
+    assert (listed.exit, listed.err) == (0, "")
+    assert "\n  unknown-node " in listed.out
+    codes = [c["code"] for c in run("explain", "--format", "json").json["codes"]]
+    assert all(f"\n  {code} " in listed.out for code in codes)
+    ran = run("explain", "unknown-nodes")
+    assert (ran.exit, ran.codes, ran.out) == (2, ["unknown-code"], "")
+    assert "did you mean `unknown-node`?" in ran.err
 
 
 def test_help_and_version(run: Run) -> None:
@@ -172,5 +212,8 @@ def test_an_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr("patchc.pipeline.execute", interrupted)
     ran = run("run", spec(MODEL, DATA, SAVING))
-    assert (ran.exit, ran.out, ran.err.strip()) == (130, "", "interrupted")
+    assert (ran.exit, ran.out, ran.err.strip()) == (130, "", "error[interrupted]: interrupted")
+    ran = run("run", "--format", "json", spec(MODEL, DATA, SAVING))
+    assert (ran.exit, ran.err.strip()) == (130, "")
+    assert [(d["code"], set(d)) for d in ran.json["diagnostics"]] == [("interrupted", DIAGNOSTIC)]
     assert [p.name for p in tmp_path.iterdir()] == ["a.patch"]

@@ -88,10 +88,10 @@ def test_cells_enter_late() -> None:
     late = 0
     for program in programs():
         dag = program.dag
-        entered = [dag.low[program.roots[c]] for work in program.passes for c in work.cells]
+        entered = [dag.low[program.roots[c][0]] for work in program.passes for c in work.cells]
         assert entered == sorted(entered)
         for work in program.passes:
-            first = min(dag.low[program.roots[c]] for c in work.cells)
+            first = min(dag.low[program.roots[c][0]] for c in work.cells)
             below = [n for n, block in zip(work.rows, dag.graph.blocks, strict=True) if block.rank < first]
             assert not any(below)
             late += bool(below[1:])

@@ -35,7 +35,8 @@ from tests.unit.oracle_models import (
     largest_difference,
     prompts,
 )
-from tests.unit.oracle_unrolling import UndefinedError, Unrolled, steps_of
+from tests.unit.oracle_unrolling import UndefinedError, Unrolled
+from tests.unit.oracle_words import steps_of
 
 SMALL = prompts(3, 2, seed=3)
 EARLY = 0b01001  # the first token of either prompt
@@ -286,6 +287,22 @@ def starts_at(probe: Probe, step: Step) -> list[Step]:
     sites = (Site.OUT, Site.IN, Site.POST) if of_mlp else (Site.OUT, Site.Q, Site.V, Site.SCORES, Site.PATTERN)
     sites = (Site.OUT,) if probe.site is Site.OUT else (Site.Z, Site.K) if probe.site is Site.Z else sites
     return [replace(step, site=site, tokens=some) for site in sites for some in (-1, EARLY)]
+
+
+@pytest.mark.parametrize("kind", ["native", "gpt2"])
+def test_a_value_that_is_itself_read_unrolls(kind: str) -> None:
+    f = Fixture(kind, n_heads=2, data=SMALL, double=True)
+    half = Value(((0.5, FromWorld("corrupt")), (0.25, Itself())))
+    for probe, step in probes(f.graph):
+        base = f.oracle.read(experiment(), cell(), probe)
+        effects: list[bool] = []
+        for start in starts_at(probe, step):
+            # A complement is unrolled to the bottom: of a deep model at one probe alone.
+            both = (False, True) if kind == "native" or probe.site is Site.IN else (False,)
+            for patch in (Patch(start, half, complement) for complement in both):
+                assert probed_and_hooked(f, (patch,), probe) < 1e-9
+                effects.append(not torch.equal(f.oracle.read(experiment(), cell(patch), probe), base))
+        assert any(effects), probe
 
 
 @pytest.mark.parametrize("kind", ["native", "gpt2"])

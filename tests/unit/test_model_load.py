@@ -296,7 +296,7 @@ def test_a_misspelt_built_in_is_not_looked_for_elsewhere(monkeypatch: pytest.Mon
     with pytest.raises(PatchcError) as caught:
         load("ioi-tny")
     assert code_of(caught) == "model-not-found"
-    assert caught.value.diagnostics[0].fix == 'did you mean "ioi-tiny"?'
+    assert caught.value.diagnostics[0].fix == "did you mean `ioi-tiny`?"
 
 
 def test_a_hub_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,14 +79,14 @@ experiment e {
 
 def test_a_missing_value_says_how_to_give_it() -> None:
     (found,) = errors("experiment e { run clean patch node head[${L}, 0] with corrupt measure diff }")
-    assert (found.code, found.fix) == ("unknown-parameter", "--set L=...")
+    assert (found.code, found.fix) == ("unknown-parameter", "give it one: `--set L=...`")
     assert found.span is not None
 
 
 def test_a_value_that_nothing_uses_names_what_the_spec_has() -> None:
     text = "experiment e { run clean patch node head[${LAYER}, 0] with corrupt measure diff }"
     (found,) = errors(text, parameters={"LAYER": 1, "LAYR": 2})
-    assert (found.code, found.fix) == ("unused-parameter", "LAYER")
+    assert (found.code, found.fix) == ("unused-parameter", "did you mean `LAYER`?")
     assert found.message == "the spec has no ${LAYR}; it has ${LAYER}"
     (found,) = errors(text.replace("${LAYER}", "1"), parameters={"X": 2})
     assert found.message == "the spec has no ${X}; it has no parameters"

@@ -22,6 +22,7 @@ experiment ports { for h in head.{q, k, v} run clean patch node h @ -2 with corr
 experiment edges { for w in writers, r in readers run clean patch edge w -> r with zero measure prob(answer) as p }
 experiment paths { for s in head[0, *] run clean patch path s -> mlp* -> head[1, 0].k -> any* -> logits with corrupt
   measure logit(answer) as a }
+experiment patterns { for h in head run clean patch node h.pattern with corrupt measure logit(answer) as a }
 experiment circuit { run clean patch all except circuit(input | head[0, *] | mlp) with corrupt
   measure logit(answer) as a }
 """
@@ -36,6 +37,15 @@ def test_planned_flops_are_those_that_torch_counts(kind: str) -> None:
         assert cost.passes > 0
 
 
+def test_neurons_cost_a_vector_of_the_stream_each() -> None:
+    spec = (
+        "experiment e { for n in mlp[1].post[*] run clean patch node n @ -1 with corrupt measure logit(answer) as a }"
+    )
+    (planned,) = patchc.load(MODELS["gpt2-sdpa"]()).compile(spec, data=DATA).plan()
+    assert planned.cost.passes == 2 * 2 * 128 * 32  # two operations a number, of two rows of 128 neurons
+    assert planned.variants == {"neurons, stored values": 128}
+
+
 def test_passes_cost_what_each_of_them_computes() -> None:
     model = patchc.load(MODELS["gpt2-sdpa"]())
     one, several = (model.compile(SPEC, data=DATA, memory=m) for m in (1 << 30, 1 << 14))
@@ -45,7 +55,7 @@ def test_passes_cost_what_each_of_them_computes() -> None:
 
 
 def test_remarks_tell_what_applied_and_what_could_not() -> None:
-    heads, _, edges, paths, _ = patchc.load(MODELS["gpt2-sdpa"]()).compile(SPEC, data=DATA).plan()
+    heads, _, edges, paths, *_ = patchc.load(MODELS["gpt2-sdpa"]()).compile(SPEC, data=DATA).plan()
     of = [{r.optimisation: r for r in plan.remarks} for plan in (heads, edges, paths)]
     assert of[0]["answer columns"].used
     assert not of[1]["answer columns"].used

@@ -83,7 +83,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(b'{"clean": "\xff"}')
     (found,) = errors('data "p.jsonl"\n' + PATCH, base=tmp_path)
-    assert found.code == "missing-file"
+    assert found.code == "not-utf8"
     assert "UTF-8" in found.message
 
 
@@ -117,6 +117,12 @@ def test_records_from_python() -> None:
 def test_a_data_frame_is_its_records() -> None:
     frame = pd.DataFrame(RECORDS)
     assert study(AT_NAME, data=frame) == study(AT_NAME, data=RECORDS)
+
+
+def test_a_missing_cell_of_a_data_frame_is_a_column_that_the_prompt_lacks() -> None:
+    frame = pd.DataFrame([*RECORDS, {k: v for k, v in RECORDS[0].items() if k != "corrupt"}])
+    (found,) = errors(PATCH, data=frame)
+    assert (found.code, "prompt 2 has no column 'corrupt'" in found.message) == ("missing-column", True)
 
 
 class Ids:
@@ -224,7 +230,7 @@ class Lowering(Words):
 def test_an_answer_that_becomes_another_text() -> None:
     text = 'data { clean "When Mary" corrupt "When Ann" answer " Mary" }\n'
     (found,) = errors(text + PATCH, tokenizer=Lowering())
-    assert (found.code, found.fix) == ("answer-not-as-written", '" mary"')
+    assert (found.code, found.fix) == ("answer-not-as-written", 'write `" mary"`, if that is what you mean')
 
 
 def test_a_word_that_is_only_known_with_its_space() -> None:
@@ -234,7 +240,7 @@ def test_a_word_that_is_only_known_with_its_space() -> None:
         'data { clean "When Ann" corrupt "When Tom" answer "Mary" }\n' + PATCH,
         tokenizer=tokenizer,
     )
-    assert (found.code, found.fix) == ("multi-token-answer", '" Mary"')
+    assert (found.code, found.fix) == ("multi-token-answer", 'write `" Mary"`')
 
 
 def test_a_text_without_a_tokenizer() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from patchc.diagnostics import Diagnostic
 from patchc.ir.experiment import Read, Study
@@ -435,3 +437,34 @@ def test_a_second_bos_token_is_warned_of_once(tmp_path: Path) -> None:
     found = resolved(PATCH, data=records, tokenizer=Writing(bos=True))
     assert [(w.code, "'clean'" in w.message) for w in found.warnings] == [("double-bos", True), ("double-bos", False)]
     assert resolved(PATCH, data=records, tokenizer=Writing(bos=True), bos=False).warnings == ()
+
+
+# ---- hostile files
+
+HOSTILE = st.binary(max_size=3) | st.sampled_from(
+    [
+        b"[" * 2000,
+        b'{"a":' * 2000,
+        b"NaN",
+        b"1e999",
+        b"-",
+        b'"',
+        b"\\ud800",
+        b"\xef\xbb\xbf",
+        b"\x00",
+        b"\r",
+        b"9" * 5000,
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(FORMATS)), st.data())
+def test_a_file_with_changed_bytes_gives_diagnostics_alone(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    FORMATS[name](tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(HOSTILE)
+    (tmp_path / name).write_bytes(content)
+    resolve_or_diagnose(f'data "{name}"[..1] {{ at end -1 }}\n' + AT_NAME, tmp_path)

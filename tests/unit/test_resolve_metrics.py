@@ -185,6 +185,26 @@ def test_the_direction_of_a_dot_comes_from_a_file(tmp_path: Path) -> None:
     assert found.code == "tensor-shape"
 
 
+SHARED = residual_graph(
+    "gqa", n_layers=2, n_heads=4, d_model=32, d_head=8, d_vocab=60, has_pos_embed=False, n_kv_heads=2
+)
+
+
+@pytest.mark.parametrize(
+    ("node", "code"),
+    [
+        ("kv[1, 0].k", "not-a-number"),
+        ("kv[1, 0]", "wrong-kind"),
+        ("head[1, 0].k", None),
+        ("head[1, 0].in", "unknown-site"),
+    ],
+)
+def test_a_key_value_head_is_read_by_a_query_head_of_it(node: str, code: str | None) -> None:
+    text = f'experiment e {{ run clean patch node mlp[0] with corrupt measure dot({node} @ end, tensor("v")) }}'
+    found = errors(text, SHARED, tensors={"v": (8,)})
+    assert [d.code for d in found] == ([code] if code else [])
+
+
 # ---- whole specs, in the manner of published work
 
 
@@ -293,7 +313,7 @@ metric along = dot(resid_post[9] @ end, tensor("probe.safetensors", "w"))
 experiment attends {
   for h in head[..8, *]
   run clean
-  patch node h with corrupt
+  patch path h -> mlp* -> head[9, 9].q @ end with corrupt
   measure to_io, along, to_io from corrupt to clean as share, mlp[9].post[7] @ io as neuron
 }
 """,

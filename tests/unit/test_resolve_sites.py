@@ -84,7 +84,7 @@ def test_an_entry_that_looks_ahead_in_some_prompts_alone_is_none_of_them() -> No
     found = experiment(body, data=rows).cells[0].patches[0].path
     assert isinstance(found, Seq)
     rows[0]["b"] = 3
-    assert error(body, data=rows).code == "looks-ahead"
+    assert error(body, data=rows).code == "hidden-entry"
 
 
 def test_a_cell_of_a_sweep_may_look_ahead() -> None:

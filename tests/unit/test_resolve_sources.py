@@ -15,7 +15,7 @@ from tests.unit.resolving import SMALL, errors, experiment, resolved, study
 
 SHORT = "The keys are left"
 LONG = "When Mary and John went to the shop"
-PROMPTS = [
+PROMPTS: list[dict[str, Any]] = [
     {"clean": SHORT, "corrupt": "The key is left", "answer": " Mary", "template": "a", "at_": 1},
     {"clean": LONG, "corrupt": "When Mary and Tom went to the shop", "answer": " Mary", "template": "b", "at_": 3},
     {"clean": "The keys are old", "corrupt": "The key is old", "answer": " John", "template": "a", "at_": 2},
@@ -105,7 +105,7 @@ def test_without_the_runs_column_the_first_of_texts_is_taken(tmp_path: Path) -> 
 def test_a_mean_of_other_data_has_every_position_that_is_needed(tmp_path: Path) -> None:
     base = written(tmp_path, {"text": "The keys are left"}, {"text": "The"})
     code, message = refused('mean("abc.jsonl")', base=base)
-    assert (code, "position 7; its longest prompt has 4 tokens" in message) == ("mean-position", True)
+    assert (code, "position 4; its longest prompt has 4 tokens" in message) == ("mean-position", True)
     assert refused('mean("abc.jsonl") @ 4', base=base, data=[PROMPTS[1]])[0] == "mean-position"
     assert source('mean("abc.jsonl") @ 3', base=base).source == Mean("abc.jsonl:text")
     (value,) = values('patch node mlp[0] @ 3 with mean("abc.jsonl")', base=base)
@@ -169,6 +169,28 @@ def test_draws_are_written_down() -> None:
         drawn(source(f"resample(clean, seed={s})")) for s in range(3)
     ]
     assert source("resample") == source("resample(seed=0)")
+
+
+def test_prompts_whose_answers_follow_them_are_drawn_with_their_rows() -> None:
+    rows = [{"clean": SHORT, "answer": a} for a in (" Mary and", " John and", " Ann went to", " Tom went to")]
+    found = experiment(
+        "run clean patch node mlp[0] with resample(seed=1) patch node mlp[1] with clean @ 1 measure logprob(answer)",
+        data=rows,
+    )
+    resampled, moved = (p.value.terms[0][1] for p in found.cells[0].patches)
+    assert isinstance(resampled, Moved)
+    assert isinstance(moved, Moved)
+    assert [resampled.tokens[t] for t in (0, 5, 10, 16)] == [5, 0, 16, 10]
+    assert [moved.tokens[t] for t in (4, 9, 15, 21)] == [1, 6, 11, 17]
+
+
+def test_other_data_have_no_answers_that_follow(tmp_path: Path) -> None:
+    base = written(tmp_path, {"text": LONG})
+    rows = [{"clean": SHORT, "answer": " Mary and"}]
+    body = 'run clean patch node mlp[0] with mean("abc.jsonl") measure logprob(answer)'
+    (found,) = errors(f"experiment e {{ {body} }}", data=rows, base=base)
+    assert (found.code, found.message.endswith("position 4; no answer follows there")) == ("mean-position", True)
+    assert experiment(body.replace("mlp[0]", "mlp[0] @ 0..3"), data=rows, base=base).cells
 
 
 def test_a_resampled_prompt_at_a_position() -> None:

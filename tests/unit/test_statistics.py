@@ -33,6 +33,13 @@ def test_a_ratio_of_means_is_the_mean_of_what_is_shown_a_prompt() -> None:
     torch.testing.assert_close(found.per_prompt.mean(-1), want)
 
 
+@pytest.mark.parametrize("per_prompt", [False, True])
+def test_the_ends_are_0_and_1_exactly(per_prompt: bool) -> None:
+    e = ends()
+    found = numbers(metric(per_prompt=per_prompt), torch.stack([e.zero, e.one]), e)
+    assert found.mean.tolist() == [0.0, 1.0]
+
+
 def test_a_mean_of_ratios() -> None:
     values, e = drawn(0, CELLS, PROMPTS), ends()
     found = numbers(metric(per_prompt=True), values, e)
