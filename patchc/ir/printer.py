@@ -40,7 +40,9 @@ class _Writer:
 
     def study(self, study: Study) -> Iterator[str]:
         w = self.wording
-        yield f"model {study.model.name!r}" + "".join(f" {w.name(k)}={v!r}" for k, v in study.model.options)
+        yield f"model {study.model.name!r}" + "".join(
+            f" {w.name(k)}={v!r}" if w.whole else f" {k}={v}" for k, v in study.model.options
+        )
         yield from self._data()
         yield from (f"tensor {w.name(key)} from {w.name(source)}" for key, source in study.tensors)
         yield from (f"seed {seed} of {w.name(what)}" for what, seed in study.seeds)
