@@ -30,7 +30,6 @@ from patchc.report.results import Result
 from patchc.report.tables import table_text
 from patchc.resolve import data_files, metrics, outputs, scope, selectors
 from patchc.resolve.model_choice import CHOICES, model_choice
-from tests.unit.resolving import short
 
 RESOLVED = Path(__file__).parent / "reference.test"
 EXAMPLES = examples()
@@ -128,7 +127,7 @@ def refused(example: Example, folder: Path, models: dict[str, Model]) -> Any:
 def compare(example: Example, found: str, config: pytest.Config) -> None:
     """The text after an example against what came; numbers to one part in a hundred."""
     if example.shown is None:
-        return
+        return None
     if config.getoption("--regenerate"):
         return rewrite(example, found)
     expected = example.shown[2]
