@@ -60,7 +60,7 @@ KNOWN = (
         " Sunday",
     ),
 )
-"""Indirect object identification (Wang et al. 2022), country and capital, subject and verb, pronouns, induction, days."""
+"""Indirect objects (Wang et al. 2022), country and capital, subject and verb, pronouns, induction, days."""
 
 MOST_TOKENS, MOST_WORDS = 5000, 60
 """How much of a vocabulary is looked at, and how many of its words are tried together."""
