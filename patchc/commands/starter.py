@@ -53,8 +53,14 @@ KNOWN = (
     Prompts("The keys to the old cabinet", "The key to the old cabinet", " are", " is"),
     Prompts("The king went home because", "The queen went home because", " he", " she"),
     Prompts("a b c d a b c", "a b c e a b c", " d", " e"),
+    Prompts(
+        "On Friday it rained, today is Tuesday so tomorrow is",
+        "On Friday it rained, today is Saturday so tomorrow is",
+        " Wednesday",
+        " Sunday",
+    ),
 )
-"""Indirect object identification (Wang et al. 2022), country and capital, subject and verb, pronouns, induction."""
+"""Indirect objects (Wang et al. 2022), country and capital, subject and verb, pronouns, induction, days."""
 
 MOST_TOKENS, MOST_WORDS = 5000, 60
 """How much of a vocabulary is looked at, and how many of its words are tried together."""

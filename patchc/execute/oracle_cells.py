@@ -7,7 +7,7 @@ copies of the writers below; each once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -103,10 +103,23 @@ class CellRun:
                 own, direct = self.value(node, self.walk.at_node(node))
                 written = self.worlds.written(node, own)
                 return written if direct is None else written + direct
-            case Site.Z:
-                return self._z(node, self.walk.at_node(node))
             case _:
-                return self._nodes.inside(node, self.walk.at_node(node), probe.site)
+                return self._read_inside(node, probe.site)
+
+    def _read_inside(self, node: Node, site: Site) -> Tensor:
+        """What stands inside a node, which values that enter at its output come too late to change. Where a path has
+        left a circuit at the node, the circuit's value stands at the very place that is read."""
+        classes, starts = self.walk.settle(self.walk.at_node(node), node)
+        x = self.worlds.inside(self.base, node, site)
+        for tokens, state in classes:
+            mask = self.worlds.mask(tokens).view(-1, *[1] * (x.dim() - 1))
+            x = torch.where(mask, self._nodes.inside(node, state, site), x)
+        here = [replace(s, site=site) if s.patch.complement else s for s in starts]
+        left = [s for s in here if s.site is site and (site is Site.Z or s.patch.complement)]
+        changes = self._changes(node, left)[0] if site is Site.Z else self._nodes.entering(node, site, left)
+        for change in changes:
+            x = change(x)
+        return x
 
     def _read_stream(self, end: Node) -> Tensor:
         arrival = self.walk.at_stream(end.rank)
@@ -260,17 +273,6 @@ class CellRun:
                 own = change(own)
             self._values[key] = own, direct
         return self._values[key]
-
-    def _z(self, node: Node, arrival: Arrival) -> Tensor:
-        """A head's z, which what enters at the head's output comes too late to change."""
-        classes, starts = self.walk.settle(arrival, node)
-        changes, _ = self._changes(node, [s for s in starts if s.site is Site.Z])
-        z = self.worlds.own(self.base, node)
-        for tokens, state in classes:
-            z = torch.where(self.worlds.mask(tokens)[:, None], self._nodes.output(node, state), z)
-        for change in changes:
-            z = change(z)
-        return z
 
     def _changes(self, node: Node, starts: Iterable[Start]) -> tuple[tuple[Change, ...], Tensor | None]:
         """The values that enter at a node's output."""

@@ -64,12 +64,12 @@ class Nodes:
     def _mlp(self, node: Node, state: Arrival, starts: list[Start]) -> dict[Point, TokenEdit]:
         layer = node.layer or 0
         read = self._mixed(Reader(node), self.walk.inputs(state, node, None))
-        entering = self._entering(node, Site.IN, starts)
+        entering = self.entering(node, Site.IN, starts)
         edits: dict[Point, TokenEdit] = {}
         if read is not None or entering:
             x = self.worlds.stream(self.base, node.rank) if read is None else read
             edits[Point(At.MLP_IN, layer)] = put(in_turn(entering)(x))
-        if neurons := self._entering(node, Site.POST, starts):
+        if neurons := self.entering(node, Site.POST, starts):
             edits[Point(At.POST, layer)] = in_turn(neurons)
         return edits
 
@@ -77,7 +77,7 @@ class Nodes:
         edits: dict[Point, TokenEdit] = {}
         for port, site in enumerate(PORT_SITES):
             projected = self._projected(node, port, self.walk.inputs(state, node, port))
-            entering = self._entering(node, site, starts)
+            entering = self.entering(node, site, starts)
             if projected is None and not entering:
                 continue
             x = self.worlds.inside(self.base, node, site) if projected is None else projected
@@ -89,7 +89,7 @@ class Nodes:
         return edits
 
     def _attention(self, node: Node, starts: list[Start]) -> dict[At, TokenEdit]:
-        scores, pattern = (self._entering(node, site, starts) for site in (Site.SCORES, Site.PATTERN))
+        scores, pattern = (self.entering(node, site, starts) for site in (Site.SCORES, Site.PATTERN))
         if not scores:
             return {At.PATTERN: in_turn(pattern)} if pattern else {}
         blind: list[Tensor] = []
@@ -105,7 +105,7 @@ class Nodes:
 
         return {At.SCORES: at_scores, At.PATTERN: at_pattern}
 
-    def _entering(self, node: Node, site: Site, starts: Iterable[Start]) -> list[Change]:
+    def entering(self, node: Node, site: Site, starts: Iterable[Start]) -> list[Change]:
         """What replaces a site inside a node."""
         here = self.walk.agreed((s for s in starts if s.site is site), f"{node.name}.{site}")
         return [self._change(node, site, same) for same in here]

@@ -32,10 +32,11 @@ from patchc.ir.dag import (
     Tokenwise,
     VariantId,
 )
-from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Source, Value
 from patchc.ir.graph import PORTS
 from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
+from patchc.ir.value_text import ValueText
+from patchc.ir.wording import Wording
 
 
 def dag_text(dag: Dag, roots: Iterable[VariantId]) -> str:
@@ -63,9 +64,9 @@ def _op(dag: Dag, op: Op) -> str:
     match op:
         case Const(block, members, value, _, site):
             where = "" if site is Site.OUT else f".{site}"
-            return f"stored {_members(dag, block, members)}{where} of {value_text(dag.values[value])}"
+            return f"stored {_members(dag, block, members)}{where} of {_value(dag, value)}"
         case Stream(rank, value, _):
-            return f"stored stream below rank {rank} of {value_text(dag.values[value])}"
+            return f"stored stream below rank {rank} of {_value(dag, value)}"
         case Core(block, q, k, v, replaced):
             inputs = ", ".join(f"{p}: {_name(x)}" for p, x in zip(PORTS, (q, k, v), strict=True))
             return f"attention {dag.graph.blocks[block].layer}({inputs})" + "".join(_replaced(dag, r) for r in replaced)
@@ -88,7 +89,7 @@ def _op(dag: Dag, op: Op) -> str:
             assert isinstance(block, Core)
             return f"{_members(dag, block.block, 1 << head)}.z of {_name(core)}"
         case StoredZ(block, head, value, _):
-            return f"stored {_members(dag, block, 1 << head)}.z of {value_text(dag.values[value])}"
+            return f"stored {_members(dag, block, 1 << head)}.z of {_value(dag, value)}"
         case Tokenwise(block, x, replaced):
             return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
         case Sum(parts):
@@ -111,39 +112,18 @@ def _members(dag: Dag, block: int, members: int) -> str:
 def _replaced(dag: Dag, r: Replaced) -> str:
     site = f"{(*PORTS, 'scores', 'pattern')[r.port]} of heads {_numbers(r.heads)}"
     looking = f", looking at {positions(dag, r.sources)}" if r.port >= SCORES else ""
-    return f" with {site} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}{looking}"
+    return f" with {site} = {_value(dag, r.value)} @ {positions(dag, r.tokens)}{looking}"
 
 
 def _neurons(dag: Dag, r: ReplacedNeurons) -> str:
     every = r.neurons == (1 << dag.graph.d_mlp) - 1
     which = "all neurons" if every else f"neurons {_numbers(r.neurons)}"
-    return f" with {which} = {value_text(dag.values[r.value])} @ {positions(dag, r.tokens)}"
+    return f" with {which} = {_value(dag, r.value)} @ {positions(dag, r.tokens)}"
 
 
 def _numbers(members: int) -> str:
     return ",".join(map(str, bits(members)))
 
 
-def value_text(value: Value) -> str:
-    """A value as a spec writes it."""
-    return " + ".join(_term(factor, source) for factor, source in value.terms) or "zero"
-
-
-def _term(factor: float, source: Source) -> str:
-    match source:
-        case FromWorld(world):
-            name = world
-        case Mean(world, over_positions, groups):
-            of = ", over=positions" if over_positions else ""
-            name = f"mean({world}{of}{f', by={list(groups)}' if groups is not None else ''})"
-        case Moved(inner, tokens):
-            name = f"({_term(1.0, inner)} of tokens {','.join(map(str, tokens))})"
-        case Noise(std, seed, relative):
-            name = f"noise({'relative' if relative else 'std'}={std:g}, seed={seed})"
-        case Blocked():
-            name = "blocked"
-        case Given(key):
-            name = key
-        case Itself():
-            name = "self"
-    return name if factor == 1.0 else f"{factor:g} * {name}"
+def _value(dag: Dag, value: int) -> str:
+    return ValueText(Wording(dag.layout)).value(dag.values[value])

@@ -1,223 +1,149 @@
-"""Resolved studies as text, for people and for golden tests: readable, deterministic, cells as the first few
-and a count.
+"""Resolved studies as text: for a look (first cells and a count, lists cut), or whole, so that `reader` reads an equal
+study back.
 
-Prints what `ir.experiment` holds and nothing that has to be computed for it.
+Prints what `ir.experiment` holds and nothing that has to be computed for it. Spans are not printed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from patchc.ir.experiment import (
-    Called,
-    Cell,
-    Constant,
-    Continuation,
-    Dim,
-    Expect,
-    Experiment,
-    Expression,
-    Interval,
-    Kl,
-    Metric,
-    NodeRead,
-    Patch,
-    Probe,
-    Product,
-    Prompts,
-    Quotient,
-    Read,
-    Study,
-    Sum,
-)
+from patchc.ir.experiment import Cell, Dim, Expect, Experiment, Interval, Metric, Patch, Prompts, Study, World
 from patchc.ir.graph import ResidualGraph
-from patchc.ir.patch_text import ITEMS, print_path, print_value, shortened
-from patchc.ir.paths import Site
+from patchc.ir.path_text import PathText
+from patchc.ir.paths import Path
 from patchc.ir.tokens import Layout
-
-CELLS = 3
-"""How many cells of a sweep are printed."""
-
-
-def print_study(study: Study, graph: ResidualGraph) -> str:
-    """The whole study, ended by a line end."""
-    lines = [f"model {study.model.name!r}" + "".join(f" {k}={v}" for k, v in study.model.options)]
-    lines += _prompts(study.prompts)
-    lines += [f"tensor {key} from {source}" for key, source in study.tensors]
-    lines += [f"seed {seed} of {what}" for what, seed in study.seeds]
-    for experiment in study.experiments:
-        lines += ["", *_experiment(experiment, graph, study.prompts)]
-    return "\n".join(lines) + "\n"
+from patchc.ir.value_text import MetricText, ValueText
+from patchc.ir.wording import CELLS, ITEMS, Wording
 
 
-# ---- data
+def print_study(study: Study, graph: ResidualGraph, whole: bool = False) -> str:
+    """The whole study, ended by a line end; `whole`: nothing left out, for `reader.read_study`."""
+    writer = _Writer(graph, study.prompts, Wording(study.prompts.layout, whole))
+    return "".join(f"{line}\n" for line in writer.study(study))
 
 
-def _prompts(prompts: Prompts) -> Iterator[str]:
-    yield f"prompts {prompts.n}, of {_ranges(prompts.own_lengths)} tokens"
-    if prompts.own:
-        yield f"  copies {prompts.copies}, of {_ranges(prompts.layout.lengths)} tokens with what follows"
-    for world in prompts.worlds:
-        own = world.layout and f", of {world.layout.n_prompts} prompts of {_ranges(world.layout.lengths)} tokens"
-        yield f"  world {world.name}{own or ''}"
-    for i, text in enumerate(prompts.texts[:ITEMS]):
-        yield f"  {i}: {'|'.join(text)}"
-    yield from _more(prompts.texts, ITEMS, "  ")
+def print_path(path: Path, graph: ResidualGraph, layout: Layout) -> str:
+    """A path as a spec would write it; tokens are `prompt:position`, the prompt left off where there is
+    one."""
+    return PathText(graph, Wording(layout)).path(path)
 
 
-def _ranges(lengths: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(set(lengths))))
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Writes a study, line by line."""
 
+    graph: ResidualGraph
+    prompts: Prompts
+    wording: Wording
 
-# ---- experiments
+    def study(self, study: Study) -> Iterator[str]:
+        w = self.wording
+        yield f"model {study.model.name!r}" + "".join(
+            f" {w.name(k)}={v!r}" if w.whole else f" {k}={v}" for k, v in study.model.options
+        )
+        yield from self._data()
+        yield from (f"tensor {w.name(key)} from {w.name(source)}" for key, source in study.tensors)
+        yield from (f"seed {seed} of {w.name(what)}" for what, seed in study.seeds)
+        for experiment in study.experiments:
+            yield ""
+            yield from self._experiment(experiment)
 
+    # ---- data
 
-def _experiment(experiment: Experiment, graph: ResidualGraph, prompts: Prompts) -> Iterator[str]:
-    title = f' "{experiment.title}"' if experiment.title else ""
-    cells = _count(len(experiment.cells), "cell")
-    yield f"experiment {experiment.name}{title}: run {experiment.run}, {cells}"
-    yield from (f"  dim {dim}" for dim in _dims(experiment))
-    for metric in experiment.metrics:
-        yield f"  measure {_metric(metric, prompts, graph)}"
-    for cell in experiment.cells[:CELLS]:
-        yield from _cell(cell, graph, prompts.layout)
-    yield from _more(experiment.cells, CELLS, "  ")
-    for expect in experiment.expects:
-        yield f"  expect {_expect(expect)}"
-    for show in experiment.shows:
-        yield f"  show {show.kind}" + (f" {show.path!r}" if show.path else "")
-    for save in experiment.saves:
-        yield f"  save {save.path!r}"
+    def _data(self) -> Iterator[str]:
+        prompts = self.prompts
+        yield f"prompts {prompts.n}, of {self._lengths(prompts.own_lengths)} tokens"
+        if prompts.own:
+            yield f"  copies {prompts.copies}, of {self._lengths(prompts.layout.lengths)} tokens with what follows"
+        elif prompts.copies != 1:
+            yield f"  copies {prompts.copies}"
+        yield from map(self._world, prompts.worlds)
+        yield from self.wording.first([f"  {i}: {self._tokens(text)}" for i, text in enumerate(prompts.texts)], ITEMS)
 
+    def _world(self, world: World) -> str:
+        own = ""
+        if world.layout is not None:
+            own = f", of {world.layout.n_prompts} prompts of {self._lengths(world.layout.lengths)} tokens"
+        ids = "".join(f" [{' '.join(map(str, row))}]" for row in world.ids)
+        return f"  world {self.wording.name(world.name)}{own}" + (f":{ids}" if self.wording.whole else "")
 
-def _dims(experiment: Experiment) -> list[str]:
-    dims = [_dim(dim) for dim in experiment.dims]
-    if (by := experiment.by_prompt) is not None:
-        dims.insert(by.axis, f"{by.name} ({len(by.prompts)}): {shortened(list(map(str, by.prompts)))}, by prompt")
-    return dims
+    def _lengths(self, lengths: Sequence[int]) -> str:
+        """Each prompt's, or one where all have it; for a look each length once."""
+        distinct = sorted(set(lengths))
+        return ", ".join(map(str, lengths if self.wording.whole and len(distinct) > 1 else distinct))
 
+    def _tokens(self, text: Sequence[str]) -> str:
+        return "|".join(map(repr, text) if self.wording.whole else text)
 
-def _dim(dim: Dim) -> str:
-    coords = [str(c) for c in dim.coords]
-    if dim.labels is not None:
-        coords = [f"{c}={label!r}" for c, label in zip(coords, dim.labels, strict=True)]
-    return f"{dim.name} ({len(coords)}): {shortened(coords)}"
+    # ---- experiments
 
+    def _experiment(self, experiment: Experiment) -> Iterator[str]:
+        w = self.wording
+        count = f"{len(experiment.cells)} cell" + "s" * (len(experiment.cells) != 1)
+        title = self._title(experiment.title)
+        yield f"experiment {w.name(experiment.name)}{title}: run {w.name(experiment.run)}, {count}"
+        yield from (f"  dim {dim}" for dim in self._dims(experiment))
+        yield from (f"  measure {self._metric(metric)}" for metric in experiment.metrics)
+        shown = experiment.cells if w.whole else experiment.cells[:CELLS]
+        yield from (line for cell in shown for line in self._cell(cell))
+        if len(experiment.cells) > len(shown):
+            yield f"  and {len(experiment.cells) - len(shown)} more"
+        yield from (f"  expect {self._expect(expect)}" for expect in experiment.expects)
+        yield from (f"  show {w.name(s.kind)}" + ("" if s.path is None else f" {s.path!r}") for s in experiment.shows)
+        yield from (f"  save {save.path!r}" for save in experiment.saves)
 
-def _cell(cell: Cell, graph: ResidualGraph, layout: Layout) -> Iterator[str]:
-    where = f"[{', '.join(map(str, cell.index))}] " if cell.index else ""
-    for patch in cell.patches:
-        yield f"  {where}patch {_patch(patch, graph, layout)}"
+    def _title(self, title: str | None) -> str:
+        if self.wording.whole:
+            return "" if title is None else f" {title!r}"
+        return f' "{title}"' if title else ""
 
+    def _dims(self, experiment: Experiment) -> list[str]:
+        dims = [self._dim(dim) for dim in experiment.dims]
+        if (by := experiment.by_prompt) is not None:
+            shown = self.wording.listed(list(map(str, by.prompts)))
+            dims.insert(by.axis, f"{self.wording.name(by.name)} ({len(by.prompts)}): {shown}, by prompt")
+        return dims
 
-def _patch(patch: Patch, graph: ResidualGraph, layout: Layout) -> str:
-    but = "all except " if patch.complement else ""
-    return f"{but}{print_path(patch.path, graph, layout)} with {print_value(patch.value, layout)}"
+    def _dim(self, dim: Dim) -> str:
+        coords = [self.wording.name(c) if isinstance(c, str) else f"{c!r}" for c in dim.coords]
+        if dim.labels is not None:
+            coords = [f"{c}={label!r}" for c, label in zip(coords, dim.labels, strict=True)]
+        return f"{self.wording.name(dim.name)} ({len(coords)}): {self.wording.listed(coords)}"
 
+    def _cell(self, cell: Cell) -> Iterator[str]:
+        where = f"[{', '.join(map(str, cell.index))}] " if cell.index else ""
+        for patch in cell.patches:
+            yield f"  {where}patch {self._patch(patch)}"
+        if not cell.patches and self.wording.whole:
+            yield f"  {where}unpatched"
 
-def _expect(expect: Expect) -> str:
-    shown = shortened([f"[{', '.join(map(str, i))}]" for i in expect.indices])
-    if expect.top:
-        return f"{expect.metric} top({expect.top}) includes {shown}"
-    within = "" if expect.tolerance is None else f" within {expect.tolerance:g}"
-    return f"{expect.metric} at {shown} {expect.op} {expect.bound:g}{within}"
+    def _patch(self, patch: Patch) -> str:
+        but = "all except " if patch.complement else ""
+        path = PathText(self.graph, self.wording).path(patch.path)
+        return f"{but}{path} with {ValueText(self.wording).value(patch.value)}"
 
+    # ---- numbers
 
-# ---- metrics
+    def _metric(self, metric: Metric) -> str:
+        w, text = self.wording, MetricText(self.wording, PathText(self.graph, self.wording), self.prompts)
+        line = f"{w.name(metric.name)} = {text.expression(metric.expression)}"
+        if metric.zero is not None and metric.one is not None:
+            line += f" from {w.name(metric.zero)} to {w.name(metric.one)}" + (
+                " per prompt" if metric.per_prompt else ""
+            )
+        line += self._interval(metric.interval) if metric.interval else ""
+        return line + (f" unit {w.name(metric.unit)}" if w.whole and metric.unit is not None else "")
 
+    def _interval(self, interval: Interval) -> str:
+        level = self.wording.number(interval.level)
+        return f" with interval {level} seed={interval.seed} resamples={interval.resamples}"
 
-def _metric(metric: Metric, prompts: Prompts, graph: ResidualGraph) -> str:
-    text = f"{metric.name} = {_Expressions(prompts, graph).written(metric.expression)}"
-    if metric.zero is not None:
-        text += f" from {metric.zero} to {metric.one}" + (" per prompt" if metric.per_prompt else "")
-    return text + (_interval(metric.interval) if metric.interval else "")
-
-
-def _interval(interval: Interval) -> str:
-    return f" with interval {interval.level:g} seed={interval.seed} resamples={interval.resamples}"
-
-
-class _Expressions:
-    """Expressions in the words of a spec; answers are token ids."""
-
-    def __init__(self, prompts: Prompts, graph: ResidualGraph):
-        self._prompts = prompts
-        self._graph = graph
-
-    def written(self, expression: Expression) -> str:
-        match expression:
-            case Read(measure, answers, tokens):
-                return f"{measure}({_each('|', answers)}) @ {self._places(tokens)}"
-            case Continuation():
-                return self._continuation(expression)
-            case Kl(world, tokens):
-                return f"kl({world}) @ {self._places(tokens)}"
-            case NodeRead():
-                return self._node_read(expression)
-            case Called(name):
-                return f"{name}()"
-            case Constant(number):
-                return f"{number:g}"
-            case Sum(terms):
-                return _sum([(c, self.written(e)) for c, e in terms])
-            case Product(factors):
-                return "(" + " * ".join(map(self.written, factors)) + ")"
-            case Quotient(over, under):
-                return f"({self.written(over)} / {self.written(under)})"
-
-    def _continuation(self, read: Continuation) -> str:
-        copy = self._prompts.layout.place(read.tokens[0][0])[0] // self._prompts.n
-        where = f" of copy {copy}" if self._prompts.copies > 1 else ""
-        spans = dict.fromkeys(self._span(tokens) for tokens in read.tokens)
-        return f"logprob({_each(' ', read.answers)}) @ {', '.join(spans)}{where}"
-
-    def _span(self, tokens: tuple[int, ...]) -> str:
-        first, last = (self._prompts.layout.place(t)[1] for t in (tokens[0], tokens[-1]))
-        return str(first) if first == last else f"{first}..{last}"
-
-    def _node_read(self, read: NodeRead) -> str:
-        probe = self._probe(read.probe)
-        if read.sources:
-            both = zip(read.tokens, read.sources, strict=True)
-            return f"{probe}[{_or([f'{self._places([t])}, {self._places([s])}' for t, s in both])}]"
-        neuron = "" if read.neuron < 0 else f"[{read.neuron}]"
-        at = f"{probe}{neuron} @ {self._places(read.tokens)}"
-        return at if read.key is None else f"dot({at}, tensor({read.key!r}))"
-
-    def _probe(self, probe: Probe) -> str:
-        if probe.site is Site.STREAM:
-            return self._graph.stream_name(probe.rank)
-        node = self._graph.members(probe.nodes)[0]
-        if probe.site is Site.ATTN_OUT:
-            return f"attn_out[{node.layer}]"
-        return node.name if probe.site is Site.OUT else f"{node.name}.{probe.site}"
-
-    def _places(self, tokens: Iterable[int]) -> str:
-        """The position in each prompt, told once where it is one."""
-        return ", ".join(dict.fromkeys(str(self._prompts.layout.place(t)[1]) for t in tokens))
-
-
-def _each(separator: str, answers: Iterable[tuple[int, ...]]) -> str:
-    return ", ".join(dict.fromkeys(separator.join(map(str, ids)) for ids in answers))
-
-
-def _or(texts: list[str]) -> str:
-    return " or ".join(dict.fromkeys(texts))
-
-
-def _sum(terms: list[tuple[float, str]]) -> str:
-    """`(a - 2 * b)`."""
-    text = "".join(f" {'-' if c < 0 else '+'} " + (e if abs(c) == 1 else f"{abs(c):g} * {e}") for c, e in terms)
-    return "(" + (text[3:] if text.startswith(" + ") else f"-{text[3:]}") + ")"
-
-
-# ---- lists
-
-
-def _more(items: tuple[object, ...], shown: int, indent: str) -> Iterator[str]:
-    if len(items) > shown:
-        yield f"{indent}and {len(items) - shown} more"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    def _expect(self, expect: Expect) -> str:
+        w = self.wording
+        name, shown = w.name(expect.metric), w.listed([f"[{', '.join(map(str, i))}]" for i in expect.indices])
+        if expect.top:
+            return f"{name} top({expect.top}) includes {shown}"
+        within = "" if expect.tolerance is None else f" within {w.number(expect.tolerance)}"
+        return f"{name} at {shown} {expect.op} {w.number(expect.bound)}{within}"

@@ -2,6 +2,7 @@
 
 A case without a model, data or a metric of its own gets those of `tests.unit.resolving` after its text. The
 model has 4 layers of 4 heads. `[prompts]` is what stands before the experiments: worlds, prompts, tensors, seeds.
+Printed whole, every study parses back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from harness import Case, Golden, cases
 
 from patchc.diagnostics import PatchcError
 from patchc.ir.printer import print_study
+from patchc.ir.reader import read_study
 from tests.unit.resolving import SMALL, resolved, short
 
 EXTRA = {
@@ -31,6 +33,7 @@ def outcome(text: str) -> dict[str, str]:
         found = resolved(text, SMALL, **EXTRA, parameters=parameters)
     except PatchcError as error:
         return {"errors": "\n".join(map(short, error.diagnostics))}
+    assert read_study(print_study(found.study, SMALL, whole=True), SMALL) == found.study
     printed = print_study(found.study, SMALL)
     at = printed.index("experiment ")
     out = {"prompts": printed[printed.index("\n") + 1 : at].rstrip("\n"), "study": printed[at:]}

@@ -91,9 +91,7 @@ class Unrolled:
         if probe.site is Site.ATTN_OUT:
             out = sum(self.variant(((node, None, 0),), self.active) for node in members)
             return self.entered(out, self.entering(word, self.active, probe.site), self.attn_out_spot(members))
-        if probe.site in (Site.OUT, Site.Z):
-            return self.variant(word, self.active, probe.site)
-        return self.computed(word, self.active)[probe.site]
+        return self.variant(word, self.active, probe.site)
 
     # ---- streams
     def read(self, word: Word, port: int | None, active: tuple[int, ...]) -> Tensor:
@@ -143,7 +141,8 @@ class Unrolled:
 
     # ---- nodes
     def variant(self, word: Word, active: tuple[int, ...], site: Site = Site.OUT) -> Tensor:
-        """What the first node of `word` writes, on that way to where it is read, `[token, d_model]`; or its z."""
+        """What the first node of `word` writes, on that way to where it is read, `[token, d_model]`; or what it has at
+        `site` inside, which what enters at its output comes too late to change."""
         node = word[0][0]
         if node.kind is Kind.ATTN_BIAS:
             return self.functions.attn_bias(node)
@@ -153,7 +152,8 @@ class Unrolled:
             patch = self.patches[i]
             first = starts(patch.path, word)
             if not patch.complement:
-                outer += [(step, patch.value) for step in first if step.site in (Site.OUT, Site.Z)]
+                late = {Site.OUT: (Site.OUT, Site.Z), Site.Z: (Site.Z,)}.get(site, ())
+                outer += [(step, patch.value) for step in first if step.site in late]
                 continue
             inside = 0
             for step in first:
@@ -172,10 +172,9 @@ class Unrolled:
         out = torch.zeros_like(computed[0][1])
         for tokens, x in computed:
             out = torch.where(self.mask(tokens), x, out)
-        if site is Site.Z:
-            if any(step.site is Site.OUT and isinstance(s, Noise) for step, value in outer for _, s in value.terms):
-                raise UndefinedError
-            return self.entered(out, outer, self.z_spot(node))
+        if site is not Site.OUT:
+            spot = Spot(f"{node.name}.{site}", lambda plain: plain.inside[node][site], site)
+            return self.entered(out, [(replace(step, site=site), value) for step, value in outer], spot)
         return self.entered(out, outer, Spot(node.name, lambda plain: plain.out[node], Site.OUT), node)
 
     def z_spot(self, node: Node) -> Spot:

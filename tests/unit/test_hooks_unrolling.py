@@ -284,8 +284,8 @@ def starts_at(probe: Probe, step: Step) -> list[Step]:
     if probe.site in (Site.STREAM, Site.ATTN_OUT):
         return [replace(step, site=probe.site), replace(step, site=probe.site, tokens=EARLY)]
     of_mlp = probe.site in (Site.IN, Site.POST)
-    sites = (Site.OUT, Site.IN, Site.POST) if of_mlp else (Site.OUT, Site.Q, Site.V, Site.SCORES, Site.PATTERN)
-    sites = (Site.OUT,) if probe.site is Site.OUT else (Site.Z, Site.K) if probe.site is Site.Z else sites
+    sites = (Site.OUT, Site.IN, Site.POST) if of_mlp else (Site.OUT, Site.Q, Site.K, Site.V, Site.SCORES, Site.PATTERN)
+    sites = (Site.OUT,) if probe.site is Site.OUT else (Site.OUT, Site.Z, Site.K) if probe.site is Site.Z else sites
     return [replace(step, site=site, tokens=some) for site in sites for some in (-1, EARLY)]
 
 

@@ -132,7 +132,7 @@ def test_values_from_python_are_in_the_record(induction: Model) -> None:
 
 
 def test_a_data_file_that_is_a_parameter_is_not_overwritten(induction: Model, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"clean": "a b c d a b c", "corrupt": "a b c d a e c"}\n')
+    (tmp_path / "a.json").write_text('[{"clean": "a b c d a b c", "corrupt": "a b c d a e c"}]\n')
     path = tmp_path / "a.patch"
     body = "experiment e { run clean patch node head[0, 0] with corrupt measure kl(clean) save ${OUT} }"
     path.write_text(f'model "induction-2l"\ndata ${{FILE}}\n{body}')

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-import patchc
+from patchc.api import Model
+from patchc.ir.experiment import ModelChoice
 from patchc.report.plans import plan_json, plan_text
-from tests.models import MODELS
+from tests.models import loaded_model
 from tests.unit.commands import MODEL, Run, spec
 
 DATA = {
@@ -28,9 +29,13 @@ experiment circuit { run clean patch all except circuit(input | head[0, *] | mlp
 """
 
 
+def model(kind: str) -> Model:
+    return Model(loaded_model(kind), ModelChoice(kind))
+
+
 @pytest.mark.parametrize("kind", ["gpt2-sdpa", "gpt2-eager", "llama-sdpa"])
 def test_planned_flops_are_those_that_torch_counts(kind: str) -> None:
-    compiled = patchc.load(MODELS[kind]()).compile(SPEC, data=DATA)
+    compiled = model(kind).compile(SPEC, data=DATA)
     for planned, measured in zip(compiled.plan(), compiled.analyse(), strict=True):
         cost = planned.cost
         assert abs(measured.flops - cost.flops) <= 0.01 * cost.flops, planned.experiment
@@ -41,21 +46,20 @@ def test_neurons_cost_a_vector_of_the_stream_each() -> None:
     spec = (
         "experiment e { for n in mlp[1].post[*] run clean patch node n @ -1 with corrupt measure logit(answer) as a }"
     )
-    (planned,) = patchc.load(MODELS["gpt2-sdpa"]()).compile(spec, data=DATA).plan()
+    (planned,) = model("gpt2-sdpa").compile(spec, data=DATA).plan()
     assert planned.cost.passes == 2 * 2 * 128 * 32  # two operations a number, of two rows of 128 neurons
     assert planned.variants == {"neurons, stored values": 128}
 
 
 def test_passes_cost_what_each_of_them_computes() -> None:
-    model = patchc.load(MODELS["gpt2-sdpa"]())
-    one, several = (model.compile(SPEC, data=DATA, memory=m) for m in (1 << 30, 1 << 14))
+    one, several = (model("gpt2-sdpa").compile(SPEC, data=DATA, memory=m) for m in (1 << 30, 1 << 14))
     assert several.plan()[0].n_passes > one.plan()[0].n_passes == 1
     for planned, measured in zip(several.plan(), several.analyse(), strict=True):
         assert abs(measured.flops - planned.cost.flops) <= 0.01 * planned.cost.flops
 
 
 def test_remarks_tell_what_applied_and_what_could_not() -> None:
-    heads, _, edges, paths, *_ = patchc.load(MODELS["gpt2-sdpa"]()).compile(SPEC, data=DATA).plan()
+    heads, _, edges, paths, *_ = model("gpt2-sdpa").compile(SPEC, data=DATA).plan()
     of = [{r.optimisation: r for r in plan.remarks} for plan in (heads, edges, paths)]
     assert of[0]["answer columns"].used
     assert not of[1]["answer columns"].used
@@ -66,7 +70,7 @@ def test_remarks_tell_what_applied_and_what_could_not() -> None:
 
 
 def test_the_tree_has_every_stage_and_json_the_same_numbers() -> None:
-    compiled = patchc.load(MODELS["gpt2-sdpa"]()).compile(SPEC, data=DATA)
+    compiled = model("gpt2-sdpa").compile(SPEC, data=DATA)
     plan, measured = compiled.plan()[0], compiled.analyse()[0]
     text = plan_text(plan, measured)
     for word in ("resolve", "lower", "optimise", "execute", "cost", "measured:", "CPU s"):

@@ -10,8 +10,8 @@ from patchc.diagnostics import PatchcError, Report
 from patchc.ir.bits import bitset
 from patchc.ir.experiment import Constant, Kl, Measure, Metric, NodeRead, Probe, Product, Quotient, Read, Sum
 from patchc.ir.graph import Kind
-from patchc.ir.patch_text import print_path
 from patchc.ir.paths import Site
+from patchc.ir.printer import print_path
 from patchc.ir.tokens import Layout
 from patchc.resolve.circuits import circuit
 from patchc.resolve.ends import LOGITS, Ends, ends_of, probe_name
