@@ -30,7 +30,6 @@ from patchc.report.results import Result
 from patchc.report.tables import table_text
 from patchc.resolve import data_files, metrics, outputs, scope, selectors
 from patchc.resolve.model_choice import CHOICES, model_choice
-from tests.unit.resolving import short
 
 RESOLVED = Path(__file__).parent / "reference.test"
 EXAMPLES = examples()
