@@ -1,6 +1,6 @@
 """The examples in grammar/README.md: fenced blocks, completed as that page says, and the files that they name.
 
-The blocks of a file (`jsonl NAME`, `csv NAME`, ...) are written out; a `text` block after an example is what came of it.
+The blocks of a file (`jsonl NAME`, `csv NAME`, ...) are written out; a `text` block after an example is what came.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ RESOLVED = Path(__file__).parent / "reference.test"
 EXAMPLES = examples()
 RUN = [e for e in EXAMPLES if e.mark in ("", "standard")]
 WRONG = [e for e in EXAMPLES if e.mark in ("wrong", "later")]
-PARAMETERS: Mapping[str, str | int | float] = {"LAYER": 2, "FACTOR": 0.5, "ANSWER": " Mary"}
+PARAMETERS: Mapping[str, str | int | float] = {"LAYER": 2, "FACTOR": 0.5, "FILE": "prompts.csv"}
 
 
 @pytest.fixture(scope="module")
