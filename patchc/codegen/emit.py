@@ -18,12 +18,14 @@ from patchc.codegen.sources import ONE_LENGTH
 from patchc.codegen.stored import StoredNodes
 from patchc.codegen.worlds import Worlds, aten
 from patchc.ir.bits import bits
-from patchc.ir.dag import (
+from patchc.ir.dag import Dag
+from patchc.ir.experiment import Probe
+from patchc.ir.graph import PORTS
+from patchc.ir.ops import (
     PATTERN,
     SCORES,
     Const,
     Core,
-    Dag,
     Entries,
     HeadZ,
     Masked,
@@ -41,8 +43,6 @@ from patchc.ir.dag import (
     VariantId,
     children,
 )
-from patchc.ir.experiment import Probe
-from patchc.ir.graph import PORTS
 from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 from patchc.lower.masked import MaskedCells

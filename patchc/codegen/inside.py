@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from patchc.codegen.stored import StoredNodes
 from patchc.codegen.worlds import Worlds, aten
 from patchc.ir.bits import bits
-from patchc.ir.dag import PATTERN, SCORES, Core, Replaced, ReplacedNeurons, Tokenwise, ValueId
 from patchc.ir.experiment import Blocked, Value
+from patchc.ir.ops import PATTERN, SCORES, Core, Replaced, ReplacedNeurons, Tokenwise, ValueId
 from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 

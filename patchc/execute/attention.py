@@ -20,7 +20,7 @@ from patchc.execute.indices import pick, rows, where
 from patchc.execute.inside import Inside
 from patchc.execute.packing import packed
 from patchc.ir.bits import bits
-from patchc.ir.dag import PATTERN, SCORES, Core, VariantId
+from patchc.ir.ops import PATTERN, SCORES, Core, VariantId
 from patchc.ir.tokens import Tokens
 
 if TYPE_CHECKING:

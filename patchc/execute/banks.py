@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchc.ir.bits import bits
-from patchc.ir.dag import Replaced, VariantId
+from patchc.ir.ops import Replaced, VariantId
 from patchc.ir.tokens import Tokens
 
 Key = tuple[int, tuple[Replaced, ...]]

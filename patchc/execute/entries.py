@@ -10,7 +10,7 @@ from torch import Tensor
 from patchc.execute.indices import pick, rows, where
 from patchc.execute.patterns import HIDDEN, PlainRows, pattern_of
 from patchc.ir.bits import bits
-from patchc.ir.dag import PATTERN, SCORES, Entries, VariantId
+from patchc.ir.ops import PATTERN, SCORES, Entries, VariantId
 from patchc.ir.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from patchc.execute.banks import PAIRS, Bank, Item
 from patchc.execute.indices import where
 from patchc.execute.patterns import PlainRows, pattern_of
 from patchc.ir.bits import bits
-from patchc.ir.dag import PATTERN, SCORES, Core, Replaced, VariantId
+from patchc.ir.ops import PATTERN, SCORES, Core, Replaced, VariantId
 
 if TYPE_CHECKING:
     from patchc.execute.attention import Attention

@@ -13,8 +13,8 @@ from torch import Tensor
 from patchc.execute.base import PlainRun, token_numbers
 from patchc.execute.noise import prompt_noise
 from patchc.execute.stored import Stored
-from patchc.ir.dag import PATTERN, SCORES
 from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Source, Value
+from patchc.ir.ops import PATTERN, SCORES
 from patchc.ir.paths import Site
 from patchc.ir.tokens import Layout
 from patchc.model.pieces import Tables

@@ -17,7 +17,6 @@ from patchc.execute.patterns import PlainRows
 from patchc.execute.places import probe_place
 from patchc.execute.statistics import Ends, Numbers, numbers
 from patchc.execute.stored import Stored
-from patchc.ir.dag import PATTERN, SCORES
 from patchc.ir.experiment import (
     Called,
     Constant,
@@ -34,6 +33,7 @@ from patchc.ir.experiment import (
     Read,
     Sum,
 )
+from patchc.ir.ops import PATTERN, SCORES
 from patchc.ir.paths import Site
 from patchc.ir.program import End
 from patchc.model.pieces import Pieces, Tables

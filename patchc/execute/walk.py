@@ -18,11 +18,12 @@ from patchc.execute.indices import pick, rows, where
 from patchc.execute.packing import packed
 from patchc.execute.stored import Stored
 from patchc.ir.bits import bits
-from patchc.ir.dag import (
+from patchc.ir.dag import Dag
+from patchc.ir.graph import BlockKind
+from patchc.ir.ops import (
     EQUAL_TO_BASE,
     Const,
     Core,
-    Dag,
     Entries,
     HeadZ,
     Masked,
@@ -40,7 +41,6 @@ from patchc.ir.dag import (
     VariantId,
     children,
 )
-from patchc.ir.graph import BlockKind
 from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces, Tables
 from patchc.optimise.demand import demand

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from patchc.ir.bits import bits
-from patchc.ir.dag import (
+from patchc.ir.dag import Dag
+from patchc.ir.graph import PORTS
+from patchc.ir.ops import (
     SCORES,
     Const,
     Core,
-    Dag,
     Entries,
     HeadZ,
     Masked,
@@ -32,7 +33,6 @@ from patchc.ir.dag import (
     Tokenwise,
     VariantId,
 )
-from patchc.ir.graph import PORTS
 from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 from patchc.ir.value_text import ValueText

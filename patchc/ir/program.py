@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from patchc.ir.dag import Dag, VariantId
+from patchc.ir.dag import Dag
 from patchc.ir.experiment import Experiment, Probe, Prompts
+from patchc.ir.ops import VariantId
 from patchc.ir.tokens import Tokens
 
 

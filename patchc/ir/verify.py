@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from patchc.ir.dag import (
+from patchc.ir.dag import Dag
+from patchc.ir.graph import BlockKind
+from patchc.ir.ops import (
     PATTERN,
     SCORES,
     Const,
     Core,
-    Dag,
     Entries,
     HeadZ,
     Inner,
@@ -30,7 +31,6 @@ from patchc.ir.dag import (
     VariantId,
     children,
 )
-from patchc.ir.graph import BlockKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
-from patchc.ir.dag import Dag, VariantId
+from patchc.ir.dag import Dag
 from patchc.ir.experiment import Experiment, Patch, Prompts
 from patchc.ir.graph import ResidualGraph
+from patchc.ir.ops import VariantId
 from patchc.ir.program import End
 from patchc.lower.fold import Fold, Folded
 

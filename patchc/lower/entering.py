@@ -11,9 +11,10 @@ from functools import partial
 
 from patchc.diagnostics import RULES, Diagnostic, Note
 from patchc.ir.bits import bits
-from patchc.ir.dag import SCORES, Dag, Replaced, ReplacedNeurons, VariantId
+from patchc.ir.dag import Dag
 from patchc.ir.experiment import Patch, Prompts, Value
 from patchc.ir.graph import Kind, Node
+from patchc.ir.ops import SCORES, Replaced, ReplacedNeurons, VariantId
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
 from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start

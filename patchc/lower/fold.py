@@ -15,9 +15,10 @@ from functools import partial
 
 from patchc.diagnostics import RULES, Diagnostic
 from patchc.ir.bits import bits
-from patchc.ir.dag import EQUAL_TO_BASE, NEVER, SCORES, Dag, VariantId
+from patchc.ir.dag import NEVER, Dag
 from patchc.ir.experiment import Patch, Probe, Prompts
 from patchc.ir.graph import Block, BlockKind, Node, Reader
+from patchc.ir.ops import EQUAL_TO_BASE, SCORES, VariantId
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
 from patchc.lower.automaton import ENTERS, INNER_SITES, PORT_SITES, Atoms, Automaton, Start

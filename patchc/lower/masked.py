@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from patchc.diagnostics import RULES
-from patchc.ir.dag import Dag, VariantId
+from patchc.ir.dag import Dag
 from patchc.ir.experiment import Experiment, Patch, Probe, Prompts
 from patchc.ir.graph import ResidualGraph
+from patchc.ir.ops import VariantId
 from patchc.lower.fold import Fold
 
 TOO_LARGE = RULES.add("graph-too-large", "an experiment has too many cells for one compiled graph")

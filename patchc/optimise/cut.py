@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from patchc.ir.dag import Dag, VariantId
+from patchc.ir.dag import Dag
+from patchc.ir.ops import VariantId
 from patchc.ir.program import Pass
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import demand

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from patchc.ir.dag import (
+from patchc.ir.dag import Dag
+from patchc.ir.ops import (
     Const,
     Core,
-    Dag,
     Entries,
     HeadZ,
     Masked,

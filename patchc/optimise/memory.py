@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from patchc.ir.dag import Core, Dag, Entries, HeadZ, Neurons, Out, Projected, Run, Tokenwise, VariantId, children
+from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind, ResidualGraph
+from patchc.ir.ops import Core, Entries, HeadZ, Neurons, Out, Projected, Run, Tokenwise, VariantId, children
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import Demand, demand
 from patchc.optimise.work import Work

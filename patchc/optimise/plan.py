@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from patchc.ir.dag import Const, Core, Dag, Entries, HeadZ, Neurons, Out, Projected, Run, StoredZ, Tokenwise, VariantId
+from patchc.ir.dag import Dag
 from patchc.ir.experiment import Probe
 from patchc.ir.graph import BlockKind, ResidualGraph
+from patchc.ir.ops import Const, Core, Entries, HeadZ, Neurons, Out, Projected, Run, StoredZ, Tokenwise, VariantId
 from patchc.ir.paths import Site
 from patchc.ir.program import Program, Rates
 from patchc.optimise.memory import Live, plain_run_bytes, readout_bytes

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from patchc.ir.dag import NEVER, Core, Out, Run, VariantId
+from patchc.ir.dag import NEVER
 from patchc.ir.experiment import Experiment, Measure, Read
+from patchc.ir.ops import Core, Out, Run, VariantId
 from patchc.ir.program import Program
 from patchc.optimise.demand import Demand, demand
 from patchc.optimise.reads import leaves

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from patchc.ir.dag import Core, Dag, Neurons, Projected, Run, Tokenwise, VariantId, children
+from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
+from patchc.ir.ops import Core, Neurons, Projected, Run, Tokenwise, VariantId, children
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import Demand
 

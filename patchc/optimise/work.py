@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from patchc.ir.dag import Const, Core, Dag, Entries, Neurons, Out, Projected, Run, Tokenwise, VariantId
+from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
+from patchc.ir.ops import Const, Core, Entries, Neurons, Out, Projected, Run, Tokenwise, VariantId
 from patchc.ir.program import Rates
 from patchc.ir.tokens import Layout, Tokens
 from patchc.optimise.demand import Demand, demand

@@ -14,9 +14,10 @@ from patchc.execute.patterns import PlainRows
 from patchc.execute.places import probe_place
 from patchc.execute.stored import Stored
 from patchc.execute.walk import Walk
-from patchc.ir.dag import PATTERN, SCORES, Dag
+from patchc.ir.dag import Dag
 from patchc.ir.experiment import Cell, FromWorld, Itself, Noise, Patch, Probe, Value
 from patchc.ir.graph import QKV
+from patchc.ir.ops import PATTERN, SCORES
 from patchc.ir.paths import Alt, Seq, Site, Star, Step
 from patchc.ir.verify import faults
 from patchc.lower.fold import Fold, Folded

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchc.ir.dag import Const, Core, Dag, Mix, Op, Out, Run, Sum, Tokenwise
+from patchc.ir.dag import Dag
 from patchc.ir.experiment import Value
 from patchc.ir.graph import residual_graph
+from patchc.ir.ops import Const, Core, Mix, Op, Out, Run, Sum, Tokenwise
 from patchc.ir.tokens import Layout
 from patchc.ir.verify import faults
 from patchc.lower.fold import Fold

@@ -99,7 +99,9 @@ def runs(run: Run, path: str) -> None:
     assert Path(path).with_name(f"{Path(path).stem}.heads.png").exists()
 
 
-@pytest.mark.parametrize(("model", "answer"), [("ioi-tiny", " Mary"), ("induction-2l", " d"), ("weekday-1l", " Wednesday")])
+@pytest.mark.parametrize(
+    ("model", "answer"), [("ioi-tiny", " Mary"), ("induction-2l", " d"), ("weekday-1l", " Wednesday")]
+)
 def test_a_built_in_gets_what_it_was_trained_on(loaded_once: Run, model: str, answer: str) -> None:
     ran = loaded_once("init", model)
     assert (ran.exit, ran.out) == (0, "")
