@@ -22,7 +22,8 @@ from patchc.resolve.parameters import Literal
 from patchc.spec import read_spec
 
 LOWERED = 1000
-"""Experiments of more cells than this are not lowered, so a patch of theirs that changes nothing is left to the run."""
+"""Experiments of more patches than this, those of all cells counted, are not lowered: that one of them changes nothing
+is left to the run."""
 
 
 def check(*specs: str | Path, parameters: Mapping[str, Literal] | None = None) -> list[Diagnostic]:
@@ -87,7 +88,7 @@ def _check_effects(study: Study, graph: ResidualGraph) -> None:
     """Raise what lowering has to say of each experiment: `no-effect`, and starts that two patches claim."""
     report = Report()
     for experiment in study.experiments:
-        if len(experiment.cells) <= LOWERED:
+        if sum(len(cell.patches) for cell in experiment.cells) <= LOWERED:
             for diagnostic in _effects(experiment, study, graph):
                 report.add(diagnostic)
     report.raise_errors()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def input_paths(
     other = [world.name.rpartition(":")[0] for world in study.prompts.worlds if world.layout is not None]
     tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
     named = [base / name for name in (*data, *other, *tensors, model) if name]
-    return (Path(source.name), *(path for path in named if path.exists()))
+    return (Path(source.name), *(path for path in named if os.path.exists(path)))
 
 
 def result_path(source: Source, base: Path, experiment: Experiment, line: Save | Show) -> Path:

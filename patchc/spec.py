@@ -33,9 +33,11 @@ def decoded(content: bytes, name: str) -> str:
 
 def neighbour(path: Path) -> str | None:
     """The `fix` for a file that is not there: one of nearly its name in the same directory."""
-    if path.exists() or not path.parent.is_dir():
+    try:
+        names = [] if path.exists() else sorted(p.name for p in path.parent.iterdir())
+    except (OSError, ValueError):  # no directory that can be read, or no name that a file can have
         return None
-    near = closest(path.name, sorted(p.name for p in path.parent.iterdir()))
+    near = closest(path.name, names)
     return f"did you mean `{near}`?" if near else None
 
 

@@ -15,9 +15,9 @@ CANNOT_WRITE = RULES.add("cannot-write", "the system refused to write a file", e
 
 def write_whole(path: Path, write: Callable[[Path], object], span: Span | None = None) -> Path:
     """Let `write` fill a new file beside `path`, then put it in its place; a failure leaves nothing."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise PatchcError([no_directory(path, span)])
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CANNOT_WRITE.error(f"{path} is a directory", span=span)
     # The suffix stays at the end: the writers look at it. The point hides the file while it is not whole.
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")

@@ -5,6 +5,7 @@ What comes is a list of tokens; `spaced` joins them with random white space, lin
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from random import Random
 
@@ -25,14 +26,16 @@ SAMPLES = {
 COMMENTS = ["#", "# a remark", "#\ttabbed  ", '# with # and " and }', "# é", "# " + "long " * 25]
 
 
-def tokens(rng: Random, start: str = "spec", most: int = 120) -> list[str]:
+def tokens(
+    rng: Random, start: str = "spec", most: int = 120, samples: Mapping[str, Sequence[str]] = SAMPLES
+) -> list[str]:
     """The tokens of a random sentence of `start`; after `most` of them, only what ends soonest is added."""
     out: list[str] = []
     stack: list[Symbol] = [NonTerminal(start)]
     while stack:
         symbol = stack.pop()
         if symbol.is_term:
-            out.append(rng.choice(_texts(symbol.name)))
+            out.append(rng.choice(samples.get(symbol.name) or [_words()[symbol.name]]))
         else:
             stack += reversed(_expansion(rng, symbol.name, len(out) + len(stack) > most))
     return out
@@ -66,10 +69,6 @@ def _rules() -> dict[str, list[Rule]]:
     for rule in parser().rules:
         found.setdefault(rule.origin.name, []).append(rule)
     return found
-
-
-def _texts(terminal: str) -> list[str]:
-    return SAMPLES.get(terminal) or [_words()[terminal]]
 
 
 @cache

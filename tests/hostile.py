@@ -24,16 +24,18 @@ from patchc.model.outline import Outline
 from patchc.parse import format_spec
 from tests.golden.harness import HERE as GOLDEN
 from tests.golden.harness import read
-from tests.grammar_texts import spaced, tokens
+from tests.grammar_texts import SAMPLES, spaced, tokens
 from tests.unit.resolving import SMALL, Words, completed
 
+CLAUSES = ("for_", "patch", "measure", "expect", "show")
 EXAMPLES = Path(__file__).parents[1] / "examples"
-KINDS = ("grammar", "characters", "words", "splice")
+KINDS = ("grammar", "clause", "characters", "words", "alike", "splice")
 
 FILES = {
     "p.jsonl": '{"clean": "When Mary went to", "corrupt": "When John went to", "answer": " the", "wrong": " a"}\n' * 2,
     "p.csv": "clean,corrupt,answer,wrong\nWhen Mary went to,When John went to, the, a\n",
-    "p.json": '{"prompts": [{"clean": "When Mary", "corrupt": "When John", "answers": [" went"], "wrong_answers": []}]}',
+    "p.json": '{"prompts": [{"clean": "When Mary", "corrupt": "When John", "answers": [" went"], "wrong_answers": []}'
+    '], "word_idxs": {"end": -1}}',
 }
 """Data that a spec may name."""
 
@@ -46,24 +48,25 @@ WORDS = (
     "0 1 -1 3.5 1e9 99999999999999999999 0.00000000000000000001 1e308 1e999 ${X} ${ $ \\ ' ; : ! ? ^ % ~ & `"
 ).split(" ")
 ODD = [
-    "\0",
-    "\ufeff",
-    "\u202e",
-    "\u200b",
-    "\u2028",
-    "\r",
-    "\r\n",
-    "\t",
-    "\x1b[2J",
-    "é",
-    "e\u0301",
-    "😀",
-    "\ud800",
-    "ａ",
-    "→",
-    "−",
-    "“",
+    *("\0", "\ufeff", "\u202e", "\u200b", "\u2028", "\r", "\r\n", "\t", "\x1b[2J", "\ud800"),
+    *("\u00e9", "e\u0301", "\U0001f600", "\uff41", "\u2192", "\u2212", "\u201c"),
 ]
+"""Characters that editors, terminals and people put where none should be."""
+
+SENSIBLE = {
+    "NAME": (
+        "head head mlp any attn_out resid_pre resid_mid resid_post logits input embed attn_bias kv writers readers "
+        "l h p clean corrupt answer wrong s2 end diff layers heads positions prompts q k v z post pattern scores out in "
+        "zero mean self resample noise tensor blocked logit prob logprob rank correct loss kl dot circuit nodes std "
+        "seed over by groups heatmap table bar line e x"
+    ).split(),
+    "STRING": ['" Mary"', '" John"', '"p.jsonl"', '"p.csv"', '"p.json"', '"gone.json"', '"out.json"', '"small"', '""'],
+    "PARAM": ["${X}"],
+    "INT": ["0", "1", "2", "3", "13", "100", "9" * 20, "9" * 900],
+    "FLOAT": ["0.5", "1e-3", "0.0", "1e308"],
+    "COMPARE": ["<", ">=", "=="],
+}
+"""Texts for the terminals of the grammar that mean something to the resolver."""
 
 
 # ---- specs
@@ -73,11 +76,15 @@ def spec(rng: Random, kind: str) -> str:
     """A random text of a kind of `KINDS`."""
     match kind:
         case "grammar":
-            text = spaced(rng, tokens(rng, "spec", rng.choice([10, 40, 120])), 0.02)
+            text = spaced(rng, tokens(rng, "spec", rng.choice([10, 40, 120]), rng.choice([SAMPLES, SENSIBLE])), 0.02)
+        case "clause":
+            text = _clauses(rng)
         case "characters":
             text = _mutated(rng, rng.choice(_corpus()), list(rng.choice(_corpus())) + ODD)
         case "words":
             text = _mutated_words(rng, rng.choice(_corpus()))
+        case "alike":
+            text = _exchanged(rng, rng.choice(_corpus()))
         case _:
             text = _spliced(rng, rng.choice(_corpus()), rng.choice(_corpus()))
     return completed(text) if rng.random() < 0.8 else text
@@ -92,6 +99,15 @@ def _corpus() -> tuple[str, ...]:
     return tuple(found)
 
 
+def _clauses(rng: Random) -> str:
+    """An experiment that may well be resolved, with random clauses, and some statements before it."""
+    parts = [tokens(rng, rng.choice(["let", "metric"]), 12, SENSIBLE) for _ in range(rng.choice([0, 0, 1, 2]))]
+    kinds = rng.choices(CLAUSES, [2, 5, 3, 1, 1], k=rng.choice([1, 2, 3]))
+    body = [tokens(rng, kind, rng.choice([6, 12, 30]), SENSIBLE) for kind in sorted(kinds, key=CLAUSES.index)]
+    words = [w for part in parts for w in part] + ["experiment", "e", "{", "run", "clean"]
+    return " ".join(words + [w for part in body for w in ("\n", *part)] + ["\n", "measure", "diff", "}"])
+
+
 def _mutated(rng: Random, text: str, alphabet: list[str]) -> str:
     parts = list(text)
     for _ in range(rng.choice([1, 1, 2, 5, 20])):
@@ -103,6 +119,25 @@ def _mutated_words(rng: Random, text: str) -> str:
     parts = _pieces(text)
     for _ in range(rng.choice([1, 1, 2, 3, 8])):
         _mutate(rng, parts, [*WORDS, *parts, *ODD[:3]])
+    return "".join(parts)
+
+
+_SORTS = (
+    re.compile(r'"(?:[^"\\\n]|\\.)*"'),
+    re.compile(r"[A-Za-z_]\w*"),
+    re.compile(r"[0-9]+"),
+    re.compile(r"->|[-|*+/@]"),
+)
+
+
+def _exchanged(rng: Random, text: str) -> str:
+    """Some words replaced by others of their sort, so that most of what comes still parses."""
+    parts, others = _pieces(text), _pieces(rng.choice(_corpus())) + WORDS
+    for _ in range(rng.choice([1, 2, 4, 10])):
+        at = rng.randrange(len(parts))
+        sort = next((s for s in _SORTS if s.fullmatch(parts[at])), None)
+        if sort is not None:
+            parts[at] = rng.choice([w for w in others if sort.fullmatch(w)])
     return "".join(parts)
 
 
@@ -143,18 +178,23 @@ def _spliced(rng: Random, a: str, b: str) -> str:
 def survive(text: str, folder: Path) -> list[Diagnostic]:
     """Format and check a text in `folder`; what comes out is a diagnostic that can be shown, or nothing."""
     with watched(text, folder):
-        try:
-            format_spec(Source("a.patch", text))
-        except PatchcError as error:
-            assert error.diagnostics, "an error that says nothing"
-            for diagnostic in error.diagnostics:
-                _is_sound(diagnostic)
-        found = checked(text)
+        found = _formatting(text) + checked(text)
     for diagnostic in found:
         _is_sound(diagnostic)
     json.dumps(to_json(found))
     render(found, color=True)
     return found
+
+
+def _formatting(text: str) -> list[Diagnostic]:
+    try:
+        format_spec(Source("a.patch", text))
+    except PatchcError as error:
+        return list(error.diagnostics) or [NOTHING_SAID]
+    return []
+
+
+NOTHING_SAID = Diagnostic("", "an error without a diagnostic")
 
 
 def checked(text: str) -> list[Diagnostic]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Generator
 from functools import lru_cache
@@ -37,9 +38,9 @@ def model_folder(model: str | Path, base: Path, revision: str | None = None, *, 
     fetched: all but the weights without `weights`. Errors: `model-not-found`."""
     folder = builtin_model(model) if isinstance(model, str) else None
     folder = folder or base / model
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    if isinstance(model, Path) or folder.exists() or not HUB_NAME.fullmatch(model):
+    if isinstance(model, Path) or os.path.exists(folder) or not HUB_NAME.fullmatch(model):
         raise NOT_FOUND.error(f"there is no model directory {folder}", fix=_suggestion(str(model)))
     return _snapshot(model, revision, weights)
 

@@ -18,8 +18,8 @@ from patchc.parse import tree
 BAD_ESCAPE = RULES.add("bad-escape", "a text holds an escape that does not exist")
 BAD_NUMBER = RULES.add("bad-number", "a number is too long or too large to be read")
 
-MAX_DIGITS = 1000
-"""Far more than any number needs; Python itself refuses 4,301 digits."""
+MAX_DIGITS = 300
+"""Far more than any number needs, and a whole number of so many is a 64-bit float still."""
 
 Children = list[Any]
 

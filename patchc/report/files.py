@@ -6,12 +6,13 @@ What is in a file comes from `Result`; how it gets to the disk is `writing`'s ma
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchc.diagnostics import RULES, Note, Report, Span
-from patchc.writing import no_directory, write_whole
+from patchc.writing import CANNOT_WRITE, no_directory, write_whole
 
 if TYPE_CHECKING:
     from patchc.report.results import Result
@@ -70,9 +71,14 @@ def refuse_places(places: Iterable[tuple[Path, Span | None]], inputs: Collection
     kept = {path.resolve() for path in inputs}
     for path, span in places:
         whole = path.absolute()
-        if not path.parent.is_dir():
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a link to itself, a NUL
+            report.add(CANNOT_WRITE.at(span, f"{str(path)!r} can name no file: {error}"))
+            continue
+        if not os.path.isdir(path.parent):
             report.add(no_directory(path, span))
-        if {path.resolve(), *path.resolve().parents} & kept and (path.exists() or path.resolve() in kept):
+        if {real, *real.parents} & kept and (os.path.exists(path) or real in kept):
             report.add(OVERWRITES.at(span, f"{path} is read by this run; its results would take its place"))
         if whole in seen:
             notes = [Note("the other is here", seen[whole])]

@@ -28,6 +28,13 @@ OFFSET_OF_NUMBER = RULES.add(
     "offset-of-number", "a whole number right after a metric's position, which it is not added to", Severity.WARNING
 )
 
+METRIC_TOO_LARGE = RULES.add("metric-too-large", "metrics that stand in one another so often that no run computes them")
+
+MAX_NAMED = 1000
+"""How often metrics may be named in one, in those that it names, and so on."""
+MAX_DEPTH = 50
+"""How deep, one in the other."""
+
 READS = tuple(m.value for m in Measure)
 FUNCTIONS = (*READS, "kl", "dot")
 RESAMPLES = range(100, 1_000_001)
@@ -54,6 +61,7 @@ class Metrics:
         self._answers = answers
         self._continuations = continuations
         self._open: list[str] = []
+        self._named = 0
         self._circles: list[set[str]] = []
         """Metrics that are defined by one another, which has been reported."""
 
@@ -68,13 +76,18 @@ class Metrics:
         self.metric(metric.value, metric.name.text)
 
     def metric(self, node: tree.Value, name: str) -> Metric:
-        """A metric, normalised where it says so or where it is the name of one that is."""
+        """A metric by its expression."""
+        self._named = 0
+        return self._metric(node, name)
+
+    def _metric(self, node: tree.Value, name: str) -> Metric:
+        """The same, normalised where it says so or where it is the name of one that is."""
         match node:
             case tree.Normalised():
                 return self._normalised(node, name)
             case tree.Ref(tree.Name(text), (), ()) if text in self._scope.metrics:
                 with self._opened(node.name):
-                    return self.metric(self._scope.metrics[text].value, name)
+                    return self._metric(self._scope.metrics[text].value, name)
             case _:
                 found = self._typed(node, None)
                 return Metric(name, found.expression, span=node.span, unit=found.unit)
@@ -260,6 +273,10 @@ class Metrics:
             self._circles.append(set(circle))
             chain = " -> ".join([*circle, name.text])
             raise RECURSIVE_METRIC.error(f"{name.text!r} is defined by itself ({chain})", span=name.span)
+        self._named += 1
+        if self._named > MAX_NAMED or len(self._open) >= MAX_DEPTH:
+            message = f"metrics stand in this one more than {MAX_NAMED:,} times, or more than {MAX_DEPTH} deep"
+            raise METRIC_TOO_LARGE.error(message, span=name.span)
         return _Opened(self._open, name.text)
 
 

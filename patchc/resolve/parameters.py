@@ -17,7 +17,10 @@ BAD_PARAMETER = RULES.add("bad-parameter", "a value given for a ${NAME} is neith
 
 Literal = str | int | float
 
-_WHOLE = re.compile(r"-?[0-9]{1,1000}")
+LARGEST = 10**300
+"""Whole numbers are smaller than this, as those that a spec writes are."""
+
+_WHOLE = re.compile(r"-?[0-9]{1,300}")
 _DECIMAL = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -45,14 +48,18 @@ def wrong_parameters(spec: tree.Spec, given: Mapping[str, object]) -> Iterator[D
             message = f"the spec has no ${{{name}}}; it has {there or 'no parameters'}"
             yield UNUSED_PARAMETER.at(None, message, fix=nearest(name, known))
         elif not _is_literal(value):
-            message = f"${{{name}}} stands for a text or a finite number, not {value!r}"
+            is_long = isinstance(value, int) and not isinstance(value, bool)
+            told = "one of more than 300 digits" if is_long else repr(value)
+            message = f"${{{name}}} stands for a text or a finite number, not {told}"
             yield BAD_PARAMETER.at(None, message)
 
 
 def _is_literal(value: object) -> bool:
     if isinstance(value, bool):
         return False
-    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, int):
+        return abs(value) < LARGEST
+    return isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _constructs(item: object) -> Iterator[tree.Construct]:

@@ -11,6 +11,7 @@ from typing import Any
 from patchc.diagnostics import RULES, PatchcError, Span
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
+from patchc.parse.parser import MAX_DEPTH, TOO_DEEP
 from patchc.resolve.bindings import NO_LOCALS, Env
 from patchc.resolve.circuits import circuit, less_nodes, nodes_of
 from patchc.resolve.indices import UNKNOWN_NODE
@@ -205,6 +206,8 @@ class Sets:
             self._circles.append(set(circle))
             chain = " -> ".join([*circle, let.name.text])
             raise RECURSIVE_LET.error(f"{let.name.text!r} is defined by itself ({chain})", span=name.span)
+        if len(self._open) >= MAX_DEPTH:
+            raise TOO_DEEP.error(f"lets stand in one another deeper than {MAX_DEPTH} here", span=name.span)
         self._open.append(let.name.text)
         try:
             return self.term(let.value, env)
