@@ -42,7 +42,7 @@ REFUSED = {
     "digits": ("bad-number", experiment("patch node mlp[" + "9" * 100_000 + "] with corrupt")),
     "infinity": ("bad-number", experiment("patch node mlp[0] with 1e400 * corrupt")),
     "nothing_under": ("division-by-zero", f"metric m = logit(answer) / 0.{'0' * 400}1\n{PLAIN}"),
-    "cells": ("too-many-cells", experiment("for a in any, b in any, c in any, d in any, p in positions, q in positions "
+    "cells": ("too-many-cells", experiment("for a in any, b in any, c in any, d in any, f in any, p in positions "
                                            "patch node a @ p with corrupt")),
     "variables": ("too-many-cells", experiment("for " + ", ".join(f"l{i} in {{0, 1}}" for i in range(30))
                                                + " patch node mlp[l0] with corrupt")),
