@@ -56,8 +56,8 @@ ODD = [
 SENSIBLE = {
     "NAME": (
         "head head mlp any attn_out resid_pre resid_mid resid_post logits input embed attn_bias kv writers readers "
-        "l h p clean corrupt answer wrong s2 end diff layers heads positions prompts q k v z post pattern scores out in "
-        "zero mean self resample noise tensor blocked logit prob logprob rank correct loss kl dot circuit nodes std "
+        "l h p clean corrupt answer wrong s2 end diff layers heads positions prompts q k v z post pattern scores out "
+        "in zero mean self resample noise tensor blocked logit prob logprob rank correct loss kl dot circuit nodes std "
         "seed over by groups heatmap table bar line e x"
     ).split(),
     "STRING": ['" Mary"', '" John"', '"p.jsonl"', '"p.csv"', '"p.json"', '"gone.json"', '"out.json"', '"small"', '""'],

@@ -42,8 +42,8 @@ REFUSED = {
     "digits": ("bad-number", experiment("patch node mlp[" + "9" * 100_000 + "] with corrupt")),
     "infinity": ("bad-number", experiment("patch node mlp[0] with 1e400 * corrupt")),
     "nothing_under": ("division-by-zero", f"metric m = logit(answer) / 0.{'0' * 400}1\n{PLAIN}"),
-    "cells": ("too-many-cells", experiment("for a in any, b in any, c in any, d in any, p in positions, q in positions, "
-                                           "r in positions patch node a @ p with corrupt")),
+    "cells": ("too-many-cells", experiment("for a in any, b in any, c in any, d in any, f in any, p in positions "
+                                           "patch node a @ p with corrupt")),
     "variables": ("too-many-cells", experiment("for " + ", ".join(f"l{i} in {{0, 1}}" for i in range(30))
                                                + " patch node mlp[l0] with corrupt")),
     "layers": ("too-many-cells", experiment("for l in 0..999999999 patch node mlp[0] with corrupt")),
@@ -51,7 +51,7 @@ REFUSED = {
     "positions": ("position-outside", experiment("patch node mlp[0] @ 0..999999999 with corrupt")),
     "doubled_metrics": ("metric-too-large", chained("metric a0 = logit(answer)", "metric ! = ? + ?", 40) + PLAIN),
     "multiplied_metrics": ("metric-too-large", chained("metric a0 = logit(answer)", "metric ! = ? * ?", 40) + PLAIN),
-    "deep_metrics": ("metric-too-large", chained("metric a0 = logit(answer)", "metric ! = 1 / ?", 3000) + PLAIN),
+    "deep_metrics": ("metric-too-large", chained("metric a0 = logit(answer)", "metric ! = 1 / ?", 300) + PLAIN),
     "nul": ("syntax-error", PLAIN + "\0"),
     "surrogate": ("syntax-error", "\ud800" * 100),
     "right_to_left": ("syntax-error", PLAIN + " \u202e"),
