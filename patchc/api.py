@@ -333,7 +333,7 @@ def _tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: Loade
 
 
 def _check_called(study: Study) -> None:
-    if len(set(study.prompts.layout.lengths)) == 1:
+    if len(set(study.prompts.own_lengths)) == 1:
         return
     report = Report()
     for metric in (m for experiment in study.experiments for m in experiment.metrics):

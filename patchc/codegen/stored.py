@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, fx
@@ -146,7 +145,7 @@ class StoredNodes:
             place = self._place(block, h, site)
             width = place.width or self.sources.length()
             own = partial(self._of_head, seen, h)
-            parts[h] = self.sources.noise(value, replace(place, width=width), own)
+            parts[h] = self.sources.noise(value, place, own)
         return self.sources.stacked(parts, (width,))
 
     def _of_head(self, seen: Seen, head: int) -> fx.Node:

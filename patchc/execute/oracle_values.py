@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from patchc.diagnostics import RULES
-from patchc.execute.noise import prompt_noise, token_noise
+from patchc.execute.noise import token_noise
 from patchc.execute.oracle_passes import Record
 from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Prompts, Source, Value
 from patchc.ir.tokens import Layout
@@ -123,13 +122,7 @@ class Values:
 
     # ---- noise
     def _noise(self, noise: Noise, place: Place, own: Tensor) -> Tensor:
-        layout = self.prompts.layout
-        if place.entries:
-            numbers = np.zeros(own.shape)
-            for row, (offset, n) in enumerate(zip(layout.offsets, layout.lengths, strict=False)):
-                numbers[offset : offset + n, :n] = prompt_noise(noise, place.name, row % self.prompts.n, n, n)
-        else:
-            numbers = token_noise(noise, place.name, self.prompts, own.shape[1])
+        numbers = token_noise(noise, place.name, self.prompts, 0 if place.entries else own.shape[1])
         std = noise.std * (float(own[self._counted].double().std(correction=0)) if noise.relative else 1.0)
         return torch.from_numpy(std * numbers).to(own)
 

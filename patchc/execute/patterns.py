@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchc.execute.base import PlainRun, token_numbers
-from patchc.execute.noise import prompt_noise
+from patchc.execute.noise import entry_noise
 from patchc.execute.stored import Stored
 from patchc.ir.experiment import Blocked, FromWorld, Given, Itself, Mean, Moved, Noise, Source, Value
 from patchc.ir.ops import PATTERN, SCORES
@@ -105,7 +105,7 @@ class PlainRows:
         for i, token in enumerate(tokens.tolist()):
             row, position = prompts.layout.place(token)
             length = prompts.layout.lengths[row]
-            numbers = torch.from_numpy(prompt_noise(noise, name, row % prompts.n, length, length)[position])
+            numbers = torch.from_numpy(entry_noise(noise, name, row % prompts.n, position, length))
             out[i, :length] = numbers[:width] * noise.std
         return out.to(tokens.device, self.stored.pieces.dtype)
 

@@ -97,7 +97,7 @@ def plan(program: Program, rates: Rates, budget: int, element: int) -> Plan:
 def place_name(graph: ResidualGraph, probe: Probe) -> str:
     """A place that a metric reads, as a spec writes it."""
     if probe.site is Site.STREAM:
-        return f"the stream below rank {probe.rank}"
+        return graph.stream_name(probe.rank)
     node = graph.members(probe.nodes)[0]
     if probe.site is Site.ATTN_OUT:
         return f"attn_out[{node.layer}]"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from patchc.ir.dag import NEVER
-from patchc.ir.experiment import Experiment, Measure, Read
+from patchc.ir.experiment import Experiment, Measure, NodeRead, Read
 from patchc.ir.ops import Core, Out, Run, VariantId
 from patchc.ir.program import Program
 from patchc.optimise.demand import Demand, demand
@@ -33,7 +33,7 @@ def remarks(program: Program, budget: int) -> tuple[Remark, ...]:
         _folded(program, needs, live),
         _dropped(program),
         _late_entry(program, live),
-        _forward(program, needs),
+        _forward(program),
         _backward(program),
         _columns(program),
         _heads(program, needs),
@@ -66,7 +66,7 @@ def _late_entry(program: Program, live: Sequence[tuple[VariantId, ...]]) -> Rema
     return Remark("late entry", True, f"a cell runs nothing below its patch: on average {mean:.1f} of {blocks} blocks")
 
 
-def _forward(program: Program, needs: Demand) -> Remark:
+def _forward(program: Program) -> Remark:
     name = "forward positions"
     if not program.dag.graph.causal:
         return Remark(name, False, "this model attends to later positions, so a change spreads to every position")
@@ -100,7 +100,7 @@ def _whole_vocabulary(experiment: Experiment) -> str:
     """The first metric that reads more than logits of answers."""
     for metric in experiment.metrics:
         for leaf in leaves(metric.expression):
-            if not isinstance(leaf, Read) or leaf.measure is not Measure.LOGIT:
+            if not isinstance(leaf, NodeRead) and not (isinstance(leaf, Read) and leaf.measure is Measure.LOGIT):
                 return f"`{metric.name}`"
     return "a metric"
 

@@ -153,8 +153,9 @@ class Result:
         return self.values[metric].mean(self.prompts.axis)
 
     def columns(self) -> dict[str, str]:
-        """The name of each metric's column: its own, unless a dim or `n` has it."""
-        taken = {d.name for d in self.dims} | {"n"}
+        """The name of each metric's column: its own, unless a dim, `n` or what belongs to another metric has it."""
+        ends = ("_stderr", "_low", "_high")
+        taken = {d.name for d in self.dims} | {"n"} | {f"{m}{end}" for m in self.metrics for end in ends}
         return {m: f"{m}_value" if m in taken else m for m in self.metrics}
 
     def _arrays(self) -> Iterator[tuple[str, Array]]:

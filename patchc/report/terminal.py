@@ -97,7 +97,8 @@ def _strongest(result: Result, metric: str) -> RenderableType:
     for dim in result.dims:
         table.add_column(Text(dim.name))
     table.add_column(Text(metric), justify="left")
-    table.add_column(Text(f"change from {number(result.baseline(metric))}"), justify="right")
+    unpatched = number(result.baseline(metric)) if result.prompts is None else "the prompt's unpatched"
+    table.add_column(Text(f"change from {unpatched}"), justify="right")
     for index in found:
         places = [Text(label(d, i)) for d, i in zip(result.dims, index, strict=True)]
         change = float(result.effects(metric)[index])

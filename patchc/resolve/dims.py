@@ -87,11 +87,16 @@ def _one(graph: ResidualGraph, member: Member) -> _Numbered | None:
     layer = node.layer or 0
     if member.kv >= 0:
         return _Numbered(("layer", "kv"), layer, member.kv, member.site)
-    if member.site is Site.POST and member.nodes.bit_count() == 1 and member.neurons.bit_count() == 1:
+    if member.site is Site.POST and member.nodes.bit_count() == 1 and _is_one(member.neurons):
         return _Numbered(("layer", "neuron"), layer, member.neurons.bit_length() - 1, member.site)
     if is_head(graph, member):
         return _Numbered(("layer", "head"), layer, node.head or 0, member.site)
     return None
+
+
+def _is_one(neurons: int) -> bool:
+    """Whether they are one neuron; -1 is all of them."""
+    return neurons > 0 and neurons.bit_count() == 1
 
 
 def _of_numbered(variable: str, found: Sequence[_Numbered]) -> Axes:

@@ -29,6 +29,12 @@ LONG = 60
 """A set whose names take more characters is told by their number."""
 
 
+def endless_circuit(span: Span | None, ends: str) -> Diagnostic:
+    """For a circuit of edges that leads from the input to nothing that is measured."""
+    message = f"no path of this circuit's edges leads from the input to {ends}"
+    return EMPTY_CIRCUIT.at(span, message, fix="add the edges that are missing, such as `head[3, 1] -> logits`")
+
+
 def empty_circuit(span: Span | None) -> Diagnostic:
     message = "no path from the input to the logits is in this circuit: its first nodes are not `input`'s"
     return EMPTY_CIRCUIT.at(span, message, fix="add `input`, or `embed`")

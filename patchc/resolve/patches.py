@@ -24,7 +24,7 @@ from patchc.resolve.paths import BAD_START, Paths
 from patchc.resolve.scope import WRONG_KIND
 from patchc.resolve.sets import Sets
 from patchc.resolve.tensors import Tensors
-from patchc.resolve.terms import NodeSet, Term
+from patchc.resolve.terms import Circuit, NodeSet, Term
 from patchc.resolve.values import Values
 
 WORLDS_EQUAL = RULES.add("worlds-equal", "an experiment whose patches give every node what the run itself has there")
@@ -101,6 +101,8 @@ class Patches:
         span = node.what.span if node.what else node.span
         if fault := self.fault(node, term):
             raise PatchcError([fault])
+        if isinstance(term, Circuit):
+            self._paths.check_edges(term, ends)
         if not starts(path):
             raise self._paths.not_an_end(None, span, ends)
         constants = self._graph.of(Kind.ATTN_BIAS)

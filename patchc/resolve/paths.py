@@ -15,6 +15,7 @@ from patchc.ir.graph import QKV, Nodes, ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Tokens
 from patchc.resolve.ends import LOGITS, Ends
+from patchc.resolve.legality import endless_circuit
 from patchc.resolve.scope import WRONG_KIND
 from patchc.resolve.terms import Chain, Circuit, Either, Member, NodeSet, Repeat, Term, joined
 
@@ -24,6 +25,9 @@ BAD_START = RULES.add("bad-start", "a path starts where no value can enter")
 MID_PATH_STREAM = RULES.add("mid-path-stream", "the stream is a start, and no step to go through")
 NOT_AN_EDGE = RULES.add("not-an-edge", "`patch edge` with something else than `a -> b`")
 NOT_A_PORT = RULES.add("not-a-port", "a later step names a site that no edge enters")
+EDGE_OFF_PATH = RULES.add(
+    "edge-off-path", "an edge of a circuit that no path from the input to what is measured takes", Severity.WARNING
+)
 EMPTY_STAR = RULES.add("empty-star", "a star over no nodes, which is taken no times", Severity.NOTE)
 
 EMPTY = Seq(())
@@ -205,6 +209,31 @@ class Paths:
         ]
         start = self._step(Step(starts.nodes, via=term.edges))
         return Seq((start, Star(_alt(inside)), _alt(steps)))
+
+    def check_edges(self, term: Circuit, ends: Ends) -> None:
+        """Some path of a circuit's edges leads from the input to an end; a warning where an edge is on none."""
+        graph, edges = self._graph, term.edges
+        if edges is None:
+            return
+        last = [step for step in ends.steps(graph) if step.site is not Site.STREAM]
+        if len(last) < len(ends.steps(graph)):
+            return  # every writer below a stream that is read leads there
+        reached = _nodes(term.starts(graph))
+        for (node, _), writers in sorted(edges.rows):
+            reached |= (1 << node) if writers & reached else 0
+        leading = 0
+        for step in last:
+            leading |= step.nodes
+        if not reached & leading:
+            raise PatchcError([endless_circuit(term.span, ends.told(graph))])
+        for (node, _), writers in sorted(edges.rows, reverse=True):
+            leading |= writers if leading >> node & 1 else 0
+        for (node, _), writers in edges.rows:
+            if lost := writers & ~reached if leading >> node & 1 else writers:
+                edge = f"{graph.members(lost)[0].name} -> {graph.nodes[node].name}"
+                message = f"the edge {edge} is on no path from the input to {ends.told(graph)}"
+                self._report.add(EDGE_OFF_PATH.at(term.span, message, fix="add the edges that lead to it and from it"))
+                return
 
     def _by_tokens(self, term: Circuit) -> Iterator[Step]:
         """The nodes inside, a step for each choice of ports and tokens by which they are entered."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from patchc.execute.noise import prompt_noise
+from patchc.execute.noise import entry_noise, prompt_noise
 from patchc.ir.experiment import (
     Blocked,
     FromWorld,
@@ -272,8 +273,12 @@ class Unrolled:
         own = spot.take(self.plain[self.run])
         rows: list[Tensor] = []
         for row, n in enumerate(self.layout.lengths):
-            width = n if spot.site in ENTRIES else own.shape[1]
-            rows.append(torch.from_numpy(prompt_noise(noise, spot.name, row % self.prompts.n, n, width)))
+            prompt = row % self.prompts.n
+            if spot.site in ENTRIES:
+                entries = [entry_noise(noise, spot.name, prompt, position, n) for position in range(n)]
+                rows.append(torch.from_numpy(np.stack(entries)))
+            else:
+                rows.append(torch.from_numpy(prompt_noise(noise, spot.name, prompt, n, own.shape[1])))
         numbers = torch.block_diag(*rows) if spot.site in ENTRIES else torch.cat(rows)
         counted = [t for t, (row, p) in enumerate(self.places) if row < self.prompts.n and p < self.own(row)]
         measure = own[counted].double().var(correction=0).sqrt() if noise.relative else 1.0
