@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from patchc.diagnostics import Diagnostic, PatchcError, Report
+from patchc.diagnostics import Diagnostic, PatchcError, Report, Source, Span
 from patchc.ir.experiment import Experiment, ModelChoice, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.lower import lower
@@ -65,7 +65,8 @@ def _checked(spec: str | Path, parameters: Mapping[str, Literal], outlines: _Out
     try:
         return _warnings(spec, parameters, outlines)
     except PatchcError as error:
-        return error.diagnostics
+        start = Span(Source(str(spec), ""), 0, 0)  # so that it is seen which of several specs has no place for it
+        return tuple(d.at(start) if isinstance(spec, Path) else d for d in error.diagnostics)
 
 
 def _warnings(spec: str | Path, parameters: Mapping[str, Literal], outlines: _Outlines) -> tuple[Diagnostic, ...]:

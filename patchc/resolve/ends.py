@@ -74,9 +74,9 @@ class Ends:
         """A start, cut to the nodes at which a value that enters there is read without any step between."""
         nodes = 0
         for probe in self.probes:
-            if start.site is Site.STREAM or probe.site is Site.STREAM:
-                nodes |= start.nodes if (start.site, start.rank) == (probe.site, probe.rank) else 0
-            elif start.site is probe.site or probe.site in FOLLOWS.get(start.site, ()):
+            if Site.STREAM in (start.site, probe.site):
+                continue  # a stream that is read is a step of its own, also where a value has just entered it
+            if start.site is probe.site or probe.site in FOLLOWS.get(start.site, ()):
                 nodes |= start.nodes & probe.nodes
         if not nodes:
             return None

@@ -28,6 +28,7 @@ from patchc.resolve.sweeps import Sweep, sweep
 MISSING_CLAUSE = RULES.add("missing-clause", "an experiment without `run`, `patch` or `measure`")
 TWO_RUNS = RULES.add("two-runs", "an experiment with more than one `run`")
 NO_CELLS = RULES.add("no-cells", "a sweep in which no choice of the variables is a path of the model")
+UNUSED_VARIABLE = RULES.add("unused-variable", "a loop variable that no patch has in it", Severity.WARNING)
 UNCHANGED_PROMPTS = RULES.add(
     "unchanged-prompts", "prompts in which a patch's world is the same as the run's", Severity.WARNING
 )
@@ -131,12 +132,23 @@ class Experiments:
         """The sweep of the variables that make cells, and the loop over prompts, which makes none."""
         bindings = [b for clause in _clauses(node, tree.For) for b in clause.bindings]
         sound = [self._is_free(b, bindings[:i]) for i, b in enumerate(bindings)]
+        self._warn_unused(node, bindings)
         with collecting(self.report):
             prompts = self._prompts(bindings, node)
             if all(sound):
                 span = next((c.span for c in _clauses(node, tree.For)), node.span)
                 return sweep(self.loops, [b for b in bindings if not is_over_prompts(b)], span), prompts
         return None
+
+    def _warn_unused(self, node: tree.Experiment, bindings: Sequence[tree.Binding]) -> None:
+        """A variable that no patch and no other variable has in it: its cells are all the same."""
+        for i, b in enumerate(bindings):
+            used = {n for c in _clauses(node, tree.Patch) for n in names_in(c)}
+            used |= {n for other in bindings[i + 1 :] for n in names_in(other.domain)}
+            if b.name.text not in used and not is_over_prompts(b):
+                message = f"no patch has the loop variable {b.name.text!r} in it, so that its cells are all the same"
+                fix = f"patch with it, as in `patch node {b.name.text} with ...`, or leave it out"
+                self.report.add(UNUSED_VARIABLE.at(b.name.span, message, fix=fix))
 
     def _prompts(self, bindings: Sequence[tree.Binding], node: tree.Experiment) -> ByPrompt | None:
         if not any(map(is_over_prompts, bindings)):
@@ -162,6 +174,10 @@ class Experiments:
         clauses = _clauses(node, tree.Patch)
         if swept is None:
             variables = {b.name.text for clause in _clauses(node, tree.For) for b in clause.bindings}
+            for clause in (c for c in clauses if variables & set(names_in(c))):
+                if not variables & set(names_in(clause.value)):
+                    with collecting(self.report):
+                        self.patches.value(clause.value, {}, run)
             clauses = [c for c in clauses if not variables & set(names_in(c))]
         self._is_sound(clauses, {} if swept is None else _first(swept), run, ends)
 

@@ -18,7 +18,7 @@ from patchc.resolve.continuations import SUMMED, Continuations
 from patchc.resolve.data import Dataset
 from patchc.resolve.positions import Positions
 from patchc.resolve.probes import Probes
-from patchc.resolve.scope import BUILT_IN, NODE_NAMES, WRONG_KIND, Scope, written
+from patchc.resolve.scope import BUILT_IN, NODE_NAMES, WRONG_KIND, Scope, gathered, written
 
 RECURSIVE_METRIC = RULES.add("recursive-metric", "a metric that is defined by itself")
 NESTED_NORMALISED = RULES.add("nested-normalised", "a normalised metric inside arithmetic or another normalised one")
@@ -152,7 +152,10 @@ class Metrics:
                 return negated(self._typed(node.inner, at))
             case tree.Sum():
                 self._warn_offset(node)
-                return added([(1 if sign == "+" else -1, self._typed(t, at), t.span) for sign, t in node.terms])
+                found = gathered((t for _, t in node.terms), lambda t: self._typed(t, at))
+                signs = (1 if sign == "+" else -1 for sign, _ in node.terms)
+                spans = (t.span for _, t in node.terms)
+                return added(list(zip(signs, found, spans, strict=True)))
             case tree.Product():
                 return self._product(node, at)
             case tree.At():
@@ -174,9 +177,8 @@ class Metrics:
                 self._scope.report.add(OFFSET_OF_NUMBER.at(node.span, message, fix=fix))
 
     def _product(self, node: tree.Product, at: Tokens | None) -> Typed:
-        out = self._typed(node.factors[0][1], at)
-        for operator, factor in node.factors[1:]:
-            by = self._typed(factor, at)
+        out, *others = gathered((f for _, f in node.factors), lambda f: self._typed(f, at))
+        for (operator, _), by in zip(node.factors[1:], others, strict=True):
             out = multiplied(out, by) if operator == "*" else divided(out, by, node.span)
         return out
 

@@ -6,12 +6,16 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from patchc.diagnostics import RULES, Note, PatchcError, Report, Span, nearest
+from patchc.diagnostics import RULES, Diagnostic, Note, PatchcError, Report, Span, nearest
 from patchc.parse import tree
+
+P = TypeVar("P")
+T = TypeVar("T")
 
 UNKNOWN_NAME = RULES.add("unknown-name", "a name that nothing in the spec or the language has")
 NAME_CLASH = RULES.add(
@@ -46,6 +50,24 @@ def collecting(report: Report) -> Generator[None]:
     except PatchcError as error:
         for diagnostic in error.diagnostics:
             report.add(diagnostic)
+
+
+def gathered(parts: Iterable[P], make: Callable[[P], T]) -> list[T]:
+    """What `make` gives for each part. Raises what is wrong with every one of them, not with the first alone; the same
+    words once."""
+    out: list[T] = []
+    found: dict[tuple[str, str], Diagnostic] = {}
+    failed = False
+    for part in parts:
+        try:
+            out.append(make(part))
+        except PatchcError as error:
+            failed = True
+            for d in error.diagnostics:
+                found.setdefault((d.code, d.message), d)
+    if failed:
+        raise PatchcError(found.values())
+    return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from patchc.resolve.scope import (
     UNKNOWN_NAME,
     WRONG_KIND,
     Scope,
+    gathered,
     written,
 )
 from patchc.resolve.selectors import Selectors
@@ -120,9 +121,9 @@ class Sets:
             case tree.Placed():
                 return self._placed(node, env)
             case tree.Sequence():
-                return Chain(tuple(self.term(step, env) for step in node.steps), node.span)
+                return Chain(tuple(gathered(node.steps, lambda step: self.term(step, env))), node.span)
             case tree.Union():
-                return self._union([self.term(part, env) for part in node.parts], node.span)
+                return self._union(gathered(node.parts, lambda part: self.term(part, env)), node.span)
             case tree.Difference():
                 return self._without(node, env)
 
@@ -139,10 +140,13 @@ class Sets:
 
     def _union(self, parts: list[Term], span: Span | None) -> Term:
         sets = [p for p in parts if isinstance(p, NodeSet)]
-        return union(sets, span) if len(sets) == len(parts) else Either(tuple(parts), span)
+        if len(sets) == len(parts):
+            return union(sets, span)
+        distinct = {id(p): p for p in parts}  # what a let stands for is one object: lets that double stay small
+        return Either(tuple(distinct.values()), span) if len(distinct) > 1 else parts[0]
 
     def _without(self, node: tree.Difference, env: Env) -> NodeSet | Circuit:
-        terms = [self.term(part, env) for part in node.parts]
+        terms = gathered(node.parts, lambda part: self.term(part, env))
         sets = [t for t in terms if isinstance(t, NodeSet)]
         if isinstance(terms[0], Circuit) and len(sets) == len(terms) - 1:
             return self._less(terms[0], sets, node.span)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchc.api import Model
 from patchc.execute.hooks import Oracle
 from patchc.execute.sweep import Sweep
 from patchc.ir.experiment import (
@@ -20,6 +21,7 @@ from patchc.ir.experiment import (
     Mean,
     Measure,
     Metric,
+    ModelChoice,
     Moved,
     NodeRead,
     Noise,
@@ -207,3 +209,15 @@ def test_probes(kind: str) -> None:
     want = compare(m, data, experiment(patches, tuple(metrics)), tensors)
     for name, numbers in want.items():
         assert numbers.std(0).max() > 10 * TOLERANCE, name
+
+
+@pytest.mark.parametrize("read", ["resid_pre[1]", "resid_mid[1]", "resid_post[0]"])
+def test_a_stream_that_is_read_where_a_value_with_self_enters(read: str) -> None:
+    """Once, not twice: the value enters the very stream that is read."""
+    m = Model(loaded_model("gpt2-sdpa"), ModelChoice("gpt2"))
+    metric = f'measure dot({read} @ -1, tensor("w")) as d'
+    spec = f"experiment e {{ run clean patch node {read} @ -1 with 2 * self + noise(std=1) {metric} }}"
+    data = {"clean": [[1, 2, 3, 4]], "answer": [5]}
+    results = m.compile(spec, data=data, tensors={"w": torch.ones(m.graph.d_model)}).run(check="all", progress=False)
+    assert results["e"].check is not None
+    assert results["e"].check.largest_effect > 1e-2
