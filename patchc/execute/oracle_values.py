@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,6 +124,7 @@ class Values:
     # ---- noise
     def _noise(self, noise: Noise, place: Place, own: Tensor) -> Tensor:
         numbers = token_noise(noise, place.name, self.prompts, 0 if place.entries else own.shape[1])
+        numbers = np.pad(numbers, ((0, 0), (0, own.shape[1] - numbers.shape[1])))
         std = noise.std * (float(own[self._counted].double().std(correction=0)) if noise.relative else 1.0)
         return torch.from_numpy(std * numbers).to(own)
 
