@@ -37,6 +37,10 @@ class Stored:
     base: str
     runs: Mapping[str, PlainRun]
     tensors: Mapping[str, Tensor]
+    row_means: dict[tuple[int, int, int, Mean], Tensor] = field(
+        default_factory=dict[tuple[int, int, int, Mean], Tensor]
+    )
+    """Means of attention scores and patterns: by block, head, port and mean."""
     _averages: dict[Mean, Average] = field(default_factory=dict[Mean, Average])
     _noise: dict[tuple[Noise, str], Tensor] = field(default_factory=dict[tuple[Noise, str], Tensor])
 
