@@ -148,7 +148,7 @@ ENTERING = [Value(()), Value(((0.5, Itself()),)), Value(((1.0, FromWorld("corrup
 def test_starts_of_one_cell_that_overlap_are_set_once(kind: str, site: Site, value: Value) -> None:
     """Two starts that overlap are the start of both their places: at every mask in the graph, and in the hooks."""
     m, data = loaded_model(kind), prompts()
-    node = [n for n in m.graph.members(m.graph.mlps if site is Site.POST else m.graph.heads) if n.layer == 1][0]
+    node = next(n for n in m.graph.members(m.graph.mlps if site is Site.POST else m.graph.heads) if n.layer == 1)
 
     def patch(part: dict[str, int]) -> Patch:
         step = Step(1 << node.id, site=site, **part)
