@@ -7,7 +7,9 @@ its entry's weight in the softmax is multiplied by `1 - mask`, which is no chang
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +24,22 @@ from patchc.ir.tokens import Tokens
 
 LARGEST = 80.0
 """The exponential of more would be infinite; only weights of blocked entries, which come to nothing, are cut so."""
+
+
+R = TypeVar("R", Replaced, ReplacedNeurons)
+
+
+def _joined(replaced: Sequence[R]) -> dict[tuple[int, ValueId], list[R]]:
+    """Starts by mask and value: where some of them overlap, their value is set once."""
+    out: dict[tuple[int, ValueId], list[R]] = {}
+    for r in replaced:
+        out.setdefault((r.mask, r.value), []).append(r)
+    return out
+
+
+def _union(places: Iterable[Tensor]) -> Tensor:
+    """One where any of these places, ones among zeros and broadcast together, has a one."""
+    return reduce(torch.maximum, places)
 
 
 class Insides:
@@ -59,19 +77,20 @@ class Insides:
     def _set(self, block: int, site: Site, own: fx.Node, hidden: fx.Node, replaced: Sequence[Replaced]) -> fx.Node:
         """Scores or patterns with values at some entries; hidden ones stay as they are."""
         out = own
-        for r in replaced:
-            value = self.stored.entries(block, site, r.heads, self.values[r.value], own)
+        for (mask, number), some in _joined(replaced).items():
+            heads = reduce(operator.or_, (r.heads for r in some))
+            value = self.stored.entries(block, site, heads, self.values[number], own)
             gap = self.call(operator.neg, own) if value is None else self.call(operator.sub, value, own)
             gap = self.call(aten.masked_fill.Scalar, gap, hidden, 0.0)
-            out = self.call(operator.add, out, self._weighted(gap, r.mask, self._entries(r)))
+            out = self.call(operator.add, out, self._weighted(gap, mask, _union(map(self._entries, some))))
         return out
 
     def _blocked(self, scores: fx.Node, blocked: Sequence[Replaced]) -> fx.Node:
         """The softmax with entries' weights multiplied by one minus their masks; zero where nothing is left."""
         weight: fx.Node | None = None
-        for r in blocked:
-            entries = self.worlds.buffer("entries", self._entries(r))
-            taken = self.call(operator.mul, entries, self.mask_of(r.mask)) if r.mask >= 0 else entries
+        for (mask, _), some in _joined(blocked).items():
+            entries = self.worlds.buffer("entries", _union(map(self._entries, some)))
+            taken = self.call(operator.mul, entries, self.mask_of(mask)) if mask >= 0 else entries
             left = self.call(aten.rsub.Scalar, taken, 1)
             weight = left if weight is None else self.call(operator.mul, weight, left)
         gone = self.call(aten.le.Scalar, weight, 0)
@@ -98,10 +117,10 @@ class Insides:
         """What an MLP with neurons set writes, `[b, s, d_model]`."""
         layer = self.worlds.residual.blocks[op.block].layer
         own = out = self.worlds.module(f"layer{layer}_mlp_post", stream, name=f"post_{layer}")
-        for r in op.replaced:
-            value = self.stored.neurons(op.block, self.values[r.value], own)
+        for (mask, number), some in _joined(op.replaced).items():
+            value = self.stored.neurons(op.block, self.values[number], own)
             gap = self.call(operator.neg, own) if value is None else self.call(operator.sub, value, own)
-            out = self.call(operator.add, out, self._weighted(gap, r.mask, self._neurons(r)))
+            out = self.call(operator.add, out, self._weighted(gap, mask, _union(map(self._neurons, some))))
         return self.worlds.module(f"layer{layer}_mlp_down", out, name=name)
 
     def _neurons(self, r: ReplacedNeurons) -> Tensor:

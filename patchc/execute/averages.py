@@ -21,17 +21,20 @@ class Average:
     of: tuple[int, ...]
     n: int
 
-    def with_token(self, token: int) -> list[int]:
-        """The tokens of the world over which the mean at a token of the study is taken."""
-        return [t for t, c in zip(self.counted, self.into, strict=True) if c == self.of[token]]
-
     def __call__(self, values: Tensor) -> Tensor:
-        """The mean at every token of the study, of `values` `[token of the world, ...]`."""
-        at, into, of = (torch.tensor(x, device=values.device) for x in (self.counted, self.into, self.of))
-        sums = torch.zeros(self.n, *values.shape[1:], device=values.device, dtype=values.dtype)
-        sums = sums.index_add(0, into, values if len(at) == len(values) else values[at])
-        counts = torch.bincount(into, minlength=self.n).to(values.dtype)
-        return (sums / counts.view(-1, *[1] * (values.dim() - 1)))[of]
+        """The mean at every token of the study, of `values` `[token of the world, ...]`; 0 where nothing counts."""
+        sums, counts = (
+            self.sums(values),
+            torch.bincount(torch.tensor(self.into, device=values.device), minlength=self.n),
+        )
+        counts = counts.clamp_min(1).to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+        return (sums / counts)[torch.tensor(self.of, device=values.device)]
+
+    def sums(self, values: Tensor) -> Tensor:
+        """What counts in each class, added up, `[class, ...]`, of `values` `[token of the world, ...]`."""
+        at, into = (torch.tensor(x, device=values.device, dtype=torch.long) for x in (self.counted, self.into))
+        out = torch.zeros(self.n, *values.shape[1:], device=values.device, dtype=values.dtype)
+        return out.index_add(0, into, values if len(at) == len(values) else values[at])
 
 
 def average(mean: Mean, prompts: Prompts) -> Average:

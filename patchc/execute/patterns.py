@@ -5,11 +5,14 @@ A row is what one token's query makes of every position of its prompt, `[positio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from patchc.execute.averages import Average
 from patchc.execute.base import PlainRun, token_numbers
 from patchc.execute.noise import entry_noise
 from patchc.execute.stored import Stored
@@ -27,6 +30,15 @@ def pattern_of(scores: Tensor) -> Tensor:
     """The softmax over the last axis; zero in rows of which nothing is visible."""
     dead = (scores == HIDDEN).all(-1, keepdim=True)
     return scores.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)
+
+
+def _stretches(prompts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Each prompt of an ordered list, where it begins there and how often it stands."""
+    first = 0
+    for prompt, same in groupby(prompts):
+        n = len(list(same))
+        yield prompt, first, n
+        first += n
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ class PlainRows:
         chosen, back = torch.unique(tokens, return_inverse=True)
         out = torch.full((len(chosen), width), HIDDEN, device=tokens.device, dtype=self.stored.pieces.dtype)
         prompts = [layout.place(t)[0] for t in chosen.tolist()]
-        for prompt in sorted(set(prompts)):
-            mine = torch.tensor([i for i, p in enumerate(prompts) if p == prompt], device=tokens.device)
+        for prompt, first, n in _stretches(prompts):  # tokens are in order, so each prompt's are together
+            mine = torch.arange(first, first + n, device=tokens.device)
             length = layout.lengths[prompt]
             shown = self._of_prompt(run, layout, tables, prompt, chosen[mine])[:, :width]
             out[mine[:, None], torch.arange(min(length, width), device=tokens.device)] = shown
@@ -111,12 +123,18 @@ class PlainRows:
 
     def _mean(self, port: int, mean: Mean, tokens: Tensor, width: int) -> Tensor:
         """The mean of rows, entry by entry: of patterns what is hidden counts as zero, of scores it does not count."""
-        out: list[Tensor] = []
-        for token in tokens.tolist():
-            averaged = torch.tensor(self.stored.average(mean).with_token(token), device=tokens.device)
-            rows = self.of_world(port, mean.world, averaged, width)
-            shown = rows != HIDDEN
-            total = rows.masked_fill(~shown, 0).sum(0)
-            count = shown.sum(0) if port == SCORES else torch.full_like(total, len(rows))
-            out.append((total / count.clamp_min(1)).masked_fill(count == 0, HIDDEN))
-        return torch.stack(out)
+        how = self.stored.average(mean)
+        key = (self.block, self.head, port, mean)
+        if key not in self.stored.row_means:
+            self.stored.row_means[key] = self._means(port, mean, how)
+        return self.stored.row_means[key][torch.tensor(how.of, device=tokens.device)[tokens], :width]
+
+    def _means(self, port: int, mean: Mean, how: Average) -> Tensor:
+        """The mean of every class of tokens, `[class, position]`, as wide as the longest prompt."""
+        layout = self.stored.prompts.world(mean.world).layout or self.stored.layout
+        every = torch.arange(layout.n_tokens, device=self.stored.pieces.device)
+        rows = self.of_world(port, mean.world, every, max(self.stored.layout.lengths))
+        shown = rows != HIDDEN
+        total = how.sums(rows.masked_fill(~shown, 0))
+        count = how.sums((shown if port == SCORES else torch.ones_like(shown)).to(rows.dtype))
+        return (total / count.clamp_min(1)).masked_fill(count == 0, HIDDEN)

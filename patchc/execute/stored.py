@@ -24,6 +24,9 @@ from patchc.model.pieces import Pieces
 Field = Callable[[PlainRun], Tensor]
 """Reads one site of a run at every token: `[token, ...]`."""
 
+RowMean = tuple[int, int, int, Mean]
+"""A mean of rows of attention scores or patterns: block, head, port and mean."""
+
 KEPT = 64
 """Tables of noise that are kept for the next variant."""
 
@@ -37,6 +40,10 @@ class Stored:
     base: str
     runs: Mapping[str, PlainRun]
     tensors: Mapping[str, Tensor]
+    row_means: dict[tuple[int, int, int, Mean], Tensor] = field(
+        default_factory=dict[tuple[int, int, int, Mean], Tensor]
+    )
+    """Means of attention scores and patterns, `[class, longest prompt]`."""
     _averages: dict[Mean, Average] = field(default_factory=dict[Mean, Average])
     _noise: dict[tuple[Noise, str], Tensor] = field(default_factory=dict[tuple[Noise, str], Tensor])
 

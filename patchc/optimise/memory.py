@@ -10,7 +10,20 @@ from dataclasses import dataclass, field
 
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind, ResidualGraph
-from patchc.ir.ops import Core, Entries, HeadZ, Neurons, Out, Projected, Run, Tokenwise, VariantId, children
+from patchc.ir.ops import (
+    Core,
+    Entries,
+    HeadZ,
+    Neurons,
+    Op,
+    Out,
+    Projected,
+    Run,
+    StoredZ,
+    Tokenwise,
+    VariantId,
+    children,
+)
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import Demand, demand
 from patchc.optimise.work import Work
@@ -64,7 +77,19 @@ class Live:
         op, tokens = self.dag.ops[i], needs.tokens[i].bit_count()
         if isinstance(op, Core):  # z, and the base run's that it is taken from
             return 2 * tokens * needs.heads.get(i, 0).bit_count() * self.dag.graph.d_head * self.element
-        return 0 if isinstance(op, Run) else tokens * self.dag.graph.d_model * self.element
+        return 0 if isinstance(op, Run) else tokens * self._width(op) * self.element
+
+    def _width(self, op: Op) -> int:
+        """Numbers a token row of a value."""
+        match op:
+            case Projected() | HeadZ() | StoredZ():
+                return self.dag.graph.d_head
+            case Neurons():
+                return self.dag.graph.d_mlp
+            case Entries():
+                return max(self.dag.layout.lengths)
+            case _:
+                return self.dag.graph.d_model
 
     def _lives(self, needs: Demand, roots: Iterable[VariantId]) -> tuple[dict[VariantId, int], dict[VariantId, int]]:
         """For each demanded variant: the block at which it is made, and that of its last reader. A sum is made when it

@@ -11,10 +11,12 @@ from patchc.codegen.emit import compiled_graph
 from patchc.codegen.saved import load_saved, save_graph
 from patchc.diagnostics import PatchcError
 from patchc.execute.base import run_world
+from patchc.execute.hooks import Oracle
 from patchc.execute.stored import Stored
 from patchc.execute.walk import Walk
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import (
+    Blocked,
     Cell,
     Dim,
     Experiment,
@@ -127,3 +129,64 @@ def test_values_of_certain_tokens_need_one_length() -> None:
     with pytest.raises(PatchcError) as caught:
         compiled_graph(lower_masked(e, data, m.graph), m.pieces, ("clean", "corrupt"), {})
     assert caught.value.diagnostics[0].code == "graph-needs-one-length"
+
+
+OVERLAPS = {
+    Site.SCORES: ({"sources": 0b011011011}, {"sources": 0b110110110}, {"sources": 0b111111111}),
+    Site.PATTERN: ({"sources": 0b011011011}, {"sources": 0b110110110}, {"sources": 0b111111111}),
+    Site.POST: ({"neurons": 0b0111}, {"neurons": 0b1110}, {"neurons": 0b1111}),
+}
+BLOCKED = Value(((1.0, Blocked()),))
+ENTERING = [Value(()), Value(((0.5, Itself()),)), Value(((1.0, FromWorld("corrupt")),))]
+
+
+@pytest.mark.parametrize("kind", ["gpt2-sdpa", "native-rms-rotary"])
+@pytest.mark.parametrize(
+    ("site", "value"),
+    [*((s, v) for s in OVERLAPS for v in ENTERING), (Site.SCORES, BLOCKED)],
+)
+def test_starts_of_one_cell_that_overlap_are_set_once(kind: str, site: Site, value: Value) -> None:
+    """Two starts that overlap are the start of both their places: at every mask in the graph, and in the hooks."""
+    m, data = loaded_model(kind), prompts()
+    node = next(n for n in m.graph.members(m.graph.mlps if site is Site.POST else m.graph.heads) if n.layer == 1)
+
+    def patch(part: dict[str, int]) -> Patch:
+        step = Step(1 << node.id, site=site, **part)
+        return Patch(Seq((step, Star(Step(m.graph.all)), Step(m.graph.logits_set))), value)
+
+    first, second, both = map(patch, OVERLAPS[site])
+    cells = (Cell((0,), (first, second)), Cell((1,), (both,)), Cell((2,), (both,)))
+    e = Experiment("overlap", None, "clean", (Dim("cell", (0, 1, 2)),), cells, ())
+    graph = compiled_graph(lower_masked(e, data, m.graph), m.pieces, ("clean", "corrupt"), {})
+    ids = [torch.tensor(w.ids) for w in data.worlds[:2]]
+
+    def stream(*masks: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the graph gives, and the gradient of its sum with respect to the masks."""
+        given = torch.tensor(masks, dtype=torch.float32, requires_grad=True)
+        out = graph(*ids, given)[1]["stream"].flatten(0, 1)
+        return out.detach(), torch.autograd.grad(out.square().sum(), given)[0]
+
+    expected = torch.cat(Oracle(m.eager, m.graph, data).logits(e, cells[0]))
+    assert (m.pieces.unembed(stream(1, 0, 0)[0]) - expected).abs().max() < TOLERANCE
+    assert (m.pieces.unembed(stream(0, 0, 0)[0]) - expected).abs().max() > TOLERANCE
+    assert torch.allclose(stream(0.3, 0, 0)[0], stream(0, 0.3, 0)[0], atol=TOLERANCE)
+    _, gradient = stream(0, 0, 0)
+    assert torch.allclose(gradient[0], gradient[1], rtol=1e-3, atol=TOLERANCE)
+    if value != BLOCKED:  # masks of different cells add up
+        assert torch.allclose(stream(0, 0.5, 0.5)[0], stream(0, 1, 0)[0], atol=TOLERANCE)
+        assert torch.allclose(stream(0.5, 0.5, 0)[0], stream(0, 1, 0)[0], atol=TOLERANCE)
+
+
+def test_a_mean_over_shorter_data_is_that_of_the_sweep() -> None:
+    """Positions that no row of the data has are left alone."""
+    m, data = loaded_model("gpt2-sdpa"), prompts()
+    data = Prompts(data.layout, (*data.worlds[:2], World("file", ((7, 8), (9, 1)), Layout((2, 2)))))
+    node = m.graph.members(m.graph.heads)[1]
+    step = Step(1 << node.id, tokens=0b010010010)
+    patch = Patch(Seq((step, Star(Step(m.graph.all)), Step(m.graph.logits_set))), one(Mean("file")))
+    e = Experiment("short", None, "clean", (Dim("cell", (0,)),), (Cell((0,), (patch,)),), ())
+    graph = compiled_graph(lower_masked(e, data, m.graph), m.pieces, ("clean", "corrupt"), {})
+    expected = torch.cat(Oracle(m.eager, m.graph, data).logits(e, e.cells[0]))
+    with torch.no_grad():
+        got = graph(*(torch.tensor(w.ids) for w in data.worlds[:2]), torch.ones(1))[1]["stream"].flatten(0, 1)
+        assert (m.pieces.unembed(got) - expected).abs().max() < TOLERANCE
