@@ -28,7 +28,7 @@ from patchc.execute.sweep import Outcome
 from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Program, Rates
-from patchc.lower import NO_EFFECT
+from patchc.lower.unfelt import NO_EFFECT
 from patchc.model.load import LoadedModel
 from patchc.model.load import load as load_model
 from patchc.model.rates import rates

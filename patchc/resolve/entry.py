@@ -79,9 +79,8 @@ class Entry:
             raise VALUE_SITE.error(message, fix="write `zero`, `mean` or another world", span=span)
         if step.site is Site.OUT and step.nodes == self.graph.all:
             message = "a tensor stands for one node's output, and `patch all` puts its value in at every node"
-            raise TENSOR_SHAPE.error(
-                message, fix="patch one node or path, or write `zero`, `mean` or a world", span=span
-            )
+            fix = "patch one node or path, or write `zero`, `mean` or a world"
+            raise TENSOR_SHAPE.error(message, fix=fix, span=span)
         if step.site is Site.OUT and step.nodes.bit_count() != 1:
             names = ", ".join(n.name for n in self.graph.members(step.nodes)[:3])
             message = f"a tensor takes the place of one node, and this start is several ({names}, ...)"

@@ -12,10 +12,10 @@ from functools import reduce
 from operator import or_
 from typing import Any, TypeVar
 
-from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
+from patchc.diagnostics import RULES, Diagnostic, PatchcError
 from patchc.ir.experiment import FromWorld, Itself, Mean, Patch, Value
 from patchc.ir.graph import Kind, ResidualGraph
-from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
+from patchc.ir.paths import Alt, Path, Seq, Star, Step
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
 from patchc.resolve.data import Dataset
