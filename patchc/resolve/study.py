@@ -165,7 +165,7 @@ class _Study:
             Loops(scope, graph, dataset, self.positions, self.sets),
             Patches(graph, dataset, self.sets, Paths(graph, self.report), self.values, self.tensors),
             self.metrics,
-            Expects(scope, self.positions, self.sets),
+            Expects(scope, self.positions, self.sets, self.report),
         )
 
     # ---- names
