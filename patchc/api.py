@@ -28,7 +28,7 @@ from patchc.execute.sweep import Outcome
 from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Program, Rates
-from patchc.lower import NO_EFFECT
+from patchc.lower.unfelt import NO_EFFECT
 from patchc.model.load import LoadedModel
 from patchc.model.load import load as load_model
 from patchc.model.rates import rates
@@ -324,11 +324,10 @@ def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 def _tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
     """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file."""
     out = {name: t.to(model.pieces.device, model.pieces.dtype) for name, t in given.items()}
-    for key, place in study.tensors:
-        if key not in out:
-            file, _, name = place.partition("#")
-            with safe_open(base / file, framework="pt") as opened:
-                out[key] = opened.get_tensor(name).to(model.pieces.device, model.pieces.dtype)
+    for tensor in study.tensors:
+        if tensor.file is not None:
+            with safe_open(base / tensor.file, framework="pt") as opened:
+                out[tensor.key] = opened.get_tensor(tensor.name).to(model.pieces.device, model.pieces.dtype)
     return out
 
 

@@ -20,7 +20,7 @@ def input_paths(
     files = [i.file for i in tree.items if isinstance(i, Data) and i.file is not None]
     data = [file.text if isinstance(file, Text) else str(parameters[file.name]) for file in files]
     other = [world.name.rpartition(":")[0] for world in study.prompts.worlds if world.layout is not None]
-    tensors = [place.partition("#")[0] for _, place in study.tensors if "#" in place]
+    tensors = [tensor.file for tensor in study.tensors if tensor.file is not None]
     named = [base / name for name in (*data, *other, *tensors, model) if name]
     return (Path(source.name), *(path for path in named if os.path.exists(path)))
 

@@ -40,6 +40,7 @@ from patchc.ir.experiment import (
     Source,
     Study,
     Sum,
+    TensorFrom,
     Value,
     World,
 )
@@ -80,7 +81,7 @@ class DrawStudy:
     def study(self) -> Study:
         options = self.some(2, lambda: (self.name(), self.rng.choice([True, False, 7, self.name()])))
         experiments = self.some(2, self.experiment)
-        tensors = self.some(2, lambda: (self.name(), self.name()))
+        tensors = self.some(2, lambda: TensorFrom(self.name(), self.name(), self.rng.choice([None, self.name()])))
         seeds = self.some(2, lambda: (self.name(), self.rng.randrange(2**32)))
         return Study(ModelChoice(self.name(), options), self.prompts(), experiments, tensors, seeds)
 

@@ -389,14 +389,23 @@ class ModelChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorFrom:
+    """A tensor that `Given` and `NodeRead` call `key`: `name` in a safetensors file, or without a file the one that was
+    given in Python."""
+
+    key: str
+    name: str
+    file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Study:
     """A whole spec, resolved."""
 
     model: ModelChoice
     prompts: Prompts
     experiments: tuple[Experiment, ...]
-    tensors: tuple[tuple[str, str], ...] = ()
-    """(key of `Given`, where it came from: `file.safetensors#key`, or `python`)."""
+    tensors: tuple[TensorFrom, ...] = ()
     seeds: tuple[tuple[str, int], ...] = ()
     """(what is random, its seed) of everything random that the spec names, each once: `resample`, `noise`,
     `interval`."""

@@ -44,7 +44,9 @@ class _Writer:
             f" {w.name(k)}={v!r}" if w.whole else f" {k}={v}" for k, v in study.model.options
         )
         yield from self._data()
-        yield from (f"tensor {w.name(key)} from {w.name(source)}" for key, source in study.tensors)
+        for tensor in study.tensors:
+            file = "" if tensor.file is None else f" from {w.name(tensor.file)}"
+            yield f"tensor {w.name(tensor.key)} = {w.name(tensor.name)}{file}"
         yield from (f"seed {seed} of {w.name(what)}" for what, seed in study.seeds)
         for experiment in study.experiments:
             yield ""

@@ -27,6 +27,7 @@ from patchc.ir.experiment import (
     Save,
     Show,
     Study,
+    TensorFrom,
     World,
 )
 from patchc.ir.graph import ResidualGraph
@@ -72,8 +73,8 @@ class _Reader(MetricReader):
     def false(self, _: list[Any]) -> bool:
         return False
 
-    def tensor(self, items: list[Any]) -> tuple[str, tuple[str, str]]:
-        return "tensor", (items[0], items[1])
+    def tensor(self, items: list[Any]) -> tuple[str, TensorFrom]:
+        return "tensor", TensorFrom(*items)
 
     def seed(self, items: list[Any]) -> tuple[str, tuple[str, int]]:
         return "seed", (items[1], items[0])

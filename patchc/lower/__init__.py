@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
+from patchc.diagnostics import Diagnostic, PatchcError, Span
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Experiment, Patch, Prompts
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.ops import VariantId
 from patchc.ir.program import End
 from patchc.lower.fold import Fold, Folded
-
-NO_EFFECT = RULES.add("no-effect", "a patch provably changes nothing that is measured")
+from patchc.lower.unfelt import Unfelt
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,9 @@ def lower(
         faults += [f for f in folded.faults if f not in faults]
         if progress is not None and number % 256 == 0:
             progress(number)
-    faults += _unfelt(experiment, written, len(dead) == len(roots))
+    unfelt = [line for line, bites in written.items() if not bites]
+    if unfelt or len(dead) == len(roots):
+        faults += Unfelt(experiment, prompts, graph, ends).faults(unfelt)
     if faults:
         raise PatchcError(faults)
     return Lowered(dag, tuple(roots), tuple(dead))
@@ -61,26 +62,3 @@ def _note_bites(written: dict[Span | int, bool], patches: tuple[Patch, ...], fol
     for i, patch in enumerate(patches):
         line = patch.span or i
         written[line] = written.get(line, False) or i in folded.biting
-
-
-def _unfelt(experiment: Experiment, written: dict[Span | int, bool], all_dead: bool) -> list[Diagnostic]:
-    """Lines that change nothing anywhere, or the first line where nothing that is measured changes."""
-    where = " in any cell" if experiment.dims else ""
-    out = [
-        NO_EFFECT.at(
-            line if isinstance(line, Span) else experiment.span,
-            f"this patch changes nothing{where}: its value enters nowhere, or equals the run's own wherever it enters",
-            fix=f"the run is `{experiment.run}`; patch with another world, and where the worlds differ",
-        )
-        for line, bites in written.items()
-        if not bites
-    ]
-    if all_dead and not out:
-        out.append(
-            NO_EFFECT.at(
-                next((line for line in written if isinstance(line, Span)), experiment.span),
-                "what this patches cannot reach the position that is measured",
-                fix="attention only looks back: measure at a later position, or patch an earlier one",
-            )
-        )
-    return out

@@ -43,9 +43,11 @@ class Entering:
     biting: set[int]
     faults: list[Diagnostic]
 
-    def __init__(self, dag: Dag, prompts: Prompts, run: str, masked: Callable[[Start], int] | None = None):
+    def __init__(
+        self, dag: Dag, prompts: Prompts, run: str, masked: Callable[[Start], int] | None, any_data: bool = False
+    ):
         self.dag, self.graph, self.run = dag, dag.graph, run
-        self.changes = Changes(dag, prompts, run, any_data=masked is not None)
+        self.changes = Changes(dag, prompts, run, any_data=any_data or masked is not None)
         self.masked = masked
 
     def _entry(self, tokens: Tokens, start: Start, stored: Callable[[Value, Tokens], VariantId]) -> Entry:

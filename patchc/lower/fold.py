@@ -51,11 +51,18 @@ class Folded:
 
 class Fold(Entering):
     """Folds one cell at a time into a shared Dag. With `masked`, every ordinary start is multiplied by the mask of that
-    number (see `Masked`) instead of replacing outright; such a DAG holds for any data of the same shape, so no two
-    worlds are taken to be equal anywhere."""
+    number (see `Masked`) instead of replacing outright; such a DAG holds for any data of the same shape, so that, as
+    with `any_data`, no two worlds are taken to be equal anywhere."""
 
-    def __init__(self, dag: Dag, prompts: Prompts, run: str, masked: Callable[[Start], int] | None = None):
-        super().__init__(dag, prompts, run, masked)
+    def __init__(
+        self,
+        dag: Dag,
+        prompts: Prompts,
+        run: str,
+        masked: Callable[[Start], int] | None = None,
+        any_data: bool = False,
+    ):
+        super().__init__(dag, prompts, run, masked, any_data)
         self.blocks_at = [
             [(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)
         ]

@@ -33,7 +33,9 @@ class Entry:
 
     def check(self, step: Step, value: Value, span: Span | None) -> None:
         """Raise what is wrong with a value at a start."""
-        for _, source in value.terms:
+        for factor, source in value.terms:
+            if isinstance(source, Moved) and step.site is Site.SCORES and (factor != 1 or len(value.terms) > 1):
+                self._check_row(step, source, span)
             match source:
                 case Given(key):
                     self._check_tensor(step, key, span)
@@ -75,10 +77,28 @@ class Entry:
         if step.site in ENTRIES:
             message = f"a tensor cannot stand for .{step.site}, whose rows differ in length"
             raise VALUE_SITE.error(message, fix="write `zero`, `mean` or another world", span=span)
+        if step.site is Site.OUT and step.nodes == self.graph.all:
+            message = "a tensor stands for one node's output, and `patch all` puts its value in at every node"
+            fix = "patch one node or path, or write `zero`, `mean` or a world"
+            raise TENSOR_SHAPE.error(message, fix=fix, span=span)
         if step.site is Site.OUT and step.nodes.bit_count() != 1:
             names = ", ".join(n.name for n in self.graph.members(step.nodes)[:3])
             message = f"a tensor takes the place of one node, and this start is several ({names}, ...)"
             raise TENSOR_SHAPE.error(message, fix="sweep over the nodes, or name one", span=span)
+
+    def _check_row(self, step: Step, source: Moved, span: Span | None) -> None:
+        """A row of scores has minus infinity at what comes after it, with which nothing can be calculated."""
+        layout = self.dataset.layout
+        for token in bits(step.tokens & layout.all) if self.graph.causal else ():
+            own, other = layout.place(token)[1], layout.place(source.tokens[token])[1]
+            between = ((1 << max(own - other, 0)) - 1) << token + 1 - max(own - other, 0)
+            if step.sources & between:
+                message = (
+                    f"position {other} does not see what comes after it: where its scores stand for those of "
+                    f"position {own}, they take no factor and no sum"
+                )
+                fix = "write the value of another position alone, or patch `.pattern`, in which what is hidden is 0"
+                raise VALUE_SITE.error(message, fix=fix, span=span)
 
     # ---- means
 

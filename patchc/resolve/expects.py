@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from patchc.diagnostics import RULES, Span, nearest
+from patchc.diagnostics import RULES, Report, Severity, Span, nearest
 from patchc.ir.experiment import Expect, PromptDim
 from patchc.parse import tree
 from patchc.resolve.bindings import NO_LOCALS, Binding, Number, Place, Spots
@@ -17,6 +17,9 @@ from patchc.resolve.sets import Sets
 from patchc.resolve.terms import NodeSet
 
 NO_SUCH_CELL = RULES.add("no-such-cell", "an expect names a cell that the experiment does not have")
+AMBIGUOUS_COORDINATE = RULES.add(
+    "ambiguous-coordinate", "a number in an expect that several loop variables have", Severity.WARNING
+)
 NOT_MEASURED = RULES.add("not-measured", "an expect names a metric that the experiment does not measure")
 
 BAD_TOLERANCE = RULES.add("bad-tolerance", "a tolerance that a comparison has no use for")
@@ -57,6 +60,7 @@ class Expects:
     scope: Scope
     positions: Positions
     sets: Sets
+    report: Report
 
     def resolve(self, node: tree.Expect | tree.ExpectTop, metrics: Collection[str], table: Table) -> Expect:
         """An expectation with the indices of its cells."""
@@ -102,13 +106,28 @@ class Expects:
         self, coordinates: Sequence[tree.Set | tree.Bound], table: Table, span: Span | None
     ) -> tuple[tuple[int, ...], ...]:
         wanted: dict[int, set[int]] = {}
+        taken: dict[int, tree.Set | tree.Bound] = {}
         for coordinate in coordinates:
             variable, found = self._match(coordinate, table, wanted)
-            wanted[variable] = found
+            wanted[variable], taken[variable] = found, coordinate
+        self._warn_ambiguous(taken, table)
         indices = table.indices(wanted)
         if not indices:
             raise NO_SUCH_CELL.error("no cell of this experiment has these coordinates", span=span)
         return indices
+
+    def _warn_ambiguous(self, taken: Mapping[int, tree.Set | tree.Bound], table: Table) -> None:
+        """Say of a number which variable it is of, where one without a coordinate has it too."""
+        free = [v for v in range(len(table.universes)) if v not in taken]
+        for variable, node in taken.items():
+            if not isinstance(node, tree.Number | tree.Parameter | tree.Negated):
+                continue
+            others = [table.names[v] for v in free if v > variable and self._places(node, table.universes[v])]
+            if others:
+                told = f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} it too"
+                message = f"{written(node)} is read as {table.names[variable]}, and {told}"
+                fix = f"write a coordinate for each of {', '.join(table.names)}, or the name of a position"
+                self.report.add(AMBIGUOUS_COORDINATE.at(node.span, message, fix=fix))
 
     def _match(self, node: tree.Set | tree.Bound, table: Table, taken: Iterable[int]) -> tuple[int, set[int]]:
         """The first variable, of those that have no coordinate yet, that takes all that a coordinate

@@ -230,7 +230,7 @@ class Experiments:
         for path in targets if values else ():
             with collecting(self.report):
                 if path is not None:
-                    self.patches.check_value(path, values[0], clause.value.span)
+                    self.patches.check_value(clause, path, values[0], ends)
                 return True
         return False
 

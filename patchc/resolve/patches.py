@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any, TypeVar
 
-from patchc.diagnostics import RULES, Diagnostic, PatchcError, Span
+from patchc.diagnostics import RULES, Diagnostic, PatchcError
 from patchc.ir.experiment import FromWorld, Itself, Mean, Patch, Value
 from patchc.ir.graph import Kind, ResidualGraph
-from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
+from patchc.ir.paths import Alt, Path, Seq, Star, Step
 from patchc.parse import tree
 from patchc.resolve.bindings import Env
 from patchc.resolve.data import Dataset
 from patchc.resolve.ends import LOGITS, Ends
-from patchc.resolve.entry import Entry
+from patchc.resolve.entry import ENTRIES, Entry
 from patchc.resolve.legality import BACKWARD_EDGE, HIDDEN_ENTRY, NO_POSITION, Legality, Reach
 from patchc.resolve.paths import BAD_START, Paths
 from patchc.resolve.scope import WRONG_KIND
@@ -124,7 +126,7 @@ class Patches:
 
     def _is_hidden(self, step: Step) -> bool:
         """Whether a start is entries of a pattern or of scores that stand above the diagonal in every prompt."""
-        if step.site not in (Site.PATTERN, Site.SCORES) or not self._graph.causal:
+        if step.site not in ENTRIES or not self._graph.causal:
             return False
         layout = self._data.layout
         return not layout.upto(step.tokens & layout.all) & step.sources
@@ -145,11 +147,18 @@ class Patches:
     def value(self, node: tree.Value, env: Env, run: str) -> Value:
         return self._values.value(node, env, run)
 
-    def check_value(self, path: Path, value: Value, span: Span | None) -> None:
-        """A value can enter wherever a path starts."""
+    def check_value(self, clause: tree.Patch, path: Path, value: Value, ends: Ends) -> None:
+        """A value can enter wherever a path starts, or that of a complement wherever none of its paths goes on."""
         if not all(isinstance(source, FromWorld | Itself) for _, source in value.terms):
-            for step in starts(path):
-                self._entry.check(step, value, span)
+            for step in self._outside(path, ends) if _is_complement(clause) else starts(path):
+                self._entry.check(step, value, clause.value.span)
+
+    def _outside(self, path: Path, ends: Ends) -> list[Step]:
+        """Where the value of a complement enters: every node's output, and what is read in a head at which no path
+        ends."""
+        ended = reduce(or_, (step.nodes for step in stops(path)), 0)
+        read = [p for p in ends.probes if p.site in ENTRIES and not p.nodes & ended]
+        return [Step(self._graph.all), *(Step(p.nodes, site=p.site) for p in read)]
 
     def locals_of(self, node: Any, env: Env) -> tuple[str, ...]:
         return self._sets.locals_of(node, env)
@@ -200,8 +209,8 @@ class OneExperiment:
                 self.nothing = self.nothing or (target, dict(env))
                 return None
             value: Value = self._kept(clause.value, env, lambda c=clause: self._value(c, env))
-            self._patches.check_value(path, value, clause.value.span)
-            out.append(Patch(path, value, target.kind == "all" and target.what is not None, clause.span))
+            self._patches.check_value(clause, path, value, self._ends)
+            out.append(Patch(path, value, _is_complement(clause), clause.span))
         return tuple(out)
 
     def _value(self, clause: tree.Patch, env: Env) -> Value:
@@ -219,6 +228,11 @@ class OneExperiment:
         return self._memo[key][0]
 
 
+def _is_complement(clause: tree.Patch) -> bool:
+    """`patch all except ...`."""
+    return clause.target.kind == "all" and clause.target.what is not None
+
+
 def starts(path: Path) -> list[Step]:
     """The steps that a path can start with."""
     match path:
@@ -230,3 +244,16 @@ def starts(path: Path) -> list[Step]:
             return [step for p in parts for step in starts(p)]
         case Star(part):
             return starts(part)
+
+
+def stops(path: Path) -> list[Step]:
+    """The steps that a path can end with."""
+    match path:
+        case Step():
+            return [path]
+        case Seq(parts):
+            return stops(parts[-1]) if parts else []
+        case Alt(parts):
+            return [step for p in parts for step in stops(p)]
+        case Star(part):
+            return stops(part)

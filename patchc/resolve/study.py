@@ -90,7 +90,7 @@ def resolve(
     prompts = study.dataset.prompts()
     prompts = replace(prompts, worlds=(*prompts.worlds, *study.values.other.worlds.values()))
     seeds = (*study.values.sources.seeds, *_seeds(experiments))
-    found = Study(choice, prompts, experiments, tuple(study.tensors.sources.items()), seeds)
+    found = Study(choice, prompts, experiments, tuple(study.tensors.used.values()), seeds)
     return Resolved(found, tuple(_in_order(report.diagnostics, source)))
 
 
@@ -165,7 +165,7 @@ class _Study:
             Loops(scope, graph, dataset, self.positions, self.sets),
             Patches(graph, dataset, self.sets, Paths(graph, self.report), self.values, self.tensors),
             self.metrics,
-            Expects(scope, self.positions, self.sets),
+            Expects(scope, self.positions, self.sets, self.report),
         )
 
     # ---- names

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchc.diagnostics import RULES, Span, nearest
+from patchc.ir.experiment import TensorFrom
 from patchc.parse import tree
 from patchc.resolve.files import MISSING_FILE, open_checked
 from patchc.resolve.scope import WRONG_KIND
@@ -27,11 +28,11 @@ MAX_HEADER = 100_000_000
 
 @dataclass
 class Tensors:
-    """The tensors of a study: shapes by key, and where each came from, for those that were used."""
+    """The tensors of a study: by key, shapes and where each came from, of those that were used."""
 
     given: Mapping[str, Sequence[int]]
     base: Path
-    sources: dict[str, str] = field(default_factory=dict[str, str])
+    used: dict[str, TensorFrom] = field(default_factory=dict[str, TensorFrom])
     shapes: dict[str, Shape] = field(default_factory=dict[str, Shape])
     _headers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
@@ -50,7 +51,7 @@ class Tensors:
         if key not in self.given:
             known = f"the tensors given are {', '.join(self.given)}" if self.given else "no tensor was given"
             raise UNKNOWN_TENSOR.error(f"no tensor {key!r}: {known}", fix=nearest(key, self.given), span=span)
-        return self._take(key, tuple(self.given[key]), "python", span)
+        return self._take(TensorFrom(key, key), self.given[key], span)
 
     def from_file(self, file: str, key: str, span: Span | None) -> str:
         """The key of a tensor of a safetensors file."""
@@ -58,13 +59,16 @@ class Tensors:
         if key not in header:
             message = f"{file} has no tensor {key!r}; it has {', '.join(header) or 'none'}"
             raise UNKNOWN_TENSOR.error(message, fix=nearest(key, header), span=span)
-        source = f"{file}#{key}"
-        return self._take(source, tuple(int(n) for n in header[key]["shape"]), source, span)
+        name = f"{file}#{key}"
+        while name in self.given or self.used.get(name, found := TensorFrom(name, key, file)) != found:
+            name += "'"  # `a#b` and `c` read like `a` and `b#c`
+        return self._take(TensorFrom(name, key, file), header[key]["shape"], span)
 
-    def _take(self, key: str, shape: Shape, source: str, span: Span | None) -> str:
+    def _take(self, tensor: TensorFrom, shape: Sequence[int], span: Span | None) -> str:
+        key = tensor.key
         if len(shape) != 1:
             raise TENSOR_SHAPE.error(f"tensor {key!r} has shape {list(shape)}; a value has one axis, [d]", span=span)
-        self.sources[key], self.shapes[key] = source, shape
+        self.used[key], self.shapes[key] = tensor, tuple(shape)
         return key
 
     def _header(self, file: str, span: Span | None) -> dict[str, Any]:

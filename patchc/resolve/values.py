@@ -5,6 +5,7 @@ What the sources themselves mean is for `sources`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from patchc.diagnostics import RULES, Span
@@ -55,10 +56,12 @@ class Values:
         if found.number is not None:
             message = f"this is the number {found.number:g}; a value is a world, a mean, a tensor, self or zero"
             raise NOT_LINEAR.error(message, fix="write `zero`" if found.number == 0 else None, span=node.span)
-        terms = _merged(found.terms)
-        if any(isinstance(source, Blocked) for _, source in terms) and terms != ((1.0, Blocked()),):
+        if any(isinstance(source, Blocked) for _, source in found.terms) and not _is_alone(node):
             message = "`blocked` is no attention at all: it stands alone, without a factor"
             raise NOT_LINEAR.error(message, fix="write `blocked` alone", span=node.span)
+        terms = _merged(found.terms)
+        if not all(math.isfinite(c) for c, _ in terms):
+            raise NOT_LINEAR.error("a factor here is too large for a 64-bit float", span=node.span)
         return Value(terms)
 
     # ---- arithmetic
@@ -110,6 +113,8 @@ class Values:
             raise NOT_LINEAR.error("nothing can be divided by a node's value", span=span)
         if by.number == 0:
             raise NOT_LINEAR.error("this divides by zero", span=span)
+        if not math.isfinite(by.number):
+            raise NOT_LINEAR.error("this divides by a number that is too large for a 64-bit float", span=span)
         return by.number
 
     # ---- sources
@@ -126,6 +131,8 @@ class Values:
         found = self._linear(_arithmetic(node), env, "")
         if found.number is None:
             raise WRONG_KIND.error("a number is needed here", span=node.span)
+        if not math.isfinite(found.number):
+            raise BAD_ARGUMENT.error("this is too large for a 64-bit float", span=node.span)
         return found.number
 
     def _name(self, node: tree.Ref, env: Env, run: str) -> Linear:
@@ -180,6 +187,13 @@ class Values:
 
 def _only(source: Source) -> Linear:
     return Linear(None, ((1.0, source),))
+
+
+def _is_alone(node: tree.Value) -> bool:
+    """Whether this is a name, in parentheses or not."""
+    while isinstance(node, tree.Parens):
+        node = node.inner
+    return isinstance(node, tree.Ref)
 
 
 def _arithmetic(node: tree.Value) -> tree.Arithmetic:

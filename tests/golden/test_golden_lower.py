@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness import Case, Golden, cases
 
-from patchc.diagnostics import PatchcError, Source
+from patchc.diagnostics import Diagnostic, PatchcError, Source
 from patchc.ir.bits import bitset
 from patchc.ir.dag_text import dag_text
 from patchc.ir.graph import residual_graph
@@ -51,6 +51,15 @@ def test_lower(case: Case, golden: Golden) -> None:
     golden(case, lowered(case.input))
 
 
+def told(diagnostic: Diagnostic) -> str:
+    """Its code and message, and the lines that its notes are about."""
+    lines = [f"{diagnostic.code}: {diagnostic.message}"]
+    for note in diagnostic.notes:
+        assert note.span
+        lines.append(f"    line {note.span.source.position(note.span.start)[0]}: {note.message}")
+    return "\n".join(lines)
+
+
 def lowered(lines: str) -> dict[str, str]:
     source = Source("a.patch", SPEC.replace("LINES", lines.strip().replace("\n", "\n  ")))
     try:
@@ -58,5 +67,5 @@ def lowered(lines: str) -> dict[str, str]:
         (experiment,) = study.experiments
         found = lower(experiment, study.prompts, GRAPH, [End(None, bitset([3]))])
     except PatchcError as error:
-        return {"errors": "\n".join(f"{d.code}: {d.message}" for d in error.diagnostics)}
+        return {"errors": "\n".join(map(told, error.diagnostics))}
     return {"dag": dag_text(found.dag, [root for roots in found.roots for root in roots])}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from patchc.diagnostics import PatchcError, Severity, Source
-from patchc.ir.experiment import Experiment, Given, ModelChoice
+from patchc.ir.experiment import Experiment, Given, ModelChoice, TensorFrom
 from patchc.ir.paths import Seq
 from patchc.parse import parse
 from patchc.resolve import model_choice, resolve
@@ -185,10 +185,24 @@ def test_a_tensor_of_a_file_is_known_by_its_header(tmp_path: Path) -> None:
     (tmp_path / "v.safetensors").write_bytes(safetensors(header))
     text = 'experiment e { run clean patch node mlp[0] with self + tensor("v.safetensors", "v") measure diff }'
     found = study(text, base=tmp_path)
-    assert found.tensors == (("v.safetensors#v", "v.safetensors#v"),)
+    assert found.tensors == (TensorFrom("v.safetensors#v", "v", "v.safetensors"),)
     assert found.experiments[0].cells[0].patches[0].value.terms[1] == (1.0, Given("v.safetensors#v"))
     (missing,) = errors(text.replace('"v")', '"w")'), base=tmp_path)
     assert (missing.code, "it has v" in missing.message) == ("unknown-tensor", True)
+
+
+def test_files_and_keys_that_read_alike_stay_apart(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [32], "data_offsets": [0, 128]}
+    for file, key in (("a#b", "c"), ("a", "b#c")):
+        (tmp_path / file).write_bytes(safetensors({key: entry}))
+    values = ('tensor("a#b", "c")', 'tensor("a", "b#c")', "tensor(\"a#b#c''\")", 'tensor("a#b", "c")')
+    body = " ".join(f"patch node mlp[{i}] with {value}" for i, value in enumerate(values))
+    text = f"experiment e {{ run clean {body} measure diff }}"
+    found = study(text, base=tmp_path, tensors={"a#b#c": (3,), "a#b#c''": (32,)})
+    given = {t.key: (t.file, t.name) for t in found.tensors}
+    sources = [patch.value.terms[0][1] for patch in found.experiments[0].cells[0].patches]
+    expected = [("a#b", "c"), ("a", "b#c"), (None, "a#b#c''"), ("a#b", "c")]
+    assert [given[source.key] for source in sources if isinstance(source, Given)] == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 20, safetensors({})[:9], b"\x02" + b"\0" * 7 + b"[]"])
@@ -201,7 +215,7 @@ def test_a_file_that_is_not_safetensors(tmp_path: Path, content: bytes) -> None:
 
 def test_a_tensor_from_python() -> None:
     text = 'experiment e { run clean patch node mlp[0] with tensor("mine") measure diff }'
-    assert study(text, tensors={"mine": (32,)}).tensors == (("mine", "python"),)
+    assert study(text, tensors={"mine": (32,)}).tensors == (TensorFrom("mine", "mine"),)
 
 
 # ---- the rest
