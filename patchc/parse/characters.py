@@ -13,13 +13,8 @@ from patchc.diagnostics import RULES, Diagnostic, Source, Span
 SYNTAX = RULES.add("syntax-error", "the text is not in the language")
 
 _DOUBLE = '"\u201c\u201d\u201e\u00ab\u00bb'
-_QUOTES = {
-    "'": "'",
-    "`": "`",
-    "\u2018": "\u2018\u2019",
-    "\u2019": "\u2018\u2019",
-    **dict.fromkeys(_DOUBLE[1:], _DOUBLE),
-}
+_SINGLE = "\u2018\u2019"
+_QUOTES = {"'": "'", "`": "`", **dict.fromkeys(_SINGLE, _SINGLE), **dict.fromkeys(_DOUBLE[1:], _DOUBLE)}
 """What may close a text that begins with each; word processors mix them."""
 _WORDS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|#[^\n]*|//[^\n]*')
 _MEANT = {

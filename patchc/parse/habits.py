@@ -11,7 +11,7 @@ from lark import Token
 
 from patchc.diagnostics import Source
 from patchc.parse.elsewhere import node_meant
-from patchc.parse.situation import CLOSERS, RESERVED, Mistake, Situation
+from patchc.parse.situation import CLOSERS, RESERVED, TARGETS, Mistake, Situation
 
 VERBS = {"ablate": "zero", "knockout": "zero", "zero": "zero", "restore": "clean", "corrupt": "corrupt"}
 """What other tools call a patch, and with what value it is one."""
@@ -100,7 +100,7 @@ def verb(s: Situation, source: Source) -> Mistake | None:
     """`ablate node h`."""
     if s.kind != "NAME" or s.token not in VERBS or not {"PATCH", "MEASURE"} <= s.accepts:
         return None
-    target = _text(source, [t for t in _while_same(s, s.index + 1, stop=RESERVED - {"NODE", "EDGE", "PATH", "ALL"})])
+    target = _text(source, _while_same(s, s.index + 1, stop=RESERVED - TARGETS))
     fix = f"write `patch {target or 'node ...'} with {VERBS[s.token]}`"
     return Mistake(f"{s.shown} is no clause: what changes a node is a patch", fix)
 

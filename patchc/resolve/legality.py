@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from patchc.diagnostics import RULES, Diagnostic, Span
-from patchc.ir.bits import bitset
+from patchc.ir.bits import bits, bitset
 from patchc.ir.graph import Kind, ResidualGraph
 from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Layout, Tokens

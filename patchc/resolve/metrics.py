@@ -292,7 +292,7 @@ def _difference(measure: str, arguments: Sequence[tree.Argument]) -> str | None:
     """The fix for a function of two answers, which is a difference."""
     if measure not in READS or len(arguments) != 2:
         return None
-    first, second = (written(a) if isinstance(a, tree.Construct) else str(a) for a in arguments)
+    first, second = (written(argument) for argument in arguments)
     return f"write `{measure}({first}) - {measure}({second})`"
 
 
