@@ -6,10 +6,11 @@ Each rule looks at one kind of mistake and answers or passes: the first answer c
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 
 from patchc.diagnostics import Diagnostic, Source, Span
-from patchc.parse import symbols
+from patchc.parse import habits, symbols
 from patchc.parse.characters import SYNTAX
 from patchc.parse.expected import expected
 from patchc.parse.situation import (
@@ -95,7 +96,9 @@ def _reserved_as_name(s: Situation, source: Source) -> Mistake | None:
         fix = {"RUN": "`run clean`, or another column of the data", "SHOW": "`show heatmap`"}.get(s.previous_kind)
         return Mistake(f"`{s.previous}` needs a name after it", fix, s.previous)
     if s.accepts <= {"NAME", "BY"} or s.kind in CLAUSES | STATEMENTS | TARGETS or "AT" in s.accepts:
-        return Mistake(f"{s.shown} is a word of the language, and no name", "choose another name")
+        return Mistake(
+            f"{s.shown} is a word of the language, and no name", f"choose another name, such as `{s.token}_`"
+        )
     return None
 
 
@@ -216,8 +219,17 @@ def _quotes(s: Situation, source: Source) -> Mistake | None:
     if s.kind == "STRING" and s.previous_kind == "SHOW":
         return Mistake("what is shown stands before the file", f"write `show heatmap {s.token}`")
     if s.kind == "STRING" and s.accepts == NAME_ONLY:
-        return Mistake("a name stands here, without quotes", f"as in `{s.previous} {s.token[1:-1].strip() or 'clean'}`")
+        return _name_in_quotes(s)
     return None
+
+
+def _name_in_quotes(s: Situation) -> Mistake:
+    inner = s.token[1:-1].strip()
+    if re.fullmatch(r"[A-Za-z_]\w*", inner):
+        return Mistake("a name stands here, without quotes", f"as in `{s.previous} {inner}`")
+    if s.previous_kind == "RUN":
+        return Mistake("`run` names a column of the data, not a text", "as in `run clean`, where the data has `clean`")
+    return Mistake("a name stands here, and no text")
 
 
 def _per(s: Situation, source: Source) -> Mistake | None:
@@ -253,16 +265,23 @@ def _anything(s: Situation, source: Source) -> Mistake:
 
 
 MISTAKES: tuple[Rule, ...] = (
+    habits.verb,
     _misspelt_statement,
     symbols.comment,
     _stray,
     _unclosed,
     _mismatched,
     symbols.comma,
+    habits.end_of_prompt,
     _reserved_as_name,
     _outside,
     _block,
     _misspelt_word,
+    habits.python_range,
+    habits.several,
+    habits.dotted,
+    habits.arrow_to_the_left,
+    habits.quoted_node,
     symbols.index_brackets,
     symbols.mixed_operators,
     symbols.place_then_operator,

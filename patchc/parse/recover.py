@@ -13,7 +13,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedToken
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from patchc.diagnostics import Diagnostic, Source
-from patchc.parse.characters import explain_character
+from patchc.parse.characters import explain_character, slashed_comments
 from patchc.parse.explain import explain
 from patchc.parse.situation import CLAUSES, NAME_ONLY, STATEMENTS, Situation, is_stray
 
@@ -36,7 +36,7 @@ def syntax_errors(source: Source, lark: Lark) -> list[Diagnostic]:
 
 def _tokens(source: Source, lark: Lark) -> tuple[list[Token], list[Diagnostic]]:
     """All tokens, `$END` last, and a diagnostic for each run of characters that is no token."""
-    text, found = source.text, list[Diagnostic]()
+    text, found = slashed_comments(source, MAX_ERRORS)
     while True:
         try:
             tokens = list(_lexed(text, lark))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from patchc.diagnostics import RULES, Severity, Span
+from patchc.diagnostics import RULES, Severity, Span, nearest
 from patchc.parse import tree
 from patchc.resolve.data import Dataset, shortened, silent
 from patchc.resolve.encode import Ids
@@ -55,7 +55,8 @@ class AnswerReader:
         if not data.records:
             raise silent()
         if name.text not in data.columns:
-            raise data.scope.not_a("an answer (a column of the data)", name, data.columns)
+            meant = None if nearest(name.text, data.columns) else f'a token is written as a text: `" {name.text}"`'
+            raise data.scope.not_a("an answer (a column of the data)", name, data.columns, meant)
         for prompt in range(len(data.records)):
             cell = data.cell(prompt, name.text, name.span)
             where = data.records[prompt].span(name.text) or name.span

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from patchc.diagnostics import RULES, Diagnostic, Span
-from patchc.ir.bits import bitset
+from patchc.ir.bits import bits, bitset
 from patchc.ir.graph import Kind, ResidualGraph
 from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from patchc.ir.tokens import Layout, Tokens
@@ -120,7 +120,11 @@ class Legality:
         if found:
             return min(found), None
         message = f"{before} writes after {self._label(nodes)} reads: no edge leads from the one to the other"
-        if not nodes.nodes & ~self._graph.of(Kind.ATTN_BIAS):
+        beside = min((self._graph.nodes[i].rank for i in bits(nodes.nodes)), default=-1) == after
+        if before and beside and not nodes.nodes & ~self._graph.heads:
+            label = self._label(nodes)
+            message = f"no edge leads from {before} to {label}: a layer's heads run side by side, none reads another"
+        elif not nodes.nodes & ~self._graph.of(Kind.ATTN_BIAS):
             message = f"no edge leads into {self._label(nodes)}, which is the same in every run"
         return after, BACKWARD_EDGE.at(nodes.span, message)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from patchc.diagnostics import RULES, Span
+from patchc.diagnostics import RULES, Span, closest
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
 from patchc.resolve.bindings import Binding, Env, Number, Place, WorldName
 from patchc.resolve.data import Dataset
 from patchc.resolve.positions import UNEQUAL_POSITIONS, Positions
-from patchc.resolve.scope import NUMBER_DOMAINS, WRONG_KIND, Scope, written
+from patchc.resolve.scope import NODE_NAMES, NUMBER_DOMAINS, OTHERS_WORDS, WRONG_KIND, Scope, written
 from patchc.resolve.sets import Sets
 from patchc.resolve.terms import NodeSet
 
@@ -22,6 +22,7 @@ TOO_MANY_CELLS = RULES.add("too-many-cells", "a sweep of more cells than are run
 EMPTY_DOMAIN = RULES.add("empty-domain", "a loop variable with nothing to range over")
 
 MAX_CELLS = 10**8
+SITES = ("q", "k", "v", "z", "pattern", "scores", "post")
 Label = str | int | float
 
 
@@ -74,9 +75,17 @@ class Loops:
                 return self._range(node, env)
             case tree.Ref(tree.Name(name), (), ()) if name in NUMBER_DOMAINS and name not in env:
                 return self._numbers(name, node.span)
+            case tree.Ref(tree.Name(name), (), ()) if self._is_domain_misspelt(name, env):
+                known = [*NUMBER_DOMAINS, *NODE_NAMES]
+                raise self._scope.not_a("something to range over", node.name, known)
             case _:
                 nodes = self._sets.nodes(node, env, "something to range over")
                 return [NodeSet((member,), node.span) for member in nodes.members]
+
+    def _is_domain_misspelt(self, name: str, env: Env) -> bool:
+        """Whether a name that nothing has was meant to be `layers`, `positions` or the like."""
+        meant = OTHERS_WORDS.get(name.lower()) or closest(name, [*NUMBER_DOMAINS, *NODE_NAMES])
+        return name not in env and self._scope.kind(name) is None and meant in NUMBER_DOMAINS
 
     def _numbers(self, name: str, span: Span | None) -> list[Binding]:
         """Layers, heads or positions; a loop over prompts makes no cells and is for `by_prompt`."""
@@ -123,7 +132,9 @@ class Loops:
             return self._place(name.text, self._positions.place(name, {}))
         if name.text in self._data.columns:
             return WorldName(self._data.world(name))
-        raise self._scope.not_a("a position or a world", name, [*self._positions.names(), *self._data.columns])
+        known = [*self._positions.names(), *self._data.columns]
+        meant = "sites follow a node: `in head.{q, k, v}`" if name.text in SITES else None
+        raise self._scope.not_a("a position or a world", name, known, meant)
 
     def _place(self, label: str, spots: Any) -> Place:
         return Place(label, spots, self._positions.tokens(spots))

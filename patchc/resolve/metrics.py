@@ -5,7 +5,7 @@ What a node computes is read by `probes`; units and what can be folded are for `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -211,9 +211,10 @@ class Metrics:
         if name == "dot":
             return Typed(self._probes.dot(node, at))
         if name not in FUNCTIONS:
-            raise self._no_function(node.name)
+            raise self._no_function(node)
         if len(node.arguments) != 1:
-            raise WRONG_KIND.error(f"{name} takes {TAKES.get(name, 'one answer')}", span=node.span)
+            fix = _difference(name, node.arguments)
+            raise WRONG_KIND.error(f"{name} takes {TAKES.get(name, 'one answer')}", fix=fix, span=node.span)
         argument = node.arguments[0]
         if name == "kl":
             if not isinstance(argument, tree.Ref) or argument.indices or argument.sites:
@@ -221,11 +222,14 @@ class Metrics:
             return Typed(Kl(self._data.world(argument.name), self._tokens(at)), "nats", node.span)
         return self._read(Measure(name), argument, at, node)
 
-    def _no_function(self, name: tree.Name):
+    def _no_function(self, node: tree.Function):
+        name = node.name
         if name.text in BUILT_IN or name.text in self._scope.names:
             return self._scope.not_a("a metric's function", name, FUNCTIONS)
+        measure = name.text.removesuffix("_diff").removesuffix("_difference")
+        fix = _difference(measure, node.arguments) if measure != name.text else None
         message = f"no function {name.text!r}; a metric has {', '.join(FUNCTIONS)}"
-        return WRONG_KIND.error(message, fix=nearest(name.text, FUNCTIONS), span=name.span)
+        return WRONG_KIND.error(message, fix=fix or nearest(name.text, FUNCTIONS), span=name.span)
 
     # ---- answers
 
@@ -284,6 +288,14 @@ class Metrics:
 
 TAKES = {"kl": "one world", "dot": "a node and a tensor"}
 EXAMPLES = {"kl": "kl(clean)", "dot": 'dot(resid_post[0] @ -1, tensor("probe.safetensors", "w"))'}
+
+
+def _difference(measure: str, arguments: Sequence[tree.Argument]) -> str | None:
+    """The fix for a function of two answers, which is a difference."""
+    if measure not in READS or len(arguments) != 2:
+        return None
+    first, second = (written(argument) for argument in arguments)
+    return f"write `{measure}({first}) - {measure}({second})`"
 
 
 class _Opened:

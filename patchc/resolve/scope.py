@@ -32,6 +32,17 @@ NODE_NAMES = (
 NUMBER_DOMAINS = ("layers", "heads", "positions", "prompts")
 VALUE_NAMES = ("zero", "mean", "self", "resample", "noise", "tensor", "blocked")
 FUNCTION_NAMES = ("logit", "prob", "logprob", "rank", "correct", "loss", "kl", "dot", "circuit", "nodes")
+OTHERS_WORDS = {
+    **dict.fromkeys(("gaussian", "normal", "randn", "random"), "noise"),
+    **dict.fromkeys(("pos", "position", "seq", "tokens"), "positions"),
+    **dict.fromkeys(("average", "avg"), "mean"),
+    **dict.fromkeys(("knockout", "mask"), "blocked"),
+    **dict.fromkeys(("accuracy", "acc"), "correct"),
+    "probability": "prob",
+    "log_prob": "logprob",
+    "kl_div": "kl",
+}
+"""What other tools call a name of the language, where the spelling alone would not show it."""
 BUILT_IN = {
     **dict.fromkeys(NODE_NAMES, "a set of nodes"),
     **dict.fromkeys(NUMBER_DOMAINS, "something to range over"),
@@ -115,16 +126,18 @@ class Scope:
         """What a name is, in words, or None."""
         return self.names[name].kind if name in self.names else BUILT_IN.get(name)
 
-    def not_a(self, what: str, name: tree.Name, known: Iterable[str]) -> PatchcError:
-        """The error for `name` where `what` (in words) is needed and `known` are the names that would do."""
+    def not_a(self, what: str, name: tree.Name, known: Iterable[str], meant: str | None = None) -> PatchcError:
+        """The error for `name` where `what` (in words) is needed and `known` are the names that would do.
+
+        `meant`: the fix, where more is known than how names are spelt."""
         if name.text in self.unsupported:
             return PatchcError(())
-        known = list(known)
+        known = list(dict.fromkeys(known))
         kind = self.kind(name.text)
         if kind is not None:
             message = f"{name.text!r} is {kind}, not {what}{_choice(known)}"
-            return WRONG_KIND.error(message, fix=nearest(name.text, known), span=name.span)
-        fix = nearest(name.text, known) or nearest(name.text, self.names)
+            return WRONG_KIND.error(message, fix=meant or _nearest(name.text, known), span=name.span)
+        fix = meant or _nearest(name.text, known) or nearest(name.text, self.names)
         return UNKNOWN_NAME.error(
             f"nothing is called {name.text!r}; {what} is needed{_choice(known)}", fix=fix, span=name.span
         )
@@ -154,6 +167,12 @@ class Scope:
         if not isinstance(value, str):
             return value
         raise WRONG_KIND.error(f"${{{node.name}}} is {value!r}, and a number is needed here", span=node.span)
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    """The name in other letters, the one that other tools' word stands for, or the nearest spelling."""
+    folded = next((k for k in known if k.casefold() == name.casefold()), None) or OTHERS_WORDS.get(name.lower())
+    return f"did you mean `{folded}`?" if folded in known else nearest(name, known)
 
 
 def _choice(known: list[str]) -> str:

@@ -15,6 +15,7 @@ from patchc.ir.bits import bits, bitset
 from patchc.ir.graph import PORTS, QKV, BlockKind, Kind, ResidualGraph
 from patchc.ir.paths import EVERYWHERE, Site
 from patchc.parse import tree
+from patchc.parse.elsewhere import site_meant
 from patchc.resolve.bindings import Env
 from patchc.resolve.indices import UNKNOWN_NODE, Axis, Indexer
 from patchc.resolve.places import Places
@@ -174,9 +175,8 @@ class Selectors:
     def _name(self, name: tree.Name, site: tree.Site) -> Site:
         """A site that some node has, with as many indices as it can have."""
         if name.text not in TAKES:
-            meant = closest(name.text, TAKES)
             message = f"no site .{name.text}: a head has {HEAD_SITES.told}, an MLP {MLP_SITES.told}"
-            raise UNKNOWN_SITE.error(message, fix=f"did you mean `.{meant}`?" if meant else None, span=name.span)
+            raise UNKNOWN_SITE.error(message, fix=_site_fix(name.text), span=name.span)
         takes = TAKES[name.text]
         if len(site.indices) > len(takes):
             what = f"takes {len(takes)} ({' and '.join(takes)})" if takes else "takes no index"
@@ -235,6 +235,14 @@ TAKES: dict[str, tuple[str, ...]] = {
     "post": ("a neuron",),
 }
 """What the indices of each site count."""
+
+
+def _site_fix(name: str) -> str | None:
+    known = site_meant(name)
+    if known == "":
+        return f"leave `.{name}` out: a node by itself is what it writes"
+    meant = known if known in TAKES else closest(name, TAKES)
+    return f"did you mean `.{meant}`?" if meant else None
 
 
 def _whole(member: Member, site: Site) -> Sequence[Member]:

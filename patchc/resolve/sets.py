@@ -11,8 +11,9 @@ from typing import Any
 from patchc.diagnostics import RULES, PatchcError, Span
 from patchc.ir.graph import ResidualGraph
 from patchc.parse import tree
+from patchc.parse.elsewhere import node_meant
 from patchc.parse.parser import MAX_DEPTH, TOO_DEEP
-from patchc.resolve.bindings import NO_LOCALS, Env
+from patchc.resolve.bindings import NO_LOCALS, Env, Number
 from patchc.resolve.circuits import circuit, less_nodes, nodes_of
 from patchc.resolve.indices import UNKNOWN_NODE
 from patchc.resolve.places import Places, names_in
@@ -180,7 +181,7 @@ class Sets:
             message = f"{name!r} are numbers to range over (`for l in {name}`), not nodes"
             raise WRONG_KIND.error(message, fix="did you mean `head`?" if name == "heads" else None, span=node.span)
         known = [*(n for n, b in env.items() if isinstance(b, TERMS)), *self._scope.lets, *NODE_NAMES]
-        raise self._scope.not_a("a set of nodes", node.name, known)
+        raise self._scope.not_a("a set of nodes", node.name, known, _meant(node))
 
     def _no_indices(self, node: tree.Ref) -> None:
         if node.indices:
@@ -190,9 +191,10 @@ class Sets:
         bound = env[node.name.text]
         if isinstance(bound, TERMS):
             return bound
-        raise WRONG_KIND.error(
-            f"{node.name.text!r} ranges over {type(bound).__name__.lower()}s, not nodes", span=node.span
-        )
+        name = node.name.text
+        fix = _of_number(name, bound.unit) if isinstance(bound, Number) else None
+        message = f"{name!r} ranges over {type(bound).__name__.lower()}s, not nodes"
+        raise WRONG_KIND.error(message, fix=fix, span=node.span)
 
     def _of_let(self, let: tree.Let, name: tree.Name) -> Term:
         if let.parameters:
@@ -254,3 +256,20 @@ class Sets:
             if isinstance(argument, tree.Text | tree.Parameter):
                 raise NOT_SUPPORTED_YET.error("circuit files are not supported yet; list the edges", span=node.span)
         return circuit(self._graph, [self._argument(a, env) for a in node.arguments], node.span)
+
+
+def _meant(node: tree.Ref) -> str | None:
+    """The fix for a node in another tool's spelling: `hook_z[3, 1]`, `blocks[3].attn`, `L3H1`."""
+    names = [node.name.text, *(name.text for site in node.sites for name in site.names)]
+    indices = [*node.indices, *(index for site in node.sites for index in site.indices)]
+    meant = node_meant(".".join(names), [written(index) for index in indices])
+    return f"write `{meant}`" if meant else None
+
+
+def _of_number(name: str, unit: str | None) -> str | None:
+    """The fix for a number that stands for a node."""
+    if unit == "head":
+        return f"write `for {name} in head` to range over heads, or `head[l, {name}]` for one of a layer"
+    if unit == "layer":
+        return f"as in `mlp[{name}]` or `resid_pre[{name}]`"
+    return f"as in `head[3, 1] @ {name}`" if unit == "position" else None
