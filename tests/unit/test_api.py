@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import patchc
@@ -422,3 +423,12 @@ def test_grouped_keys_and_values_in_a_graph() -> None:
     masks = torch.zeros(compiled.graph.mask_shape)
     masks[0, 2] = 1
     assert graph_diffs(compiled.graph, masks).item() == pytest.approx(values[0, 2], abs=1e-5)
+
+
+def test_a_tensor_file_is_opened_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"c#d": torch.ones(small().graph.d_model)}, "a#b.safetensors")
+    text = 'experiment e { run clean patch node mlp[0] with tensor("a#b.safetensors", "c#d") measure diff }'
+    Path("a.patch").write_text(DIFF + text)
+    compiled = small().compile("a.patch", data=IDS)
+    assert compiled.given.tensors["a#b.safetensors#c#d"].tolist() == [1.0] * small().graph.d_model
