@@ -143,7 +143,7 @@ class Experiments:
     def _warn_unused(self, node: tree.Experiment, bindings: Sequence[tree.Binding]) -> None:
         """A variable that no patch and no other variable has in it: its cells are all the same."""
         for i, b in enumerate(bindings):
-            used = {n for c in _clauses(node, tree.Patch) for n in names_in(c)}
+            used = {n for c in node.clauses if isinstance(c, tree.Patch | tree.Attribute) for n in names_in(c)}
             used |= {n for other in bindings[i + 1 :] for n in names_in(other.domain)}
             if b.name.text not in used and not is_over_prompts(b):
                 message = f"no patch has the loop variable {b.name.text!r} in it, so that its cells are all the same"
