@@ -16,7 +16,7 @@ _DOUBLE = '"\u201c\u201d\u201e\u00ab\u00bb'
 _SINGLE = "\u2018\u2019"
 _QUOTES = {"'": "'", "`": "`", **dict.fromkeys(_SINGLE, _SINGLE), **dict.fromkeys(_DOUBLE[1:], _DOUBLE)}
 """What may close a text that begins with each; word processors mix them."""
-_WORDS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|#[^\n]*|//[^\n]*')
+_WORDS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[\u201c\u201d\u201e][^"\u201c\u201d\n]*|\'[^\'\n]*\'|#[^\n]*|//[^\n]*')
 _MEANT = {
     ";": (" ", "clauses need no `;`", "put each on its own line"),
     ":": (
@@ -99,7 +99,7 @@ def _slice(item: str) -> str:
         return item
     if not last:
         return f"{first}.." if first not in ("", "0") else "*"
-    end = str(int(last) - 1) if last.isdecimal() and last != "0" else f"{last} - 1"
+    end = str(int(last) - 1) if last.isdecimal() and len(last) < 10 and int(last) else f"{last} - 1"
     return f"{first or '0'}..{end}"
 
 

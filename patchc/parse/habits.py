@@ -13,6 +13,8 @@ from patchc.diagnostics import Source
 from patchc.parse.elsewhere import node_meant
 from patchc.parse.situation import CLOSERS, RESERVED, TARGETS, Mistake, Situation
 
+LONG = 10
+"""Digits of a number that no range has."""
 VERBS = {"ablate": "zero", "knockout": "zero", "zero": "zero", "restore": "clean", "corrupt": "corrupt"}
 """What other tools call a patch, and with what value it is one."""
 
@@ -21,7 +23,7 @@ def python_range(s: Situation, source: Source) -> Mistake | None:
     """`range(4)`."""
     if s.previous_kind != "LPAR" or s.index < 2 or s.tokens[s.index - 2] != "range":
         return None
-    bounds = [int(t) for t in _inside(s, s.index - 1) if t.type == "INT"]
+    bounds = [int(t) for t in _inside(s, s.index - 1) if t.type == "INT" and len(t) < LONG]
     first, last = (bounds[0], bounds[1] - 1) if len(bounds) > 1 else (0, (bounds or [1])[0] - 1)
     fix = f"write `{first}..{last}`, or `layers` for every layer" if bounds else "write `layers`, or as in `0..3`"
     return Mistake("a range is written with two dots, its ends included", fix, s.tokens[s.index - 2])

@@ -55,8 +55,9 @@ class AnswerReader:
         if not data.records:
             raise silent()
         if name.text not in data.columns:
+            known = data.likely_answers or data.columns
             meant = None if nearest(name.text, data.columns) else f'a token is written as a text: `" {name.text}"`'
-            raise data.scope.not_a("an answer (a column of the data)", name, data.columns, meant)
+            raise data.scope.not_a("an answer (a column of the data)", name, known, meant)
         for prompt in range(len(data.records)):
             cell = data.cell(prompt, name.text, name.span)
             where = data.records[prompt].span(name.text) or name.span

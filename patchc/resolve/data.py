@@ -68,6 +68,18 @@ class Dataset:
         """Every column, in the order in which the records have them."""
         return tuple(dict.fromkeys(name for record in self.records for name in record.cells))
 
+    @cached_property
+    def likely_worlds(self) -> list[str]:
+        """The columns to name where a world is needed: texts half as long as the longest, and more."""
+        cells = self.records[0].cells if self.records else {}
+        words = {name: len(cell.split()) for name, cell in cells.items() if isinstance(cell, str)}
+        return [name for name, count in words.items() if 2 * count >= max(words.values())]
+
+    @property
+    def likely_answers(self) -> list[str]:
+        """The columns to name where an answer is needed: every other one."""
+        return [name for name in self.columns if name not in self.likely_worlds]
+
     def cell(self, prompt: int, column: str, span: Span | None) -> Any:
         """A prompt's entry in a column that the spec uses at `span`."""
         self.used.add(column)
@@ -99,7 +111,7 @@ class Dataset:
         if not self.records:
             raise silent()
         if name.text not in self.columns:
-            raise self.scope.not_a("a world (a text column)", name, self.columns)
+            raise self.scope.not_a("a world (a text column)", name, self.likely_worlds or self.columns)
         self.ids(name.text, name.span)
         return name.text
 

@@ -42,7 +42,8 @@ def open_checked(path: Path, name: str, span: Span | None, limit: int | None = M
     except ValueError as error:  # a NUL in the name
         raise MISSING_FILE.error(f"{name!r} is no file name: {error}", span=span) from None
     except OSError as error:
-        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", fix=neighbour(path), span=span) from None
+        fix = neighbour(path) or (None if Path(name).is_absolute() else "its path is relative to the spec's directory")
+        raise MISSING_FILE.error(f"{name} cannot be read: {error.strerror}", fix=fix, span=span) from None
     _refuse_code(start, name, span)
     return start
 

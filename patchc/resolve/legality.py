@@ -121,7 +121,7 @@ class Legality:
             return min(found), None
         message = f"{before} writes after {self._label(nodes)} reads: no edge leads from the one to the other"
         beside = min((self._graph.nodes[i].rank for i in bits(nodes.nodes)), default=-1) == after
-        if before and beside and not nodes.nodes & ~self._graph.heads:
+        if before.startswith("head") and beside and not nodes.nodes & ~self._graph.heads:
             label = self._label(nodes)
             message = f"no edge leads from {before} to {label}: a layer's heads run side by side, none reads another"
         elif not nodes.nodes & ~self._graph.of(Kind.ATTN_BIAS):

@@ -132,7 +132,7 @@ class Loops:
             return self._place(name.text, self._positions.place(name, {}))
         if name.text in self._data.columns:
             return WorldName(self._data.world(name))
-        known = [*self._positions.names(), *self._data.columns]
+        known = [*self._positions.names(), *(self._data.likely_worlds or self._data.columns)]
         meant = "sites follow a node: `in head.{q, k, v}`" if name.text in SITES else None
         raise self._scope.not_a("a position or a world", name, known, meant)
 
