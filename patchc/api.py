@@ -27,12 +27,12 @@ from patchc.execute.check import SAMPLE, check
 from patchc.execute.sweep import Outcome
 from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
+from patchc.ir.leaves import leaves
 from patchc.ir.program import Program, Rates
 from patchc.lower.unfelt import NO_EFFECT
 from patchc.model.load import LoadedModel
 from patchc.model.load import load as load_model
 from patchc.model.rates import rates
-from patchc.optimise import reads
 from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.plan import Plan, plan
 from patchc.parse import parse
@@ -336,7 +336,7 @@ def _check_called(study: Study) -> None:
         return
     report = Report()
     for metric in (m for experiment in study.experiments for m in experiment.metrics):
-        if any(isinstance(leaf, Called) for leaf in reads.leaves(metric.expression)):
+        if any(isinstance(leaf, Called) for leaf in leaves(metric.expression)):
             message = f"`{metric.name}` is a Python function, and the prompts differ in length"
             report.add(CALLED_LENGTHS.at(metric.span, message))
     report.raise_errors()

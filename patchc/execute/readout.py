@@ -33,11 +33,11 @@ from patchc.ir.experiment import (
     Read,
     Sum,
 )
+from patchc.ir.leaves import leaves
 from patchc.ir.ops import PATTERN, SCORES
 from patchc.ir.paths import Site
 from patchc.ir.program import End
 from patchc.model.pieces import Pieces, Tables
-from patchc.optimise.reads import leaves
 
 METRIC_FAILED = RULES.add("metric-failed", "a Python metric raised an error", exit=3)
 METRIC_SHAPE = RULES.add("metric-shape", "a Python metric gave numbers of another shape than one a prompt", exit=3)

@@ -3,15 +3,11 @@ end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from patchc.ir.bits import bitset
 from patchc.ir.experiment import (
     Called,
-    Constant,
     Continuation,
     Experiment,
-    Expression,
     FromWorld,
     Kl,
     Leaf,
@@ -21,33 +17,13 @@ from patchc.ir.experiment import (
     Moved,
     NodeRead,
     Probe,
-    Product,
     Prompts,
-    Quotient,
     Read,
     Source,
-    Sum,
 )
+from patchc.ir.leaves import leaves
 from patchc.ir.program import End
 from patchc.ir.tokens import Tokens
-
-
-def leaves(expression: Expression) -> Iterator[Leaf]:
-    """Everything that an expression reads from a run."""
-    match expression:
-        case Read() | Continuation() | Kl() | NodeRead() | Called():
-            yield expression
-        case Sum(terms):
-            for _, term in terms:
-                yield from leaves(term)
-        case Product(factors):
-            for factor in factors:
-                yield from leaves(factor)
-        case Quotient(over, under):
-            yield from leaves(over)
-            yield from leaves(under)
-        case Constant():
-            pass
 
 
 def ends(metrics: tuple[Metric, ...], prompts: Prompts) -> tuple[End, ...]:

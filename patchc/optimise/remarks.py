@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from patchc.ir.dag import NEVER
 from patchc.ir.experiment import Experiment, Measure, NodeRead, Read
+from patchc.ir.leaves import leaves
 from patchc.ir.ops import Core, Out, Run, VariantId
 from patchc.ir.program import Program
 from patchc.optimise.demand import Demand, demand
-from patchc.optimise.reads import leaves
 from patchc.optimise.rows import reachable
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from patchc.ir.bits import bits
-from patchc.ir.experiment import Expression, Leaf, Metric, NodeRead, Probe, Product, Quotient, Sum
+from patchc.ir.experiment import Metric, NodeRead, Probe
 from patchc.ir.graph import QKV, K, Q, ResidualGraph, V
+from patchc.ir.leaves import leaves
 from patchc.ir.paths import Site, Step
 from patchc.resolve.terms import Member
 
@@ -89,26 +90,9 @@ LOGITS = Ends()
 
 def ends_of(metrics: Iterable[Metric], certain: bool = True) -> Ends:
     """What some metrics read. `certain`: whether they are all of an experiment's."""
-    leaves = [leaf for m in metrics for leaf in _leaves(m.expression)]
-    probes = tuple(dict.fromkeys(leaf.probe for leaf in leaves if isinstance(leaf, NodeRead)))
-    return Ends(not probes or not all(isinstance(leaf, NodeRead) for leaf in leaves), probes, certain)
-
-
-def _leaves(expression: Expression) -> Iterator[Leaf]:
-    match expression:
-        case Sum(terms):
-            for _, term in terms:
-                yield from _leaves(term)
-        case Product(factors):
-            for factor in factors:
-                yield from _leaves(factor)
-        case Quotient(over, under):
-            yield from _leaves(over)
-            yield from _leaves(under)
-        case _ if isinstance(expression, Leaf):
-            yield expression
-        case _:
-            pass
+    read = [leaf for m in metrics for leaf in leaves(m.expression)]
+    probes = tuple(dict.fromkeys(leaf.probe for leaf in read if isinstance(leaf, NodeRead)))
+    return Ends(not probes or not all(isinstance(leaf, NodeRead) for leaf in read), probes, certain)
 
 
 def _step(graph: ResidualGraph, probe: Probe) -> Step:

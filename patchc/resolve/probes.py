@@ -26,9 +26,8 @@ from patchc.resolve.terms import Member
 NOT_A_NUMBER = RULES.add("not-a-number", "a metric reads a vector, or several nodes, where one number is needed")
 
 ENTRIES = (Site.PATTERN, Site.SCORES)
-IN_HEADS = (Site.PATTERN, Site.SCORES)
 IN_MLPS = (Site.IN, Site.POST)
-INNER = {site.value: site for site in (*IN_HEADS, *IN_MLPS)}
+INNER = {site.value: site for site in (*ENTRIES, *IN_MLPS)}
 """Sites that this file reads itself, with their own indices."""
 EXAMPLE = 'dot(resid_post[0] @ -1, tensor("probe.safetensors", "w"))'
 
@@ -133,7 +132,7 @@ class Probes:
             raise NOT_A_NUMBER.error(message, fix=fix, span=node.span)
 
     def _within(self, member: Member, site: Site, node: tree.Ref) -> Probe:
-        kind, owner = (self.graph.heads, "a head") if site in IN_HEADS else (self.graph.mlps, "an MLP")
+        kind, owner = (self.graph.heads, "a head") if site in ENTRIES else (self.graph.mlps, "an MLP")
         if member.site is not Site.OUT or member.nodes & kind != member.nodes or member.nodes.bit_count() != 1:
             message = f"{member.name} has no site .{site}: only {owner} has one"
             raise UNKNOWN_SITE.error(message, span=node.sites[-1].span)

@@ -167,3 +167,14 @@ def test_a_cell_that_is_not_on_top_says_who_is() -> None:
         "layer=0, head=1 is number 4 of `heads` by the size of its effect on `diff`, expected among the top 1"
     )
     assert [n.message for n in found.notes] == ["the strongest: layer=1, head=2: 3", "its own effect: 1"]
+
+
+# ---- columns
+
+
+def test_no_metric_takes_the_column_of_what_belongs_to_another() -> None:
+    names = ("x_stderr", "x", "y")
+    r = result(experiment(metrics=tuple(Metric(n, Constant(0.0)) for n in names)))
+    columns = list(r.to_pandas().columns)
+    assert len(columns) == len(set(columns)) == 2 + 2 * len(names) + 1
+    assert float(r["x_stderr"].sel(layer=1, head=2)) == 5.0  # its own numbers, not the error of x

@@ -149,3 +149,11 @@ def test_a_variable_over_two_entries_of_a_head_keeps_both(name: str) -> None:
     text = f"{lets} experiment e {{ for h in {name} run clean patch node h with zero measure diff }}"
     (found,) = resolved(text).study.experiments
     assert len({c.index for c in found.cells}) == len(found.cells) == 2
+
+
+def test_a_whole_layers_neurons_are_no_neuron() -> None:
+    text = "for n in {} run clean patch node n with zero"
+    whole = experiment(text.format("mlp[0].post | mlp[1].post")).dims
+    assert [(d.name, d.coords) for d in whole] == [("n", ("mlp[0].post", "mlp[1].post"))]
+    single = experiment(text.format("mlp[0].post[3]")).dims
+    assert [(d.name, d.coords) for d in single] == [("layer", (0,)), ("neuron", (3,))]
