@@ -34,6 +34,19 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a pass computes its variants; every choice gives the same numbers. `backward`: only tokens that something
+    measured reads; `heads`: only heads that some variant reads; `deltas`: attention on the base run's q, k and v is not
+    computed again where only scores or patterns are set; `rows`: token rows of one matrix product (0: one product a
+    variant)."""
+
+    backward: bool = True
+    heads: bool = True
+    deltas: bool = True
+    rows: int = 960
+
+
+@dataclass(frozen=True, slots=True)
 class Rates:
     """A model's FLOPs: of an MLP a token row (by block), of a q, k or v projection and of W_O a head row, of attention
     a (query, key, head) triple, of the unembedding a logit."""
@@ -61,6 +74,7 @@ class Program:
     passes: tuple[Pass, ...]
     no_effect: tuple[int, ...] = ()
     """Cells that provably equal the base run where it is measured: nothing runs for them."""
+    schedule: Schedule = Schedule()
 
     @property
     def base(self) -> str:
