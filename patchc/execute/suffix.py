@@ -302,19 +302,13 @@ class Suffixes:
         return z
 
     def _projected(self, layer: int, ports: Sequence[int], x: Tensor, at: Tensor) -> list[Tensor]:
-        """What attention takes of some rows, `[row, head, d_head]` for each port."""
-        widths = {p: self.graph.n_heads if p == 0 else self.graph.n_kv_heads for p in ports}
-        out = [x.new_empty(len(x), widths[p], self.graph.d_head) for p in ports]
-        first = 0
-        for some in even(x):
-            here = slice(first, first + len(some))
-            first += len(some)
-            y = self.pieces.norm(layer, ports[0], some)
-            for port, all_rows in zip(ports, out, strict=True):
-                if port != ports[0] and not self.pieces.shares_norm(layer):
-                    y = self.pieces.norm(layer, port, some)
-                raw = self.pieces.project(layer, port, y)
-                all_rows[here] = self.pieces.prepare(layer, port, raw, at[here], self.walk.tables)
+        """What attention takes of some rows, `[row, head, d_head]` for each port; `at`: their tokens."""
+        y, out = self.pieces.norm(layer, ports[0], x), list[Tensor]()
+        for port in ports:
+            if port != ports[0] and not self.pieces.shares_norm(layer):
+                y = self.pieces.norm(layer, port, x)
+            raw = self.pieces.project(layer, port, y)
+            out.append(self.pieces.prepare(layer, port, raw, at, self.walk.tables))
         return out
 
     def _core(self, index: int, layer: int, form: Alike, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
