@@ -7,16 +7,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-ROWS = 960
-"""Token rows of one matrix product: more only costs memory, fewer than half run slowly."""
 
-
-def packed(items: Sequence[tuple[T, int]]) -> Iterator[list[T]]:
-    """Runs of items, given with their rows, of about ROWS rows each."""
+def packed(items: Sequence[tuple[T, int]], most: int) -> Iterator[list[T]]:
+    """Runs of items, given with their rows, of about `most` rows each."""
     batch: list[T] = []
     total = 0
     for item, n in items:
-        if batch and total + n > ROWS * 1.25:
+        if batch and total + n > most * 1.25:
             yield batch
             batch, total = [], 0
         batch.append(item)

@@ -46,6 +46,12 @@ class Schedule:
     rows: int = 960
 
 
+FULL = Schedule()
+"""Every choice made."""
+NAIVE = Schedule(backward=False, heads=False, deltas=False, rows=0)
+"""None of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """A model's FLOPs: of an MLP a token row (by block), of a q, k or v projection and of W_O a head row, of attention
@@ -72,9 +78,15 @@ class Program:
     columns: tuple[int, ...] | None
     worlds: tuple[str, ...]
     passes: tuple[Pass, ...]
+    budget: int
+    """Bytes that a pass may hold beyond the model."""
+    element: int
+    """Bytes of one number."""
     no_effect: tuple[int, ...] = ()
     """Cells that provably equal the base run where it is measured: nothing runs for them."""
-    schedule: Schedule = Schedule()
+    schedule: Schedule = FULL
+    without: frozenset[str] = frozenset()
+    """Passes of the optimiser that were left out, by name."""
 
     @property
     def base(self) -> str:
@@ -93,6 +105,11 @@ class Program:
     def measured(self) -> Tokens:
         """The tokens at which logits are read."""
         return next((end.tokens for end in self.ends if end.probe is None), 0)
+
+    @property
+    def live(self) -> list[int]:
+        """The cells that run, in the order in which they do."""
+        return [c for work in self.passes for c in work.cells]
 
     @property
     def n_passes(self) -> int:

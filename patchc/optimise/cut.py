@@ -1,7 +1,6 @@
-"""Cuts the cells of an experiment into passes by a memory budget.
+"""Cuts the cells of an experiment into passes by a memory budget, in the order in which they are given.
 
-Cells stand in order of the rank at which they enter, so a pass of late cells never runs an early block, and cells that
-share variants run together.
+What a pass holds is estimated from its rows.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 from patchc.ir.dag import Dag
 from patchc.ir.ops import VariantId
-from patchc.ir.program import Pass
+from patchc.ir.program import FULL, Pass, Schedule
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import demand
 from patchc.optimise.rows import bytes_of, reachable, rows_of
@@ -27,15 +26,16 @@ def cut(
     cells: Sequence[int],
     budget: int,
     element: int,
+    schedule: Schedule = FULL,
 ) -> tuple[Pass, ...]:
     """`roots[cell]` are read at the tokens of `measured`; `cells` are the numbers of the cells that need a pass;
     `element` is the bytes of one number."""
-    needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)))
+    needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)), schedule)
     passes: list[Pass] = []
     chosen: list[int] = []
     rows: Counter[int] = Counter()
     seen: set[VariantId] = set()
-    for c in sorted(cells, key=lambda c: (min(dag.low[r] for r in roots[c]), c)):
+    for c in cells:
         more = rows_of(dag, needs, reachable(dag, needs, roots[c], seen))
         if chosen and bytes_of(dag, rows + more, element) > budget:
             passes.append(_pass(dag, chosen, rows, element))

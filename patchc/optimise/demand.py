@@ -1,7 +1,7 @@
 """Backward demand: which tokens, heads and projections of each variant anyone reads, from the roots down.
 
 What is not demanded is not computed. Demand is no part of a variant's identity: two cells that read different tokens of
-one variant share it.
+one variant share it. A program's schedule says whether tokens and heads that nobody reads are computed all the same.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from patchc.ir.ops import (
     Tokenwise,
     VariantId,
 )
+from patchc.ir.program import FULL, Schedule
 from patchc.ir.tokens import Tokens
 
 
@@ -39,16 +40,17 @@ class Demand:
 
     tokens: list[Tokens]
     uses: list[int]
+    schedule: Schedule = FULL
     heads: dict[VariantId, int] = field(default_factory=dict[VariantId, int])
     projections: dict[int, dict[tuple[VariantId, int], tuple[int, Tokens]]] = field(
         default_factory=dict[int, dict[tuple[VariantId, int], tuple[int, Tokens]]]
     )
 
 
-def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]]) -> Demand:
+def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]], schedule: Schedule = FULL) -> Demand:
     """What `roots`, each read at its tokens, need. A `Run` is asked for its input only: expand it first to see
     inside."""
-    out = Demand([0] * len(dag), [0] * len(dag))
+    out = Demand([0] * len(dag), [0] * len(dag), schedule)
     top = 0
     for root, tokens in roots:
         _ask(dag, out, root, tokens)
@@ -63,6 +65,8 @@ def _ask(dag: Dag, out: Demand, variant: VariantId, tokens: Tokens) -> None:
     if here := tokens & dag.changed[variant]:
         out.tokens[variant] |= here
         out.uses[variant] += 1
+    if not out.schedule.backward:
+        out.tokens[variant] = dag.changed[variant]
 
 
 def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
@@ -86,6 +90,8 @@ def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
             _ask(dag, out, core, tokens)
             out.heads[core] = out.heads.get(core, 0) | heads
         case Core() as core:
+            if not out.schedule.heads:
+                out.heads[i] = (1 << dag.graph.n_heads) - 1
             for port in range(3):
                 _ask_projection(dag, out, core.block, core.input(port), port, tokens, out.heads[i])
         case Run(rank, x):
@@ -100,7 +106,9 @@ def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
 
 def _ask_projection(dag: Dag, out: Demand, block: int, x: VariantId, port: int, tokens: Tokens, heads: int) -> None:
     """A projection of one input counts as one reader, however many cores share it."""
-    needed = (tokens if port == 0 else dag.reach(tokens)) & dag.changed[x]
+    needed = dag.changed[x]
+    if out.schedule.backward:
+        needed &= tokens if port == 0 else dag.reach(tokens)
     if not needed:
         return
     at_block = out.projections.setdefault(block, {})

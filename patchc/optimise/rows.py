@@ -36,8 +36,8 @@ def rows_of(dag: Dag, demand: Demand, variants: list[VariantId]) -> Counter[int]
         match dag.ops[i]:
             case Core(block) | Projected(block) | Neurons(block):
                 out[block] += demand.tokens[i].bit_count()
-            case Tokenwise(block, x):
-                out[block] += demand.tokens[i].bit_count() if x else 0
+            case Tokenwise(block, x, replaced):
+                out[block] += demand.tokens[i].bit_count() if x or not replaced else 0
             case Run(rank, x):
                 out += run_rows(dag, rank, dag.changed[x], demand.tokens[i])
             case _:
