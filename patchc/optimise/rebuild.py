@@ -42,13 +42,17 @@ def rebuilt(program: Program, law: Law, groups: Groups | None = None) -> Program
     """The program on a DAG under `law` too; the same object if it stands on one already."""
     if law in program.dag.laws:
         return program
+    new = Dag(program.dag.graph, program.dag.layout, program.dag.laws | law)
+    return replace(program, dag=new, roots=written_into(new, program, groups or {}))
+
+
+def written_into(new: Dag, program: Program, groups: Groups) -> tuple[tuple[VariantId, ...], ...]:
+    """Writes what a program's roots are made of into `new`; gives the roots there."""
     old = program.dag
-    new = Dag(old.graph, old.layout, old.laws | law)
-    rebuild = _Rebuild(old, new, Changes(new, program.prompts, program.experiment.run), groups or {})
+    rebuild = _Rebuild(old, new, Changes(new, program.prompts, program.experiment.run), groups)
     for i in read_by(old, (root for roots in program.roots for root in roots)):
         rebuild.known[i] = rebuild.again(i, old.ops[i])
-    roots = tuple(tuple(rebuild.known[root] for root in roots) for roots in program.roots)
-    return replace(program, dag=new, roots=roots)
+    return tuple(tuple(rebuild.known[root] for root in roots) for roots in program.roots)
 
 
 def read_by(dag: Dag, roots: Iterable[VariantId]) -> list[VariantId]:

@@ -19,9 +19,15 @@ def apply(program: Program) -> Program:
     return replace(program, passes=passes)
 
 
+def _size(n: int) -> str:
+    if n < 2**20:
+        return f"{n:,} bytes"
+    return f"{n / 2**30:.3g} GiB" if n >= 2**28 else f"{n / 2**20:.3g} MiB"
+
+
 def remark(facts: Facts) -> tuple[bool, str]:
     budget, passes = facts.program.budget, facts.program.passes
-    size = f"{budget / 2**30:.3g} GiB" if budget >= 2**28 else f"{budget / 2**20:.3g} MiB"
+    size = _size(budget)
     if len(passes) <= 1:
         return False, f"all cells fit into {size}: one pass"
     over = sum(work.bytes > budget for work in passes)
