@@ -12,11 +12,13 @@ from torch import Tensor
 from patchc.diagnostics import PatchcError
 from patchc.execute.sweep import Sweep
 from patchc.ir.experiment import Cell, Dim, Experiment, Measure, Metric, NodeRead, Patch, Probe, Prompts, Read
+from patchc.ir.ops import Sum
 from patchc.ir.paths import Path, Seq, Site, Star, Step
-from patchc.ir.program import Program, Rates
+from patchc.ir.program import End, Program, Rates
 from patchc.ir.tokens import Layout
-from patchc.lower import lower
-from patchc.optimise import DEFAULT_BUDGET, optimise, reads
+from patchc.lower import Lowered, lower
+from patchc.optimise import DEFAULT_BUDGET, naive, optimise, reads
+from patchc.optimise.demand import demand
 from patchc.optimise.passes import laws_without
 from patchc.optimise.work import Counter, Work
 from tests.drawn import VALUES, Draw, data, network
@@ -37,9 +39,20 @@ class Drawn:
 
     def program(self, without: Set[str] = frozenset()) -> Program:
         """The program that the optimiser makes without these passes, lowered without their laws."""
+        return optimise(*self._lowered(without), self.budget, 8, without)
+
+    def rewritten(self, names: Set[str]) -> Program:
+        """The program that all passes make of what is lowered without the laws of these."""
+        return optimise(*self._lowered(names), self.budget, 8)
+
+    def before_passes(self, names: Set[str]) -> Program:
+        """What is lowered without the laws of these, before any pass."""
+        return naive(*self._lowered(names), self.budget, 8)
+
+    def _lowered(self, without: Set[str]) -> tuple[Experiment, Prompts, Lowered, tuple[End, ...]]:
         ends = reads.ends(self.experiment.metrics, self.prompts)
         lowered = lower(self.experiment, self.prompts, self.toy.graph, ends, laws=laws_without(without))
-        return optimise(self.experiment, self.prompts, lowered, ends, self.budget, 8, without)
+        return self.experiment, self.prompts, lowered, ends
 
     def run(self, program: Program) -> Tensor:
         """`[metric, cell, prompt]`."""
@@ -47,15 +60,22 @@ class Drawn:
         outcome = Sweep(program, self.toy, tables, tensors=self.tensors).run()
         return torch.stack([found.per_prompt for found in outcome.numbers.values()])
 
-    def flops(self, program: Program) -> int:
-        """Planned, of the passes."""
-        done, counter = Work(), Counter(program.dag, program.schedule)
+    def cost(self, program: Program) -> tuple[int, int]:
+        """Planned, of the passes and of unembedding what they give: FLOPs, and numbers added up in streams."""
+        done, counter, additions, cells = Work(), Counter(program.dag, program.schedule), 0, 0
         for work in program.passes:
-            done.add(counter.of_reads(program.reads(work.cells)))
-        return done.flops(RATES)
+            asked = program.reads(work.cells)
+            done.add(counter.of_reads(asked))
+            needs = demand(program.dag, asked, program.schedule)
+            sums = ((op, needs.tokens[i]) for i, op in enumerate(program.dag.ops) if isinstance(op, Sum))
+            additions += sum((len(op.parts) - 1) * tokens.bit_count() for op, tokens in sums)
+            cells += len(work.cells)
+        columns = VOCAB if program.columns is None else len(program.columns)
+        logits = cells * program.measured.bit_count() * columns
+        return done.flops(RATES) + logits * RATES.logit, additions
 
 
-def drawn_sweep(rng: Random, budget: int | None = None) -> Drawn | None:
+def drawn_sweep(rng: Random, budget: int | None = None, kind: type[Toy] = Toy) -> Drawn | None:
     """None where the compiler refuses what was drawn: a patch without effect, two values at one start."""
     graph = network(rng)
     layout = Layout(tuple(rng.choice([1, 2, 3]) for _ in range(rng.choice([1, 2]))))
@@ -66,7 +86,7 @@ def drawn_sweep(rng: Random, budget: int | None = None) -> Drawn | None:
     metrics, tensors = _metrics(rng, draw.probe, layout)
     experiment = Experiment("e", None, "clean", (Dim("i", tuple(range(len(cells)))),), cells, metrics)
     budget = rng.choice([1, 2000, DEFAULT_BUDGET]) if budget is None else budget
-    drawn = Drawn(Toy(graph, rng.randrange(1000)), prompts, experiment, tensors, budget)
+    drawn = Drawn(kind(graph, rng.randrange(1000)), prompts, experiment, tensors, budget)
     try:
         drawn.program()
     except PatchcError:

@@ -12,8 +12,9 @@ from patchc.optimise.facts import Facts
 
 
 class Exactness(StrEnum):
-    """`BITWISE`: each number comes of the same operations on the same numbers. `CLOSE`: sums are taken in another
-    order, or matrix products have another shape, and last bits differ."""
+    """`BITWISE`: each number comes of the same operations on the same numbers in the same order, so that bits differ
+    only where a matrix product rounds a row otherwise beside other rows. `CLOSE`: last bits differ whatever products
+    do."""
 
     BITWISE = "bitwise"
     CLOSE = "close"

@@ -29,7 +29,7 @@ from patchc.optimise.passes import (
 BITWISE, CLOSE = Exactness.BITWISE, Exactness.CLOSE
 
 PASSES: tuple[OptimiserPass, ...] = (
-    OptimiserPass("equal variants", equal_variants.apply, equal_variants.remark, BITWISE, Law.EQUAL),
+    OptimiserPass("equal variants", equal_variants.apply, equal_variants.remark, CLOSE, Law.EQUAL),
     OptimiserPass("equal to base", equal_to_base.apply, equal_to_base.remark, CLOSE, Law.BASE),
     # After equal variants: a sum is shared where its parts have the same numbers.
     OptimiserPass("shared streams", shared_streams.apply, shared_streams.remark, CLOSE, Law.STREAMS),
@@ -38,9 +38,9 @@ PASSES: tuple[OptimiserPass, ...] = (
     OptimiserPass("answer columns", answer_columns.apply, answer_columns.remark, CLOSE),
     OptimiserPass("head deltas", head_deltas.apply, head_deltas.remark, CLOSE),
     # After forward positions, which show what a cell can change; before anything is done with cells.
-    OptimiserPass("cells without effect", cells_without_effect.apply, cells_without_effect.remark, BITWISE),
-    OptimiserPass("heads", heads.apply, heads.remark, CLOSE),
-    OptimiserPass("packed rows", packed_rows.apply, packed_rows.remark, CLOSE),
+    OptimiserPass("cells without effect", cells_without_effect.apply, cells_without_effect.remark, CLOSE),
+    OptimiserPass("heads", heads.apply, heads.remark, BITWISE),
+    OptimiserPass("packed rows", packed_rows.apply, packed_rows.remark, BITWISE),
     OptimiserPass("late entry", late_entry.apply, late_entry.remark, CLOSE),
     OptimiserPass("chunks", chunks.apply, chunks.remark, CLOSE),
 )

@@ -2,7 +2,7 @@
 machine's speed.
 
 Before    144 products of 6 rows        After    one product of 864
-More than some 960 rows only cost memory. Another shape may take another kernel, so last bits differ.
+More than some 960 rows only cost memory. A product of another shape may take another kernel, which rounds otherwise.
 """
 
 from __future__ import annotations
