@@ -177,8 +177,7 @@ class Compiled:
     # ---- before anything runs
     def plan(self) -> Plans:
         """What each experiment will run."""
-        element = self.model.loaded.pieces.dtype.itemsize
-        return Plans(plan(p, self.model.rates, self.memory, element) for p in self.programs)
+        return Plans(plan(p, self.model.rates) for p in self.programs)
 
     def analyse(self) -> tuple[Analysis, ...]:
         """Run each experiment twice, from its plain runs on, and measure what `plan` foretells."""
@@ -285,7 +284,9 @@ class Plans(tuple[Plan, ...]):
     """The plans of a spec; prints as text."""
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self))
+        from patchc.report.plans import plan_text
+
+        return "\n\n".join(map(plan_text, self))
 
     __repr__ = __str__
 

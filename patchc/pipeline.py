@@ -8,7 +8,7 @@ What a spec says is in `parse` and `resolve`; what a model is, in `model`; every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from patchc.lower import lower
 from patchc.lower.masked import lower_masked
 from patchc.model.load import LoadedModel
 from patchc.optimise import optimise, reads
+from patchc.optimise.passes import laws_without
 from patchc.parse.tree import Spec
 from patchc.resolve import resolve
 from patchc.resolve.parameters import Literal
@@ -75,11 +76,14 @@ def to_programs(study: Study, model: LoadedModel, budget: int) -> tuple[Program,
     return tuple(out)
 
 
-def to_program(experiment: Experiment, prompts: Prompts, model: LoadedModel, budget: int) -> Program:
-    """One experiment, folded into a variant DAG and cut into passes."""
+def to_program(
+    experiment: Experiment, prompts: Prompts, model: LoadedModel, budget: int, without: Set[str] = frozenset()
+) -> Program:
+    """One experiment, folded into a variant DAG and cut into passes; `without` names passes of the optimiser to leave
+    out, which changes no result."""
     ends = reads.ends(experiment.metrics, prompts)
-    lowered = lower(experiment, prompts, model.graph, ends)
-    return optimise(experiment, prompts, lowered, ends, budget, model.pieces.dtype.itemsize)
+    lowered = lower(experiment, prompts, model.graph, ends, laws=laws_without(without))
+    return optimise(experiment, prompts, lowered, ends, budget, model.pieces.dtype.itemsize, without)
 
 
 def to_graph(

@@ -9,11 +9,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-ROWS = 960
-"""Token rows of one matrix product: more only costs memory, fewer than half run slowly."""
 
-
-def packed(items: Sequence[tuple[T, int]], most: int = ROWS) -> Iterator[list[T]]:
+def packed(items: Sequence[tuple[T, int]], most: int) -> Iterator[list[T]]:
     """Runs of items, given with their rows, of about `most` rows each."""
     batch: list[T] = []
     total = 0
@@ -27,7 +24,7 @@ def packed(items: Sequence[tuple[T, int]], most: int = ROWS) -> Iterator[list[T]
         yield batch
 
 
-def even(x: Tensor, most: int = ROWS) -> tuple[Tensor, ...]:
-    """Rows in pieces of equal size, of at most about `most`."""
+def even(x: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Rows in pieces of equal size, of about `most` at most."""
     pieces = max(1, round(len(x) / max(1, most)))
     return x.split(max(1, -(-len(x) // pieces)))

@@ -156,6 +156,7 @@ class Suffixes:
     def __post_init__(self) -> None:
         dag = self.walk.dag
         self.graph, self.pieces, self.base = dag.graph, self.walk.pieces, self.walk.stored.base_run
+        self.rows = self.walk.schedule.rows
         self.entering: dict[int, list[VariantId]] = {}
         self._needed: dict[Tokens, list[Tokens]] = {}
         for i in self.walk.demand.tokens:
@@ -183,7 +184,7 @@ class Suffixes:
             return
         blocks = self.blocks[rank]
         if [b.kind for _, b in blocks] == [BlockKind.MLP]:
-            for some in even(self.flat):
+            for some in even(self.flat, self.rows):
                 some += self.pieces.mlp(self._layer(blocks[0][0]), some)
         else:
             self._rank(rank)
@@ -259,7 +260,7 @@ class Suffixes:
 
     def _mlp(self, index: int, asking: Tensor, moves: Sequence[Move], flat: Tensor) -> None:
         """Adds an MLP that reads what was below the rank."""
-        written = torch.cat([self.pieces.mlp(self._layer(index), some) for some in even(asking)])
+        written = torch.cat([self.pieces.mlp(self._layer(index), some) for some in even(asking, self.rows)])
         for m in moves:
             out = m.view(flat)
             if m.rest:
@@ -273,7 +274,7 @@ class Suffixes:
         layer = self._layer(index)
         z = self._z(index, layer, asking, moves, len(flat))
         bias = self.pieces.attn_bias(layer)
-        for some, heads in zip(even(flat), even(z), strict=True):
+        for some, heads in zip(even(flat, self.rows), even(z, self.rows), strict=True):
             some += self.pieces.write(layer, heads)
             if bias is not None:
                 some += bias

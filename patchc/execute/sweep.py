@@ -69,7 +69,7 @@ class Sweep:
         progress(done)
         ends = [(self.readout.at_end(end, program.base), end.tokens) for end in program.ends]
         for work in program.passes:
-            walk = Walk(program.dag, self.pieces, self.tables, stored)
+            walk = Walk(program.dag, self.pieces, self.tables, stored, schedule=program.schedule)
             found = walk.read([program.roots[c] for c in work.cells], ends)
             silent += [c for c, unfelt in zip(work.cells, walk.unfelt, strict=True) if unfelt]
             self._measure(work.cells, found, values)

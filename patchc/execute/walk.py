@@ -42,9 +42,10 @@ from patchc.ir.ops import (
     VariantId,
     children,
 )
+from patchc.ir.program import FULL, Schedule
 from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces, Tables
-from patchc.optimise.demand import demand
+from patchc.optimise.demand import Counts, demand
 
 STORED = (Const, Stream, StoredZ)
 
@@ -58,6 +59,7 @@ class Walk:
     tables: Tables
     stored: Stored
     measured: Tokens = 0
+    schedule: Schedule = FULL
 
     def streams(self, roots: Sequence[VariantId]) -> list[Tensor]:
         """For each root `[measured token, d_model]`: the base run's final stream with the root's difference added."""
@@ -69,9 +71,9 @@ class Walk:
         """What the cells have at each end, `[cell, token, width]`: the base run's numbers there, which `ends` gives with
         the tokens, and the difference of each cell's root."""
         reads = [(r, tokens) for roots in cells for r, (_, tokens) in zip(roots, ends, strict=True)]
-        self.demand = demand(self.dag, reads)
+        self.demand = demand(self.dag, reads, self.schedule)
         self.values: dict[VariantId, Tensor] = {}
-        self.left = self.demand.uses.copy()
+        self.left = Counts(self.demand.uses)
         self.zero: set[VariantId] = set()
         self._blocks()
         out = [self._at_end([roots[i] for roots in cells], *end) for i, end in enumerate(ends)]
@@ -204,7 +206,7 @@ class Walk:
         tokens = self.demand.tokens
         for kind in (self._run_mlps, self._run_neurons, self._stored_neurons):
             mine = [(i, tokens[i].bit_count()) for i, op in ops.items() if self._mlp_kind(op) == kind]
-            for batch in packed(mine):
+            for batch in packed(mine, self.schedule.rows):
                 self._keep(batch, kind(index, [(i, ops[i]) for i in batch]))
         for i in variants:
             if isinstance(op := self.dag.ops[i], Neurons):
@@ -314,7 +316,9 @@ class Walk:
         for i, op in outs:
             by_heads.setdefault(op.heads, []).append((i, op.core))
         for heads, group in by_heads.items():
-            for batch in packed([((i, core), self.demand.tokens[i].bit_count()) for i, core in group]):
+            for batch in packed(
+                [((i, core), self.demand.tokens[i].bit_count()) for i, core in group], self.schedule.rows
+            ):
                 self._keep([i for i, _ in batch], self._written(block.layer, heads, batch, z))
 
     def _release_all(self, op: Entries) -> None:

@@ -1,7 +1,7 @@
-"""Cuts the cells of an experiment into passes: as many as keep the matrix products full, within a memory budget.
+"""Cuts the cells of an experiment into passes, in the order in which they are given: as many cells as keep the matrix
+products full, within a memory budget.
 
-Cells stand in order of the rank at which they enter, so a pass of late cells never runs an early block, and cells that
-share variants run together.
+What a pass holds is estimated from its rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from patchc.ir.dag import Dag
 from patchc.ir.ops import VariantId
-from patchc.ir.program import Pass
+from patchc.ir.program import FULL, Pass, Schedule
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import demand
 from patchc.optimise.memory import bytes_of
@@ -29,16 +29,17 @@ def cut(
     cells: Sequence[int],
     budget: int,
     element: int,
+    schedule: Schedule = FULL,
 ) -> tuple[Pass, ...]:
     """`roots[cell]` are read at the tokens of `measured`; `cells` are the numbers of the cells that need a pass;
     `element` is the bytes of one number."""
-    needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)))
+    needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)), schedule)
     count, n_blocks = Rows(dag), len(dag.graph.blocks)
     passes: list[Pass] = []
     chosen: list[int] = []
     rows = [0] * n_blocks
     seen: set[VariantId] = set()
-    for c in sorted(cells, key=lambda c: (min(dag.low[r] for r in roots[c]), c)):
+    for c in cells:
         before = rows.copy()
         count.add(rows, needs, reachable(dag, needs, roots[c], seen))
         if chosen and (max(rows) > ENOUGH or bytes_of(dag.graph, max(rows), element) > budget):

@@ -1,7 +1,7 @@
 """Backward demand: which tokens, heads and projections of each variant anyone reads, from the roots down.
 
 What is not demanded is not computed. Demand is no part of a variant's identity: two cells that read different tokens of
-one variant share it.
+one variant share it. A program's schedule says whether tokens and heads that nobody reads are computed all the same.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from patchc.ir.ops import (
     Tokenwise,
     VariantId,
 )
+from patchc.ir.program import FULL, Schedule
 from patchc.ir.tokens import Tokens
 
 
@@ -47,16 +48,17 @@ class Demand:
 
     tokens: Counts = field(default_factory=Counts)
     uses: Counts = field(default_factory=Counts)
+    schedule: Schedule = FULL
     heads: dict[VariantId, int] = field(default_factory=dict[VariantId, int])
     projections: dict[int, dict[tuple[VariantId, int], tuple[int, Tokens]]] = field(
         default_factory=dict[int, dict[tuple[VariantId, int], tuple[int, Tokens]]]
     )
 
 
-def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]]) -> Demand:
+def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]], schedule: Schedule = FULL) -> Demand:
     """What `roots`, each read at its tokens, need. A `Run` is asked for its input only: expand it first to see
     inside."""
-    out = Demand()
+    out = Demand(schedule=schedule)
     waiting: list[int] = []
     for root, tokens in roots:
         _ask(dag, out, waiting, root, tokens)
@@ -66,11 +68,12 @@ def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]]) -> Demand:
 
 
 def _ask(dag: Dag, out: Demand, waiting: list[int], variant: VariantId, tokens: Tokens) -> None:
-    if here := tokens & dag.changed[variant]:
+    changed = dag.changed[variant]
+    if here := tokens & changed if out.schedule.backward else changed:
         if variant not in out.tokens:
             heappush(waiting, -variant)
         out.tokens[variant] |= here
-        out.uses[variant] += 1
+        out.uses[variant] += bool(tokens & changed)
 
 
 def _ask_children(dag: Dag, out: Demand, waiting: list[int], i: VariantId) -> None:
@@ -94,6 +97,8 @@ def _ask_children(dag: Dag, out: Demand, waiting: list[int], i: VariantId) -> No
             _ask(dag, out, waiting, core, tokens)
             out.heads[core] = out.heads.get(core, 0) | heads
         case Core() as core:
+            if not out.schedule.heads:
+                out.heads[i] = (1 << dag.graph.n_heads) - 1
             for port in range(3):
                 _ask_projection(dag, out, waiting, core, port, tokens, out.heads[i])
         case Run(rank, x):
@@ -111,7 +116,9 @@ def _ask_projection(
 ) -> None:
     """A projection of one input counts as one reader, however many cores share it."""
     x = core.input(port)
-    needed = (tokens if port == 0 else dag.reach(tokens)) & dag.changed[x]
+    needed = dag.changed[x]
+    if out.schedule.backward:
+        needed &= tokens if port == 0 else dag.reach(tokens)
     if not needed:
         return
     at_block = out.projections.setdefault(core.block, {})

@@ -24,6 +24,7 @@ from patchc.ir.ops import (
     VariantId,
     children,
 )
+from patchc.ir.program import FULL, Schedule
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import Demand, demand
 from patchc.optimise.work import Work
@@ -56,6 +57,7 @@ class Live:
 
     dag: Dag
     element: int
+    schedule: Schedule = FULL
     _suffixes: dict[tuple[int, Tokens, Tokens], list[int]] = field(
         default_factory=dict[tuple[int, Tokens, Tokens], list[int]]
     )
@@ -63,7 +65,7 @@ class Live:
     def peak(self, reads: Sequence[tuple[VariantId, Tokens]], work: Work) -> int:
         """The most that one pass holds for these roots, each read at its tokens, beside plain runs and the reading of
         metrics; `work` is what it computes."""
-        needs = demand(self.dag, reads)
+        needs = demand(self.dag, reads, self.schedule)
         n = len(self.dag.graph.blocks) + 1
         change = [0] * (n + 1)
         made, last = self._lives(needs, (root for root, _ in reads))

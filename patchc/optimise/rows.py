@@ -44,8 +44,8 @@ class Rows:
             match self.dag.ops[i]:
                 case Core(block) | Projected(block) | Neurons(block):
                     counts[block] += demand.tokens[i].bit_count()
-                case Tokenwise(block, x):
-                    counts[block] += demand.tokens[i].bit_count() if x else 0
+                case Tokenwise(block, x, replaced):
+                    counts[block] += demand.tokens[i].bit_count() if x or not replaced else 0
                 case Run(rank, x):
                     for block, n in enumerate(self.of_run(rank, self.dag.changed[x], demand.tokens[i]), 1):
                         counts[-block] += n
