@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from patchc import pipeline
 from patchc.bench import targets
 from patchc.bench.measure import Used, n_threads, product_gflops, timed, wall_timed, with_use
-from patchc.bench.peers import Coords, Peer, Session, Task
+from patchc.bench.peers import Coords, Peer, PeerFailed, Session, Task
 from patchc.bench.row import PeerTime, Row, scaled
 from patchc.bench.shape import Shape, Worlds, random_worlds
 from patchc.bench.works import Work
@@ -109,8 +109,7 @@ def measure(bench: Bench, work: Work, setting: str) -> Row:
     part = _part(bench, work, worlds, gflops)
     compiled, result, used = with_use(lambda: _compile(bench, part.spec, worlds), _counted)
     values = _by_cell(result)
-    sides = [_opened(bench, peer, Task(work, bench.shape, worlds, compiled), values, part)
-             for peer in bench.peers if peer.does(work)]  # fmt: skip
+    sides, notes = _sides(bench, Task(work, bench.shape, worlds, compiled), values, part)
     try:
         turns = [_turn(bench, part, worlds, sides, i) for i in range(bench.effort.turns)]
         if bench.effort.wall:
@@ -123,7 +122,7 @@ def measure(bench: Bench, work: Work, setting: str) -> Row:
     row = _row(work, setting, part, turns, used)
     row = replace(row, wall_s=wall_s, peers={s.peer.name: s.time(part.whole_cells) for s in sides})
     row = _agreement(row, values, sides, result.baselines[METRIC]["corrupt"])
-    return replace(row, bounds=targets.bounds(row, part.rows_a_layer), notes=tuple(_notes(work, part, sides)))
+    return replace(row, bounds=targets.bounds(row, bench.shape, part.rows_a_layer), notes=(*_notes(part, sides), *notes))
 
 
 # ---- patchc's side
@@ -176,6 +175,18 @@ def _by_cell(result: Result) -> dict[Coords, float]:
 
 
 # ---- peers
+
+
+def _sides(bench: Bench, task: Task, values: dict[Coords, float], part: Part) -> tuple[list[Side], list[str]]:
+    """The peers that do the work, made ready; and notes of those that failed."""
+    sides: list[Side] = []
+    notes: list[str] = []
+    for peer in (p for p in bench.peers if p.does(task.work)):
+        try:
+            sides.append(_opened(bench, peer, task, values, part))
+        except PeerFailed as error:
+            notes.append(f"without {peer.name}: {error}")
+    return sides, notes
 
 
 def _opened(bench: Bench, peer: Peer, task: Task, values: dict[Coords, float], part: Part) -> Side:
@@ -274,7 +285,7 @@ def _agreement(row: Row, values: dict[Coords, float], sides: Sequence[Side], bas
     )
 
 
-def _notes(work: Work, part: Part, sides: Sequence[Side]) -> list[str]:
+def _notes(part: Part, sides: Sequence[Side]) -> list[str]:
     notes: list[str] = []
     if part.layers is not None:
         share = part.flops / part.whole_flops

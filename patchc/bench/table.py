@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import patchc
 from patchc.bench.row import Bound, Row
 
 
@@ -55,16 +58,22 @@ def _details(row: Row) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What it was measured on."""
-    import os
-
-    names = ("patchc", "torch", "transformers", "transformer-lens")
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in names},
+        "versions": {"patchc": patchc.__version__, **_versions("torch", "transformers", "transformer-lens")},
     }
+
+
+def _versions(*names: str) -> dict[str, str]:
+    """Of the packages that are installed."""
+    found: dict[str, str] = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _processor() -> str:

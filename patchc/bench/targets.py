@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from patchc.bench.row import Bound, Row
-from patchc.bench.shape import SETTINGS
+from patchc.bench.shape import GPT2_SMALL, SETTINGS, Shape
 from patchc.bench.works import (
     EDGES,
     HEAD_BY_POSITION,
@@ -50,13 +50,12 @@ DIFFERENCE = 1e-4
 """Largest difference from a peer's number that counts as equal, in logits."""
 
 
-def bounds(row: Row, rows_a_layer: float) -> tuple[Bound, ...]:
+def bounds(row: Row, shape: Shape, rows_a_layer: float) -> tuple[Bound, ...]:
     """A sweep's row against its targets; `rows_a_layer`: token rows that it computes in a layer, on average."""
-    return tuple(_bounds(row, rows_a_layer))
+    return tuple(_bounds(row, TARGETS.get((row.work, row.setting)), rows_a_layer)) if shape == GPT2_SMALL else ()
 
 
-def _bounds(row: Row, rows_a_layer: float) -> Iterator[Bound]:
-    target = TARGETS.get((row.work, row.setting))
+def _bounds(row: Row, target: Target | None, rows_a_layer: float) -> Iterator[Bound]:
     if target is not None and row.flops is not None:
         yield Bound("GFLOP", row.flops / 1e9, target.gflop)
     if target is not None and TRANSFORMER_LENS in row.ratio:

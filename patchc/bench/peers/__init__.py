@@ -28,6 +28,10 @@ class Task:
     compiled: Compiled
 
 
+class PeerFailed(Exception):
+    """A peer that is there could not do the work; the row goes without it, and says why."""
+
+
 class Session(Protocol):
     """A peer made ready for a task; `fixed_s`: the CPU seconds that this took, the model's loading aside."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from patchc.bench.peers import Coords, Module, Session, Task
+from patchc.bench.peers import Coords, Module, PeerFailed, Session, Task
 from patchc.bench.works import EDGES, Work
 
 SCRIPT = Path(__file__).with_name("autocircuit_script.py")
@@ -33,7 +33,7 @@ class AutoCircuit:
     def missing(self) -> str | None:
         try:
             found = subprocess.run(
-                [self._python, "-c", "import auto_circuit"], capture_output=True, text=True, check=False, timeout=300
+                [self._python, "-I", "-c", "import auto_circuit.types"], capture_output=True, text=True, check=False, timeout=300
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{self._python} does not run: {error}"
@@ -67,11 +67,13 @@ class AutoCircuitSession:
             ),
             encoding="utf-8",
         )
+        self._said = (folder / "stderr.txt").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            [python, str(SCRIPT), str(folder)],
+            # Isolated: beside the script lies a file with the name of a library that it wants.
+            [python, "-I", str(SCRIPT), str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._said,
             text=True,
             encoding="utf-8",
         )
@@ -88,8 +90,13 @@ class AutoCircuitSession:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("AutoCircuit's process ended")
+            raise PeerFailed(f"its process ended: {self._last_words()}")
         return json.loads(line)
+
+    def _last_words(self) -> str:
+        """The last line that the process wrote to stderr."""
+        self._said.seek(0)
+        return next((line.strip() for line in reversed(self._said.readlines()) if line.strip()), "it said nothing")
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -97,6 +104,7 @@ class AutoCircuitSession:
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+        self._said.close()
         self._folder.cleanup()
 
 
