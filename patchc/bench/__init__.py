@@ -3,3 +3,6 @@
 `works` says what is measured, `targets` what it should cost, `peers` who else does it; `sweeps` and `others` measure,
 `table` shows. Nothing is downloaded.
 """
+
+PEERS = ("transformer-lens", "hooks", "autocircuit")
+"""Who else may be measured, by the names that the table has."""

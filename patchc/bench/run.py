@@ -12,7 +12,9 @@ from functools import partial
 import torch
 
 from patchc import api
+from patchc.bench import PEERS
 from patchc.bench.measure import n_threads
+from patchc.bench.others import OTHERS
 from patchc.bench.peers import Peer
 from patchc.bench.peers.autocircuit import AutoCircuit
 from patchc.bench.peers.hooks import Hooks
@@ -21,8 +23,6 @@ from patchc.bench.row import Row
 from patchc.bench.shape import GPT2_SMALL, IOI_LIKE, SETTINGS, Shape, random_model
 from patchc.bench.sweeps import FULL, QUICK, Bench, measure
 from patchc.bench.works import HEAD_OUT, HEAD_SITES, WORKS, Work
-
-PEERS = ("transformer-lens", "hooks", "autocircuit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class Step:
 def steps(options: Options) -> list[Step]:
     """The rows that are asked for, in the table's order."""
     found = [_sweep(work, setting) for work in WORKS for setting in SETTINGS if _measured(work, setting, options.quick)]
+    found += [Step(o.name, o.setting, o.name, o.measure) for o in OTHERS if o.quick or not options.quick]
     return [step for step in found if options.rows is None or _named(step, options.rows)]
 
 
@@ -97,7 +98,7 @@ def _peers(options: Options) -> Iterator[Peer]:
         yield TransformerLens(make)
     if "hooks" in options.peers:
         yield Hooks()
-    if "autocircuit" in options.peers and options.autocircuit is not None:
+    if "autocircuit" in options.peers:
         yield AutoCircuit(make, options.autocircuit)
 
 

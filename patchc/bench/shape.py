@@ -62,9 +62,9 @@ def random_model(shape: Shape) -> nn.Module:
     """A Hugging Face GPT-2 of this shape, the same at every call."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"n_embd": shape.d_model, "n_head": shape.n_heads, "n_layer": shape.n_layers}
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    config = GPT2Config(**sizes, **ends, n_positions=shape.n_ctx, vocab_size=shape.d_vocab)
+    sizes: dict[str, Any] = {"n_embd": shape.d_model, "n_head": shape.n_heads, "n_layer": shape.n_layers}
+    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+    config: Any = GPT2Config(**sizes, **ends, n_positions=shape.n_ctx, vocab_size=shape.d_vocab)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = GPT2LMHeadModel(config).eval()

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-
 from patchc import pipeline
 from patchc.bench import targets
 from patchc.bench.measure import Used, n_threads, product_gflops, timed, wall_timed, with_use
-from patchc.bench.peers import Coords, Peer, PeerFailed, Session, Task
+from patchc.bench.peers import Coords, Peer, PeerError, Session, Task
 from patchc.bench.row import PeerTime, Row, scaled
 from patchc.bench.shape import Shape, Worlds, random_worlds
 from patchc.bench.works import Work
@@ -107,22 +106,20 @@ def measure(bench: Bench, work: Work, setting: str) -> Row:
     worlds = random_worlds(bench.shape, setting)
     gflops = product_gflops()
     part = _part(bench, work, worlds, gflops)
-    compiled, result, used = with_use(lambda: _compile(bench, part.spec, worlds), _counted)
-    values = _by_cell(result)
+    compiled, result, used = with_use(lambda: _compile(bench, part.spec, worlds), counted_run)
+    values = by_cell(result)
     sides, notes = _sides(bench, Task(work, bench.shape, worlds, compiled), values, part)
     try:
         turns = [_turn(bench, part, worlds, sides, i) for i in range(bench.effort.turns)]
-        if bench.effort.wall:
-            wall_s = _wall(bench, part, worlds, sides)
-        else:
-            wall_s = None
+        wall_s = _wall(bench, part, worlds, sides) if bench.effort.wall else None
     finally:
         for side in sides:
             side.session.close()
     row = _row(work, setting, part, turns, used)
     row = replace(row, wall_s=wall_s, peers={s.peer.name: s.time(part.whole_cells) for s in sides})
     row = _agreement(row, values, sides, result.baselines[METRIC]["corrupt"])
-    return replace(row, bounds=targets.bounds(row, bench.shape, part.rows_a_layer), notes=(*_notes(part, sides), *notes))
+    bounds = targets.bounds(row, bench.shape, part.rows_a_layer)
+    return replace(row, bounds=bounds, notes=(*_notes(part, sides), *notes))
 
 
 # ---- patchc's side
@@ -132,7 +129,7 @@ def _compile(bench: Bench, spec: str, worlds: Worlds) -> Compiled:
     return bench.model.compile(spec, data=worlds.columns())
 
 
-def _counted(compiled: Compiled) -> Result:
+def counted_run(compiled: Compiled) -> Result:
     """The run without the checks around it: they refuse a model on which torch counts FLOPs."""
     (program,) = compiled.programs
     return labelled(program, pipeline.execute(program, compiled.model.loaded, compiled.given, {}), per_prompt=False)
@@ -165,7 +162,7 @@ def _layers(bench: Bench, work: Work, fits: float) -> tuple[int, ...]:
     return work.some_layers(bench.shape, max(1, math.floor(fits * work.depth(bench.shape))))
 
 
-def _by_cell(result: Result) -> dict[Coords, float]:
+def by_cell(result: Result) -> dict[Coords, float]:
     """The metric by the cells' coordinates."""
     dims, values = result.experiment.dims, result.values[METRIC]
     return {
@@ -184,7 +181,7 @@ def _sides(bench: Bench, task: Task, values: dict[Coords, float], part: Part) ->
     for peer in (p for p in bench.peers if p.does(task.work)):
         try:
             sides.append(_opened(bench, peer, task, values, part))
-        except PeerFailed as error:
+        except PeerError as error:
             notes.append(f"without {peer.name}: {error}")
     return sides, notes
 
@@ -295,5 +292,3 @@ def _notes(part: Part, sides: Sequence[Side]) -> list[str]:
         if len(side.values) < part.whole_cells:
             notes.append(f"{side.peer.name} ran {len(side.values)} cells")
     return notes
-
-

@@ -66,5 +66,3 @@ def _bounds(row: Row, target: Target | None, rows_a_layer: float) -> Iterator[Bo
         yield Bound("MB", row.extra_bytes / 1e6, EXTRA_MB)
     if row.max_abs_diff is not None:
         yield Bound("difference", row.max_abs_diff, DIFFERENCE)
-
-

@@ -74,9 +74,7 @@ RESID_PRE = Work(
     "get_act_patch_resid_pre",
     (0, 1),
 )
-HEAD_OUT = Work(
-    "head out, all positions", HEADS, SOME_HEADS, "node h", "get_act_patch_attn_head_out_all_pos", (0, 1)
-)
+HEAD_OUT = Work("head out, all positions", HEADS, SOME_HEADS, "node h", "get_act_patch_attn_head_out_all_pos", (0, 1))
 HEAD_SITES = tuple(
     Work(
         "head q, k, v, all positions (each)",

@@ -28,7 +28,7 @@ class Task:
     compiled: Compiled
 
 
-class PeerFailed(Exception):
+class PeerError(Exception):
     """A peer that is there could not do the work; the row goes without it, and says why."""
 
 

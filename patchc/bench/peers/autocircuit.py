@@ -16,25 +16,26 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from patchc.bench.peers import Coords, Module, PeerFailed, Session, Task
+from patchc.bench.peers import Coords, Module, PeerError, Session, Task
 from patchc.bench.works import EDGES, Work
 
 SCRIPT = Path(__file__).with_name("autocircuit_script.py")
 
 
 class AutoCircuit:
-    """Patches one edge a forward pass. `python`: the interpreter of its environment."""
+    """Patches one edge a forward pass. `python`: the interpreter of its environment, where one is named."""
 
     name = "autocircuit"
 
-    def __init__(self, module: Module, python: str):
-        self._module, self._python = module, python
+    def __init__(self, module: Module, python: str | None):
+        self._module, self._python = module, python or ""
 
     def missing(self) -> str | None:
+        if not self._python:
+            return "no environment that has it is named (--autocircuit)"
         try:
-            found = subprocess.run(
-                [self._python, "-I", "-c", "import auto_circuit.types"], capture_output=True, text=True, check=False, timeout=300
-            )
+            asked = [self._python, "-I", "-c", "import auto_circuit.types"]
+            found = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=300)
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{self._python} does not run: {error}"
         return None if found.returncode == 0 else f"{self._python} has no auto_circuit"
@@ -90,7 +91,7 @@ class AutoCircuitSession:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise PeerFailed(f"its process ended: {self._last_words()}")
+            raise PeerError(f"its process ended: {self._last_words()}")
         return json.loads(line)
 
     def _last_words(self) -> str:

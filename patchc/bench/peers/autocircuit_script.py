@@ -79,4 +79,5 @@ def main():
         print(json.dumps({"values": values, "cpu_s": time.process_time() - start}), file=out, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

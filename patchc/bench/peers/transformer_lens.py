@@ -6,7 +6,6 @@ forward pass, whichever it is.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
@@ -21,8 +20,6 @@ from torch import Tensor
 from patchc.bench.measure import timed
 from patchc.bench.peers import Coords, Module, Session, Task
 from patchc.bench.works import DIRECT_PATHS, PATHS_TO_QUERY, Work
-
-LOOPS = (DIRECT_PATHS, PATHS_TO_QUERY)
 
 
 class TransformerLens:
@@ -195,10 +192,3 @@ def _input_of(reader: str) -> tuple[str, int | None]:
     if reader.startswith("mlp"):
         return f"blocks.{numbers[0]}.ln2.hook_in", None
     return f"blocks.{numbers[0]}.attn.hook_{reader[-1]}_input", numbers[1]
-
-
-def version() -> str:
-    return importlib.metadata.version("transformer-lens")
-
-
-__all__ = ["LOOPS", "TransformerLens", "version"]
