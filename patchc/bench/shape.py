@@ -5,6 +5,7 @@ The weights are scaled so that patches have effects that show, which freshly ini
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 IOI_LIKE, ALL_DIFFERENT = "ioi-like", "all-different"
 SETTINGS = (IOI_LIKE, ALL_DIFFERENT)
+SPREAD = 1.1
+"""Standard deviation of the weights, times the root of the width: with half of it patches have hardly an effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +71,17 @@ def random_model(shape: Shape) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = GPT2LMHeadModel(config).eval()
-    _enlarge(module)
+    _enlarge(module, SPREAD / math.sqrt(shape.d_model) / config.initializer_range)
     return module
 
 
-def _enlarge(module: nn.Module) -> None:
-    """Matrices twice as large; biases and norms, which start as zeros and ones, moved."""
+def _enlarge(module: nn.Module, times: float) -> None:
+    """Matrices so many times as large; biases and norms, which start as zeros and ones, moved."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(2.0)
+                parameter.mul_(times)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 

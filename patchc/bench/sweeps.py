@@ -18,7 +18,7 @@ from patchc.bench.measure import Used, n_threads, product_gflops, timed, wall_ti
 from patchc.bench.peers import Coords, Peer, PeerError, Session, Task
 from patchc.bench.row import PeerTime, Row, scaled
 from patchc.bench.shape import Shape, Worlds, random_worlds
-from patchc.bench.works import Work
+from patchc.bench.works import SPEC, Work
 from patchc.report.labelling import labelled
 
 if TYPE_CHECKING:
@@ -60,12 +60,14 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A whole sweep or some layers of it. `whole_flops` and `flops` are as planned."""
+    """A whole sweep or some layers of it. `whole_flops` and `flops` are as planned; `fixed_flops`, in both, are the
+    worlds' own runs."""
 
     spec: str
     layers: tuple[int, ...] | None
     flops: int
     whole_flops: int
+    fixed_flops: int
     whole_cells: int
     rows_a_layer: float
     planning_s: float
@@ -73,6 +75,13 @@ class Part:
     @property
     def sampled(self) -> bool:
         return self.layers is not None
+
+    def whole(self, measured: float, fixed: float) -> float:
+        """What was measured of the part, for the whole sweep; `fixed` is in both, and the rest goes with planned
+        FLOPs."""
+        if not self.sampled:
+            return measured
+        return fixed + scaled(measured - fixed, self.flops - self.fixed_flops, self.whole_flops - self.fixed_flops)
 
 
 @dataclass
@@ -139,13 +148,22 @@ def _result(compiled: Compiled) -> Result:
     return compiled.run(progress=False, write=False)["sweep"]
 
 
+NO_SWEEP = SPEC.format(loops="", patch="edge input -> logits")
+"""Next to nothing but what every run has, the worlds' own runs above all."""
+
+
+def _nearly_nothing(bench: Bench, part: Part, worlds: Worlds) -> Compiled | None:
+    """A run of only what is not scaled, where something is."""
+    return _compile(bench, NO_SWEEP, worlds) if part.sampled else None
+
+
 def _part(bench: Bench, work: Work, worlds: Worlds, gflops: float) -> Part:
     """The whole sweep where that is short enough, else as many of its layers as are."""
     spec = work.spec(bench.shape)
     compiled, planning_s = timed(lambda: _compile(bench, spec, worlds))
     (plan,) = compiled.plan()
     flops, rows = plan.cost.flops, sum(plan.rows.values()) / bench.model.graph.n_layers
-    whole = Part(spec, None, flops, flops, plan.n_cells, rows, planning_s)
+    whole = Part(spec, None, flops, flops, plan.cost.plain_runs, plan.n_cells, rows, planning_s)
     fits = bench.effort.side_s / (SLOWER * flops / gflops / 1e9)
     if fits >= 1:
         return whole
@@ -231,7 +249,9 @@ def _turn(bench: Bench, part: Part, worlds: Worlds, sides: Sequence[Side], numbe
     for side in sides:
         side.take(side.cells[number :: bench.effort.turns])
     planned = part.planning_s if part.sampled else planning_s
-    return Turn(planned, scaled(running_s, part.flops, part.whole_flops), (before + after) / 2)
+    fixed = _nearly_nothing(bench, part, worlds)
+    fixed_s = timed(lambda: _result(fixed))[1] if fixed else 0.0
+    return Turn(planned, part.whole(running_s, fixed_s), (before + after) / 2)
 
 
 def _wall(bench: Bench, part: Part, worlds: Worlds, sides: Sequence[Side]) -> float:
@@ -244,14 +264,16 @@ def _wall(bench: Bench, part: Part, worlds: Worlds, sides: Sequence[Side]) -> fl
             side.session.run(few[:1])  # threads start
         _, seconds = wall_timed(lambda s=side, c=few: s.session.run(c), bench.threads)
         side.wall_s = seconds / len(few)
-    return max(planning_s, part.planning_s if part.sampled else 0.0) + scaled(running_s, part.flops, part.whole_flops)
+    fixed = _nearly_nothing(bench, part, worlds)
+    fixed_s = wall_timed(lambda: _result(fixed), bench.threads)[1] if fixed else 0.0
+    return max(planning_s, part.planning_s if part.sampled else 0.0) + part.whole(running_s, fixed_s)
 
 
 # ---- the row
 
 
 def _row(work: Work, setting: str, part: Part, turns: Sequence[Turn], used: Used) -> Row:
-    flops = round(scaled(used.flops, part.flops, part.whole_flops))
+    flops = round(part.whole(used.flops, part.fixed_flops))
     cpu = [t.planning_s + t.running_s for t in turns]
     return Row(
         work.name,
@@ -287,7 +309,7 @@ def _notes(part: Part, sides: Sequence[Side]) -> list[str]:
     if part.layers is not None:
         share = part.flops / part.whole_flops
         layers = ", ".join(map(str, part.layers))
-        notes.append(f"patchc ran the cells of layers {layers}, {share:.1%} of the FLOPs")
+        notes.append(f"patchc ran the cells of layer {layers}, {share:.1%} of the FLOPs; memory is theirs")
     for side in sides:
         if len(side.values) < part.whole_cells:
             notes.append(f"{side.peer.name} ran {len(side.values)} cells")

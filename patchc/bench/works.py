@@ -56,7 +56,8 @@ class Work:
     def some_layers(self, shape: Shape, count: int) -> tuple[int, ...]:
         """`count` layers, evenly spread."""
         depth = self.depth(shape)
-        return tuple(int((i + 0.5) * depth / count) for i in range(min(count, depth)))
+        count = min(count, depth)
+        return tuple(int((i + 0.5) * depth / count) for i in range(count))
 
     def quick_layer(self, shape: Shape) -> tuple[int]:
         return (min(int(self.quick * self.depth(shape)), self.depth(shape) - 1),)

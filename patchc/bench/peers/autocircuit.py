@@ -81,7 +81,7 @@ class AutoCircuitSession:
         self.fixed_s = float(self._answer()["cpu_s"])
 
     def run(self, cells: Sequence[Coords]) -> tuple[list[float], float]:
-        edges = [f"{_node(str(writer))}->{_node(str(reader))}" for writer, reader in cells]
+        edges = [f"{node_name(str(writer))}->{node_name(str(reader))}" for writer, reader in cells]
         assert self._process.stdin is not None
         print(json.dumps({"edges": edges, "threads": torch.get_num_threads()}), file=self._process.stdin, flush=True)
         answer = self._answer()
@@ -109,7 +109,7 @@ class AutoCircuitSession:
         self._folder.cleanup()
 
 
-def _node(name: str) -> str:
+def node_name(name: str) -> str:
     """A node's name in AutoCircuit's spelling: `head[1, 0].q` is `A1.0.Q`."""
     numbers = ".".join(re.findall(r"\d+", name))
     if name == "input":
