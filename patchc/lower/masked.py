@@ -24,13 +24,14 @@ MAX_CELLS = 2000
 @dataclass(frozen=True, slots=True)
 class MaskedCells:
     """`root`: the final stream; `probes`: what is read at each. Masks are numbered as the experiment's results
-    are, row by row."""
+    are, row by row; `starts` names what each acts on where they are not an experiment's cells."""
 
     dag: Dag
     root: VariantId
     shape: tuple[int, ...]
     prompts: Prompts
     probes: tuple[tuple[Probe, VariantId], ...] = ()
+    starts: tuple[str, ...] = ()
 
 
 def lower_masked(
