@@ -107,22 +107,31 @@ class Variants:
                 return self.call(operator.add, self.stream(0, rank), self._some(x))
 
     def _masked(self, own: fx.Node, starts: Sequence[tuple[int, Tokens, VariantId]], rank: int) -> fx.Node:
-        """A stream with values in its place, as its masks say."""
+        """A stream with values in its place, as its masks say; starts of one value together."""
+        together: dict[tuple[int, VariantId], list[tuple[int, Tokens]]] = {}
+        for mask, tokens, x in starts:
+            plain = self._plain(x, rank, tokens)
+            together.setdefault((plain, 0 if plain >= 0 else x), []).append((mask, tokens))
         out = own
-        for mask, tokens, value in starts:
-            gap = self.call(operator.mul, self.call(operator.sub, self._value(value, rank), own), self.masks.of(mask))
-            out = self.call(operator.add, out, self.masks.at(tokens, gap))
+        for (plain, x), mine in together.items():
+            value = self.stream(x, rank) if plain < 0 else self.stored.stream_of_runs(rank, self.dag.values[plain])
+            gap = self.gaps.less(value, own)
+            table = self.masks.table([mine])
+            if table is not None:
+                out = self.call(operator.add, out, self.call(operator.mul, gap, table))
+                continue
+            for mask, tokens in mine:
+                change = self.masks.at(tokens, self.call(operator.mul, gap, self.masks.of(mask)))
+                out = self.call(operator.add, out, change)
         return out
 
-    def _value(self, x: VariantId, rank: int) -> fx.Node:
-        """The stream that a start puts in place."""
+    def _plain(self, x: VariantId, rank: int, tokens: Tokens) -> int:
+        """The number of the value, a sum of streams in some runs, that a start puts in place; -1 where it is else."""
         op = self.dag.ops[x]
-        if isinstance(op, Stream) and op.tokens == self.dag.layout.all and op.rank == rank:
-            value = self.dag.values[op.value]
-            found = self.stored.stream_of_runs(rank, value) if value.terms and is_sum_of_runs(value) else None
-            if found is not None:
-                return found
-        return self.stream(x, rank)
+        everywhere = isinstance(op, Stream) and not tokens & self.dag.layout.all & ~op.tokens
+        if isinstance(op, Stream) and everywhere and op.rank == rank and is_sum_of_runs(self.dag.values[op.value]):
+            return op.value
+        return -1
 
     def _summed(self, parts: Parts, rank: int) -> fx.Node:
         key = (parts, rank)
@@ -153,12 +162,14 @@ class Variants:
         """Whether a stream is of one reader: masks stand beside parts of lower blocks, and nothing goes on from it."""
         if not any(self._is_start(p) for p in parts):
             return False
-        rest = (
-            [p for p in parts if self.graph.blocks[home].rank < rank - 1 or rank == 1]
-            if all((home := self._home(p)) is not None for p in parts)
-            else []
-        )
+        homes = [self._home(p) for p in parts]
+        if any(home is None for home in homes):
+            return False
+        rest = [p for p, home in zip(parts, homes, strict=True) if home is not None and self._rank(home) < rank - 1]
         return len(parts) == 1 or len(rest) > 1 or any(self._is_start(p) for p in rest)
+
+    def _rank(self, block: int) -> int:
+        return self.graph.blocks[block].rank
 
     def _is_start(self, p: VariantId) -> bool:
         return isinstance(self.dag.ops[p], Masked) and self._home(p) is not None
@@ -431,9 +442,7 @@ class Variants:
                 z = self.stored.z(block, 1 << head, self.dag.values[value])
                 return self.masks.at(tokens, self.call(aten.select.int, z, 2, head))
             case _:
-                raise AssertionError(
-                    "cores are read by what they write; suffixes and entries are not lowered for graphs"
-                )
+                raise AssertionError("cores stand in what they write; suffixes and entries are not lowered for graphs")
 
     def _const(self, i: VariantId, op: Const) -> fx.Node:
         if self.graph.blocks[op.block].kind is BlockKind.ATTENTION and self.gaps.plain(i, op.tokens):
