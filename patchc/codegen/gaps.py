@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch import fx
 
@@ -21,6 +22,9 @@ from patchc.ir.graph import BlockKind
 from patchc.ir.ops import Const, Core, Out, Tokenwise, ValueId, VariantId
 from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
+
+CHUNK = 48
+"""Gaps of one bank: fewer take more products, more are copied more often as the run proceeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +130,28 @@ class Gaps:
         return self.call(operator.neg, own) if value is None else self.call(operator.sub, value, own)
 
     # ---- many
-    def bank(self, gaps: tuple[Gap, ...]) -> fx.Node:
-        """Gaps that are something, in the order of their blocks, `[gap, b, s, d_model]`."""
+    def banks(self, gaps: tuple[Gap, ...], joined: bool) -> list[tuple[fx.Node, int]]:
+        """Gaps that are something, in the order of their blocks, as banks `[gap, b, s, d_model]` and how many stand in
+        each. Those of many blocks are joined once and shared; `joined`: the rest too, else each block's apart."""
+        chunk: list[Gap] = []
+        out: list[tuple[fx.Node, int]] = []
+        for _, of_block in groupby(gaps, key=lambda g: g.block):
+            chunk += of_block
+            if len(chunk) >= CHUNK:
+                out.append((self._bank(tuple(chunk)), len(chunk)))
+                chunk = []
+        if joined and chunk:
+            out.append((self._bank(tuple(chunk)), len(chunk)))
+        elif chunk:
+            blocks = (tuple(some) for _, some in groupby(chunk, key=lambda g: g.block))
+            out += [(self._bank(some), len(some)) for some in blocks]
+        return out
+
+    def _bank(self, gaps: tuple[Gap, ...]) -> fx.Node:
         if gaps not in self._banks:
-            last = next(i for i, g in enumerate(gaps) if g.block == gaps[-1].block)
-            parts = [self.bank(gaps[:last])] if last else []
-            parts += self._of_one_block(gaps[last:])
+            blocks = [tuple(some) for _, some in groupby(gaps, key=lambda g: g.block)]
+            one = len(blocks) == 1
+            parts = self._of_one_block(gaps) if one else [self._bank(some) for some in blocks]
             self._banks[gaps] = parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, 0)
         return self._banks[gaps]
 

@@ -46,6 +46,8 @@ Term = tuple[int, Tokens, Gap]
 
 ELEMENTWISE = 24
 """A multiplication and an addition of whole arrays cost as much as so many inside a matrix product."""
+COPY = 8
+"""And so many, a copy of one into a bank."""
 
 
 @dataclass
@@ -260,7 +262,7 @@ class Variants:
         terms = [self._terms(parts) for parts in streams]
         gaps = {gap for some in terms for *_, gap in some}
         sparse = sum(map(len, terms)) * ELEMENTWISE
-        dense = len(streams) * len(gaps) + (len(streams) + len(gaps)) * ELEMENTWISE
+        dense = len(streams) * len(gaps) + len(streams) * ELEMENTWISE + len(gaps) * COPY
         return self.form == "dense" or (self.form == "cost" and dense < sparse)
 
     def _dense(self, streams: list[Parts], rank: int) -> fx.Node:
@@ -278,25 +280,35 @@ class Variants:
         if table is None:
             return self.call(aten.stack.default, [self._sparse(parts, rank) for parts in streams], 0)
         self.forms.dense += len(streams)
-        own, bank = self._common_stream(streams[0], rank), self.gaps.bank(order)
-        return self._product(own, table, bank, len(streams), len(order), self._by_position(slots))
+        own = self._common_stream(streams[0], rank)
+        if self._by_position(slots):
+            return self._product_by_position(own, table, order, len(streams))
+        return self._product(own, table, order, len(streams))
 
     def _by_position(self, slots: list[list[tuple[int, Tokens]]]) -> bool:
         every = self.dag.layout.all
         return any(tokens & every != every for slot in slots for _, tokens in slot)
 
-    def _product(self, own: fx.Node, table: fx.Node, bank: fx.Node, n: int, n_gaps: int, by_position: bool) -> fx.Node:
-        """`own + table @ bank`."""
-        if by_position:
-            table = self.call(aten.reshape.default, table, [-1, n, n_gaps])
-            added = self.call(aten.einsum.default, "srw,wbsd->rbsd", [table, bank])
-            return self.call(operator.add, added, own)
-        table = self.call(aten.reshape.default, table, [n, n_gaps])
+    def _product(self, own: fx.Node, table: fx.Node, gaps: tuple[Gap, ...], n: int) -> fx.Node:
+        """`own + masks @ gaps`, `[n, b, s, d_model]`."""
+        table = self.call(aten.reshape.default, table, [n, len(gaps)])
         sizes = [self.call(aten.sym_size.int, own, axis) for axis in range(2)]
-        rows = self.call(aten.reshape.default, own, [1, -1])
-        flat = self.call(aten.reshape.default, bank, [n_gaps, -1])
-        added = self.call(aten.addmm.default, rows, table, flat)
-        return self.call(aten.reshape.default, added, [n, *sizes, self.graph.d_model])
+        out, first = self.call(aten.reshape.default, own, [1, -1]), 0
+        for bank, size in self.gaps.banks(gaps, joined=n > 1):
+            some = self.call(aten.narrow.default, table, 1, first, size)
+            out = self.call(aten.addmm.default, out, some, self.call(aten.reshape.default, bank, [size, -1]))
+            first += size
+        return self.call(aten.reshape.default, out, [n, *sizes, self.graph.d_model])
+
+    def _product_by_position(self, own: fx.Node, table: fx.Node, gaps: tuple[Gap, ...], n: int) -> fx.Node:
+        """The same with a mask a position; r = stream, g = gap."""
+        table = self.call(aten.reshape.default, table, [-1, n, len(gaps)])
+        out, first = own, 0
+        for bank, size in self.gaps.banks(gaps, joined=True):
+            some = self.call(aten.narrow.default, table, 2, first, size)
+            out = self.call(operator.add, self.call(aten.einsum.default, "srg,gbsd->rbsd", [some, bank]), out)
+            first += size
+        return out
 
     def _in_order(self, gaps: set[Gap]) -> tuple[Gap, ...]:
         """Gaps that are something, by block, then by member."""
