@@ -179,7 +179,7 @@ class Compiled:
     warnings: tuple[Diagnostic, ...] = ()
     inputs: tuple[Path, ...] = ()
     memory: int = DEFAULT_BUDGET
-    form: pipeline.GraphForm = pipeline.GraphForm()
+    form: pipeline.GraphForm = field(default_factory=pipeline.GraphForm)
     _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
 
     def __repr__(self) -> str:

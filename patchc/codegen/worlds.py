@@ -154,7 +154,11 @@ class Worlds:
         layer = self.residual.blocks[block].layer
         return self._once(
             ("z", world, block),
-            lambda: self.module(f"layer{layer}_attend", *(self.projection(world, block, p) for p in range(3))),
+            lambda: self.module(
+                f"layer{layer}_attend",
+                *(self.projection(world, block, p) for p in range(3)),
+                name=f"{world}_z_{layer}",
+            ),
         )
 
     def scores(self, world: str, block: int) -> fx.Node:
