@@ -51,8 +51,8 @@ def lower_masked(
         return MaskedCells(dag, _on_edges(dag, experiment, prompts, masks), experiment.shape, prompts)
     if len(numbers) > MAX_CELLS:
         raise TOO_LARGE.error(
-            f"`{experiment.name}` has {len(numbers):,} cells; a compiled graph holds at most {MAX_CELLS:,}, edges alone "
-            "excepted",
+            f"`{experiment.name}` has {len(numbers):,} cells; a compiled graph holds at most {MAX_CELLS:,} "
+            "that are not edges",
             fix="narrow the sweep; `run` has no such limit",
             span=experiment.span,
         )
