@@ -22,6 +22,7 @@ from patchc.execute.sweep import Outcome, Sweep
 from patchc.ir.experiment import Experiment, ModelChoice, Prompts, Study
 from patchc.ir.program import Program
 from patchc.lower import lower
+from patchc.lower.every import Every, lower_every
 from patchc.lower.masked import lower_masked
 from patchc.model.load import LoadedModel
 from patchc.optimise import optimise, reads
@@ -39,6 +40,16 @@ class Given:
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     metrics: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict[str, Callable[[Tensor], Tensor]])
     parameters: Mapping[str, Literal] = field(default_factory=dict[str, Literal])
+
+
+@dataclass(frozen=True, slots=True)
+class GraphForm:
+    """What a compiled graph has masks for: every node or edge of the model, at each position or at all; None: the
+    experiment's cells. `captures`: whether it gives what nodes write."""
+
+    every: Every | None = None
+    by_position: bool = False
+    captures: bool = False
 
 
 def to_study(
@@ -87,14 +98,23 @@ def to_program(
 
 
 def to_graph(
-    experiment: Experiment, prompts: Prompts, model: LoadedModel, tensors: Mapping[str, Tensor]
+    experiment: Experiment,
+    prompts: Prompts,
+    model: LoadedModel,
+    tensors: Mapping[str, Tensor],
+    form: GraphForm | None = None,
 ) -> CompiledGraph:
-    """One experiment as one differentiable fx graph with a mask a cell."""
-    found = (end.probe for end in reads.ends(experiment.metrics, prompts))
-    probes = tuple(probe for probe in found if probe is not None and probe.site not in NOT_CAPTURED)
-    cells = lower_masked(experiment, prompts, model.graph, probes)
+    """One experiment as one differentiable fx graph with a mask a cell, or as `form` says."""
+    form = form or GraphForm()
     inputs = tuple(w for w in reads.worlds(experiment, prompts) if prompts.world(w).layout is None)
-    return compiled_graph(cells, model.pieces, inputs, tensors)
+    if form.every is not None:
+        cells = lower_every(experiment, prompts, model.graph, form.every, form.by_position)
+        inputs = inputs if form.every is not Every.NONE else inputs[:1]
+    else:
+        found = (end.probe for end in reads.ends(experiment.metrics, prompts))
+        probes = tuple(probe for probe in found if probe is not None and probe.site not in NOT_CAPTURED)
+        cells = lower_masked(experiment, prompts, model.graph, probes)
+    return compiled_graph(cells, model.pieces, inputs, tensors, captures=form.captures)
 
 
 def execute(
