@@ -39,6 +39,7 @@ from patchc.model.state import (
     untouched,
 )
 from patchc.model.trace import trace
+from patchc.model.trace_cache import keep_trace, read_trace, trace_key
 
 BAD_WEIGHTS = RULES.add("model-weights", "a model directory's weights are missing, incomplete or damaged", exit=3)
 
@@ -109,15 +110,14 @@ def load(
 def _traced(source: _Source, bos: bool | None) -> LoadedModel:
     module = source.module
     refuse_hooks(module)
-    refuse_non_finite(module)
     content = content_fingerprint(module)
     with torch.inference_mode(False), untouched(module):
-        structure = trace(export(module))
-        pieces = TracedPieces(structure, structure.graph(source.name, config_context(module), causal=False))
-        prove(pieces, module, config_layers(module))
-        pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
-        prove_parts(pieces)
-        prove_insides(pieces)
+        key = trace_key(module, content)
+        pieces = None if key is None else read_trace(key, module, source.name)
+        if pieces is None:
+            pieces = _proved(module, source.name)
+            if key is not None:
+                keep_trace(key, pieces, module)
     fingerprint = content if source.folder is None else files_fingerprint(source.folder)
     return LoadedModel(
         source.name,
@@ -129,6 +129,18 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         bos,
         content,
     )
+
+
+def _proved(module: nn.Module, name: str) -> TracedPieces:
+    """The pieces of a module in eval mode, traced and proved."""
+    refuse_non_finite(module)
+    structure = trace(export(module))
+    pieces = TracedPieces(structure, structure.graph(name, config_context(module), causal=False))
+    prove(pieces, module, config_layers(module))
+    pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
+    prove_parts(pieces)
+    prove_insides(pieces)
+    return pieces
 
 
 # ---- modules

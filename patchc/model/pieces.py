@@ -20,7 +20,7 @@ from patchc.ir.graph import ResidualGraph
 from patchc.ir.tokens import Layout
 from patchc.model.emit import Statics, statics_region
 from patchc.model.inside import NOT_TAKEN_APART
-from patchc.model.nodes import need, shape_of
+from patchc.model.nodes import dtype_of, need, shape_of
 from patchc.model.parts import AttentionParts, NeuronParts, Parts, Unembedding
 from patchc.model.piece_modules import PieceModules, piece_modules
 from patchc.model.trace import Structure
@@ -149,7 +149,7 @@ class TracedPieces:
         self.structure, self.graph = structure, graph
         self.statics = Statics(structure)
         self._parts = Parts(structure, self.statics)
-        self.dtype: torch.dtype = structure.embed.meta["val"].dtype
+        self.dtype: torch.dtype = dtype_of(structure.embed)
         self.device: torch.device = next(structure.exported.module.parameters()).device
         self._embeddings = [self._parts.embedding(n) for n in structure.embeddings]
         self._attention = [AttentionParts(self._parts, x, i) for i, x in enumerate(structure.layers)]
