@@ -34,10 +34,11 @@ from patchc.model.load import LoadedModel
 from patchc.model.load import load as load_model
 from patchc.model.rates import rates
 from patchc.optimise.cut import DEFAULT_BUDGET
-from patchc.optimise.plan import Plan, plan
+from patchc.optimise.plan import plan
 from patchc.parse import parse
 from patchc.pipeline import Given
 from patchc.places import check_places, input_paths, result_path
+from patchc.planning import Plans
 from patchc.report.files import save_picture, save_table
 from patchc.report.labelling import labelled
 from patchc.report.record import run_record
@@ -177,7 +178,7 @@ class Compiled:
     # ---- before anything runs
     def plan(self) -> Plans:
         """What each experiment will run."""
-        element = self.model.loaded.pieces.dtype.itemsize
+        element = self.model.loaded.element
         return Plans(plan(p, self.model.rates, self.memory, element) for p in self.programs)
 
     def analyse(self) -> tuple[Analysis, ...]:
@@ -279,15 +280,6 @@ class Compiled:
 
         graph = self.graph if experiment is None else self.graphs[experiment]
         return save_graph(graph, Path(directory), self.model.loaded)
-
-
-class Plans(tuple[Plan, ...]):
-    """The plans of a spec; prints as text."""
-
-    def __str__(self) -> str:
-        return "\n\n".join(map(str, self))
-
-    __repr__ = __str__
 
 
 class _Graphs(Mapping[str, CompiledGraph]):

@@ -33,7 +33,7 @@ MEANT_ELSEWHERE = frozenset(
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, np.generic)
 
 
-class _NotTold(Exception):
+class _NotTellableError(Exception):
     """Something of which it cannot be said what it computes."""
 
 
@@ -48,7 +48,7 @@ def identity(model: nn.Module) -> str | None:
             _check_class(kind)
         teller = _Teller({id(part): name for name, part in reversed(parts)})
         return digest([[name, teller.part(part)] for name, part in parts])
-    except (_NotTold, RecursionError):
+    except (_NotTellableError, RecursionError):
         return None
 
 
@@ -60,9 +60,9 @@ def _check_class(kind: type) -> None:
         _check_functions(vars(base).values())
         module = sys.modules.get(base.__module__)
         if base.__module__.split(".")[0] not in (*PACKAGES, "builtins", *sys.stdlib_module_names) or module is None:
-            raise _NotTold(base)
+            raise _NotTellableError(base)
         if issubclass(base, nn.Module) and vars(module).get(base.__name__, base) is not base:
-            raise _NotTold(base)
+            raise _NotTellableError(base)
         if base.__module__.split(".")[0] in PACKAGES[1:]:  # torch's own files are large, and call nothing by hook
             _check_functions(_registered(module))
 
@@ -79,7 +79,7 @@ def _check_functions(values: Iterable[Any]) -> None:
     for value in values:
         function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         if isinstance(function, FunctionType) and not _is_theirs(function.__code__.co_filename):
-            raise _NotTold(function)
+            raise _NotTellableError(function)
 
 
 @cache
@@ -118,7 +118,7 @@ class _Teller:
             case nn.Module() if id(value) in self.parts:
                 return {"part": self.parts[id(value)]}
             case Tensor():
-                raise _NotTold(value)  # no parameter or buffer: not among the weights
+                raise _NotTellableError(value)  # no parameter or buffer: not among the weights
             case FunctionType() | BuiltinFunctionType() | type():
                 return self._code(value)
             case partial():
@@ -136,13 +136,13 @@ class _Teller:
     def _code(self, value: Any) -> Any:
         _check_functions([value])
         if value.__module__.split(".")[0] not in PACKAGES or getattr(value, "__closure__", None):
-            raise _NotTold(value)
+            raise _NotTellableError(value)
         return {"code": _qualified(value)}
 
     def _object(self, value: Any) -> Any:
         """A library's own object: its class and its attributes. Configs are shared by many parts."""
         if type(value).__module__.split(".")[0] not in PACKAGES or not hasattr(value, "__dict__"):
-            raise _NotTold(value)
+            raise _NotTellableError(value)
         if id(value) in self.met:
             return {"met": self.met[id(value)]}
         self.met[id(value)] = len(self.met)

@@ -29,6 +29,7 @@ from patchc.model.folders import (
     silent_transformers,
 )
 from patchc.model.pieces import TracedPieces
+from patchc.model.placed import refuse_placement
 from patchc.model.prove import is_causal, prove, prove_insides, prove_parts
 from patchc.model.state import (
     CHANGED,
@@ -58,11 +59,20 @@ class LoadedModel:
     bos: bool | None
     content: str
 
+    @property
+    def element(self) -> int:
+        """The bytes of a number in the model's dtype."""
+        return self.pieces.dtype.itemsize
+
     def check_unchanged(self) -> None:
         """Raise `model-changed` or `model-has-hooks` where it is no longer the module that was traced."""
         refuse_hooks(self.eager)
-        same = content_fingerprint(self.eager) == self.content
-        if not same:
+        refuse_placement(self.eager)
+        device = next(self.eager.parameters()).device
+        if device != self.pieces.device:
+            moved = f"{self.name} was moved from {self.pieces.device} to {device} after it was traced"
+            raise CHANGED.error(moved, fix="load the model again")
+        if content_fingerprint(self.eager) != self.content:
             raise CHANGED.error(
                 f"the weights of {self.name} were changed after it was traced", fix="load the model again"
             )
@@ -94,6 +104,7 @@ def load(
     `model`: the name of a built-in model, a model directory (relative to `base`), a hub id, or a module,
     which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
     Errors: `model-not-found`, `model-config`, `model-weights`, `nan-in-weights`, `model-has-hooks`,
+    `model-placement`, `model-wrapped`, `quantised-weights`,
     `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
     with silent_transformers():
         if isinstance(model, nn.Module):
@@ -109,6 +120,7 @@ def load(
 
 def _traced(source: _Source, bos: bool | None) -> LoadedModel:
     module = source.module
+    refuse_placement(module)
     refuse_hooks(module)
     content = content_fingerprint(module)
     with torch.inference_mode(False), untouched(module):

@@ -1,7 +1,7 @@
 """Traces kept on disk: a model that was traced and proved before, on this machine by this code, is not again.
 
-Kept are the canonical graph, as plain data, and what the proof found out; weights are named, not kept. The key holds the
-module's classes and settings and every weight's content, so that nothing that was proved can have changed since.
+Kept are the canonical graph, as plain data, and what the proof found out; weights are named, not kept. The key holds
+the module's classes and settings and every weight's content, so that nothing that was proved has changed since.
 """
 
 from __future__ import annotations
