@@ -170,6 +170,12 @@ class TracedPieces:
         """Every weight that the pieces read, by its name in their modules: views of the model's own, detached."""
         return vars(self._parts.weights)
 
+    @property
+    def copied(self) -> dict[str, int]:
+        """Bytes of weights that the pieces hold beside the model's own tensors, by the module they belong to. What a
+        call gathers and gives back, as the rows of heads that do not stand together, is none of it."""
+        return dict(self._parts.copied)
+
     # ---- as modules
     @cached_property
     def _modules(self) -> PieceModules:

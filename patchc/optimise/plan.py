@@ -30,6 +30,8 @@ class Cost:
     unfused: int
     """A forward pass a cell, each a lean one: the metrics' columns at their positions only."""
     bytes: int
+    copied: int
+    """Bytes of weights held a second time beside the model's, from loading on."""
 
     @property
     def flops(self) -> int:
@@ -168,4 +170,5 @@ def _cost(program: Program, rates: Rates, element: int) -> Cost:
         len(program.roots) * (plain + logits * rates.logit),
         len(program.worlds) * plain_run_bytes(graph, prompts.layout.n_tokens, element)
         + max(peak, readout_bytes(cells * program.measured.bit_count(), columns, element)),
+        rates.copied,
     )
