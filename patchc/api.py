@@ -35,10 +35,11 @@ from patchc.model.load import LoadedModel
 from patchc.model.load import load as load_model
 from patchc.model.rates import rates
 from patchc.optimise.cut import DEFAULT_BUDGET
-from patchc.optimise.plan import Plan, plan
+from patchc.optimise.plan import plan
 from patchc.parse import parse
 from patchc.pipeline import Given
 from patchc.places import check_places, input_paths, result_path
+from patchc.planning import Plans
 from patchc.report.files import save_picture, save_table
 from patchc.report.labelling import labelled
 from patchc.report.record import run_record
@@ -292,17 +293,6 @@ class Compiled:
 
         graph = self.graph if experiment is None else self.graphs[experiment]
         return save_graph(graph, Path(directory), self.model.loaded)
-
-
-class Plans(tuple[Plan, ...]):
-    """The plans of a spec; prints as text."""
-
-    def __str__(self) -> str:
-        from patchc.report.plans import plan_text
-
-        return "\n\n".join(map(plan_text, self))
-
-    __repr__ = __str__
 
 
 class _Graphs(Mapping[str, CompiledGraph]):

@@ -90,12 +90,12 @@ def run(
 @SET
 @FORMAT
 @MEMORY
-@click.option("--analyze", "analyse", is_flag=True, help="Run it, and set what is measured beside what is planned.")
+@click.option("--analyze", "analyse", is_flag=True, help="Run it, with the weights, and set what is measured beside.")
 @THREADS
 def plan(
     spec: Path, parameters: Parameters, output: str, memory: int | None, analyse: bool, threads: int | None
 ) -> int:
-    """Print what SPEC will run and what it costs: variants, rows, passes, FLOPs, memory. Runs nothing."""
+    """Print what SPEC will run and what it costs: variants, rows, passes, FLOPs, memory. Reads no weights."""
     return _guarded(output, lambda: _plan(spec, parameters, output, memory, analyse, threads))
 
 
@@ -192,17 +192,32 @@ def _run(
 def _plan(
     spec: Path, parameters: Parameters, output: str, memory: int | None, analyse: bool, threads: int | None
 ) -> int:
-    compiled = _compile(spec, parameters, memory, threads)
+    plans, measured = _measured(spec, parameters, memory, threads) if analyse else _planned(spec, parameters, memory)
     from patchc.report.plans import plan_json, plan_text
 
-    plans = compiled.plan()
-    measured = compiled.analyse() if analyse else [None] * len(plans)
     if output == "json":
         found = [plan_json(p, m) for p, m in zip(plans, measured, strict=True)]
         click.echo(json.dumps({"format_version": 1, "plans": found}))
     else:
         click.echo("\n\n".join(plan_text(p, m) for p, m in zip(plans, measured, strict=True)))
     return Exit.OK
+
+
+def _planned(spec: Path, parameters: Parameters, memory: int | None) -> tuple[Any, Sequence[None]]:
+    """The plans of a spec, from its model's config; syntax errors are raised without torch."""
+    _parsed(spec, parameters)
+    from patchc.optimise.cut import DEFAULT_BUDGET
+    from patchc.planning import plan
+
+    plans = plan(spec, parameters=parameters, memory=memory or DEFAULT_BUDGET)
+    _say(plans.warnings)
+    return plans, [None] * len(plans)
+
+
+def _measured(spec: Path, parameters: Parameters, memory: int | None, threads: int | None) -> tuple[Any, Any]:
+    """The plans of a spec and what was measured of each."""
+    compiled = _compile(spec, parameters, memory, threads)
+    return compiled.plan(), compiled.analyse()
 
 
 def _check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from patchc.diagnostics import Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.sweep import Outcome, Sweep
 from patchc.ir.experiment import Experiment, ModelChoice, Prompts, Study
+from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Program
 from patchc.lower import lower
 from patchc.lower.every import Every, lower_every
@@ -52,8 +53,21 @@ class GraphForm:
     captures: bool = False
 
 
+class Described(Protocol):
+    """What is known of a model as far as no weights are needed: a loaded model, or an outline."""
+
+    @property
+    def graph(self) -> ResidualGraph: ...
+    @property
+    def tokenizer(self) -> Any | None: ...
+    @property
+    def bos(self) -> bool | None: ...
+    @property
+    def element(self) -> int: ...
+
+
 def to_study(
-    tree: Spec, source: Source, model: LoadedModel, choice: ModelChoice | None, base: Path, given: Given
+    tree: Spec, source: Source, model: Described, choice: ModelChoice | None, base: Path, given: Given
 ) -> tuple[Study, tuple[Diagnostic, ...]]:
     """Syntax tree to resolved study, and its warnings. Raises every error that it finds at once."""
     resolved = resolve(
@@ -72,7 +86,7 @@ def to_study(
     return resolved.study, resolved.warnings
 
 
-def to_programs(study: Study, model: LoadedModel, budget: int) -> tuple[Program, ...]:
+def to_programs(study: Study, model: Described, budget: int) -> tuple[Program, ...]:
     """Every experiment's program, a pass holding at most `budget` bytes; errors of all experiments are raised
     together."""
     report = Report()
@@ -88,13 +102,13 @@ def to_programs(study: Study, model: LoadedModel, budget: int) -> tuple[Program,
 
 
 def to_program(
-    experiment: Experiment, prompts: Prompts, model: LoadedModel, budget: int, without: Set[str] = frozenset()
+    experiment: Experiment, prompts: Prompts, model: Described, budget: int, without: Set[str] = frozenset()
 ) -> Program:
     """One experiment, folded into a variant DAG and cut into passes; `without` names passes of the optimiser to leave
     out, which changes no result."""
     ends = reads.ends(experiment.metrics, prompts)
     lowered = lower(experiment, prompts, model.graph, ends, laws=laws_without(without))
-    return optimise(experiment, prompts, lowered, ends, budget, model.pieces.dtype.itemsize, without)
+    return optimise(experiment, prompts, lowered, ends, budget, model.element, without)
 
 
 def to_graph(

@@ -196,21 +196,20 @@ class Suffixes:
 
     def _enter(self, rank: int, entering: Sequence[VariantId]) -> None:
         dag, demand = self.walk.dag, self.walk.demand
-        new: dict[Kind, list[VariantId]] = {}
+        new: dict[Kind, list[tuple[VariantId, VariantId]]] = {}
         for i in entering:
             op = dag.ops[i]
             assert isinstance(op, Run)
-            new.setdefault((dag.changed[op.input], demand.tokens[i]), []).append(i)
+            new.setdefault((dag.changed[op.input], demand.tokens[i]), []).append((i, op.input))
         parts: dict[Kind, list[Tensor]] = {g.kind: [g.x.flatten(0, 1)] for g in self.groups}
         members = {g.kind: list(g.runs) for g in self.groups}
         tokens = {g.kind: g.tokens for g in self.groups}
         for kind, runs in new.items():
             tokens[kind] = kind[0] & self.needed(kind[1])[rank]
-            inputs = [dag.ops[i].input for i in runs]  # type: ignore[union-attr]
-            parts.setdefault(kind, []).append(self.walk.stream_rows(rank, [(x, tokens[kind]) for x in inputs]))
-            for x in inputs:
+            parts.setdefault(kind, []).append(self.walk.stream_rows(rank, [(x, tokens[kind]) for _, x in runs]))
+            for _, x in runs:
                 self.walk.release(x)
-            members.setdefault(kind, []).extend(runs)
+            members.setdefault(kind, []).extend(i for i, _ in runs)
         self._lay_out(torch.cat([x for some in parts.values() for x in some]), members, tokens)
 
     def _lay_out(self, flat: Tensor, members: dict[Kind, list[VariantId]], tokens: dict[Kind, Tokens]) -> None:

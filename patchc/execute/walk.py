@@ -68,8 +68,8 @@ class Walk:
         return list(found)
 
     def read(self, cells: Sequence[Sequence[VariantId]], ends: Sequence[tuple[Tensor, Tokens]]) -> list[Tensor]:
-        """What the cells have at each end, `[cell, token, width]`: the base run's numbers there, which `ends` gives with
-        the tokens, and the difference of each cell's root."""
+        """What the cells have at each end, `[cell, token, width]`: the base run's numbers there, which `ends` gives
+        with the tokens, and the difference of each cell's root."""
         reads = [(r, tokens) for roots in cells for r, (_, tokens) in zip(roots, ends, strict=True)]
         self.demand = demand(self.dag, reads, self.schedule)
         self.values: dict[VariantId, Tensor] = {}

@@ -54,14 +54,16 @@ NAIVE = Schedule(backward=False, heads=False, deltas=False, rows=0)
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A model's FLOPs: of an MLP a token row (by block), of a q, k or v projection and of W_O a head row, of attention
-    a (query, key, head) triple, of the unembedding a logit."""
+    """A model's costs. In FLOPs: of an MLP a token row (by block), of a q, k or v projection and of W_O a head row, of
+    attention a (query, key, head) triple, of the unembedding a logit."""
 
     mlp: dict[int, int]
     projection: int
     write: int
     triple: int
     logit: int
+    copied: int = 0
+    """Bytes of weights that are held a second time, beside the model's own tensors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from patchc.model.folders import (
     silent_transformers,
 )
 from patchc.model.pieces import TracedPieces
+from patchc.model.placed import refuse_placement
 from patchc.model.prove import is_causal, prove, prove_insides, prove_parts
 from patchc.model.state import (
     CHANGED,
@@ -39,6 +40,7 @@ from patchc.model.state import (
     untouched,
 )
 from patchc.model.trace import trace
+from patchc.model.trace_cache import keep_trace, read_trace, trace_key
 
 BAD_WEIGHTS = RULES.add("model-weights", "a model directory's weights are missing, incomplete or damaged", exit=3)
 
@@ -57,11 +59,20 @@ class LoadedModel:
     bos: bool | None
     content: str
 
+    @property
+    def element(self) -> int:
+        """The bytes of a number in the model's dtype."""
+        return self.pieces.dtype.itemsize
+
     def check_unchanged(self) -> None:
         """Raise `model-changed` or `model-has-hooks` where it is no longer the module that was traced."""
         refuse_hooks(self.eager)
-        same = content_fingerprint(self.eager) == self.content
-        if not same:
+        refuse_placement(self.eager)
+        device = next(self.eager.parameters()).device
+        if device != self.pieces.device:
+            moved = f"{self.name} was moved from {self.pieces.device} to {device} after it was traced"
+            raise CHANGED.error(moved, fix="load the model again")
+        if content_fingerprint(self.eager) != self.content:
             raise CHANGED.error(
                 f"the weights of {self.name} were changed after it was traced", fix="load the model again"
             )
@@ -93,6 +104,7 @@ def load(
     `model`: the name of a built-in model, a model directory (relative to `base`), a hub id, or a module,
     which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
     Errors: `model-not-found`, `model-config`, `model-weights`, `nan-in-weights`, `model-has-hooks`,
+    `model-placement`, `model-wrapped`, `quantised-weights`,
     `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
     with silent_transformers():
         if isinstance(model, nn.Module):
@@ -108,16 +120,16 @@ def load(
 
 def _traced(source: _Source, bos: bool | None) -> LoadedModel:
     module = source.module
+    refuse_placement(module)
     refuse_hooks(module)
-    refuse_non_finite(module)
     content = content_fingerprint(module)
     with torch.inference_mode(False), untouched(module):
-        structure = trace(export(module))
-        pieces = TracedPieces(structure, structure.graph(source.name, config_context(module), causal=False))
-        prove(pieces, module, config_layers(module))
-        pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
-        prove_parts(pieces)
-        prove_insides(pieces)
+        key = trace_key(module, content)
+        pieces = None if key is None else read_trace(key, module, source.name)
+        if pieces is None:
+            pieces = _proved(module, source.name)
+            if key is not None:
+                keep_trace(key, pieces, module)
     fingerprint = content if source.folder is None else files_fingerprint(source.folder)
     return LoadedModel(
         source.name,
@@ -129,6 +141,18 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         bos,
         content,
     )
+
+
+def _proved(module: nn.Module, name: str) -> TracedPieces:
+    """The pieces of a module in eval mode, traced and proved."""
+    refuse_non_finite(module)
+    structure = trace(export(module))
+    pieces = TracedPieces(structure, structure.graph(name, config_context(module), causal=False))
+    prove(pieces, module, config_layers(module))
+    pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
+    prove_parts(pieces)
+    prove_insides(pieces)
+    return pieces
 
 
 # ---- modules

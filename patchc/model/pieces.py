@@ -20,7 +20,7 @@ from patchc.ir.graph import PORTS, ResidualGraph
 from patchc.ir.tokens import Layout
 from patchc.model.emit import Statics, statics_region
 from patchc.model.inside import NOT_TAKEN_APART
-from patchc.model.nodes import need, shape_of
+from patchc.model.nodes import dtype_of, need, shape_of
 from patchc.model.parts import AttentionParts, NeuronParts, Parts, Unembedding
 from patchc.model.piece_modules import PieceModules, piece_modules, write_module
 from patchc.model.trace import Structure
@@ -149,7 +149,7 @@ class TracedPieces:
         self.structure, self.graph = structure, graph
         self.statics = Statics(structure)
         self._parts = Parts(structure, self.statics)
-        self.dtype: torch.dtype = structure.embed.meta["val"].dtype
+        self.dtype: torch.dtype = dtype_of(structure.embed)
         self.device: torch.device = next(structure.exported.module.parameters()).device
         self._embeddings = [self._parts.embedding(n) for n in structure.embeddings]
         self._attention = [AttentionParts(self._parts, x, i) for i, x in enumerate(structure.layers)]
@@ -169,6 +169,12 @@ class TracedPieces:
     def weights(self) -> dict[str, Tensor]:
         """Every weight that the pieces read, by its name in their modules: views of the model's own, detached."""
         return vars(self._parts.weights)
+
+    @property
+    def copied(self) -> dict[str, int]:
+        """Bytes of weights that the pieces hold beside the model's own tensors, by the module they belong to. What a
+        call gathers and gives back, as the rows of heads that do not stand together, is none of it."""
+        return dict(self._parts.copied)
 
     # ---- as modules
     @cached_property

@@ -14,12 +14,11 @@ from torch import fx, nn
 
 import patchc
 from patchc import cli
-from patchc.codegen import saved
 from patchc.diagnostics import Diagnostic, PatchcError
 from patchc.execute import check, hook_proof, oracle_metrics
 from patchc.ir.experiment import FromWorld, Given, Patch, Value
 from patchc.ir.paths import Edges, Seq, Site, Step
-from patchc.model import prove
+from patchc.model import fx_json, prove
 from tests.unit.oracle_models import Fixture, gpt2, head, native, to_logits
 from tests.unit.resolving import Words, errors
 
@@ -114,7 +113,7 @@ def _check_failed(patched: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
 def _not_saveable(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
     graph = fx.Graph()
     node = graph.call_function(torch.fft.fft, (graph.placeholder("x"),))
-    return _raised(lambda: saved._target_json(node))
+    return _raised(lambda: fx_json._target_json(node))
 
 
 PROVOKED: dict[str, Provoke] = {

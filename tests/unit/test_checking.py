@@ -82,7 +82,7 @@ def test_what_is_wrong_with_a_model_is_said_in_each_spec_and_found_once(monkeypa
         raise blank.BAD_CONFIG.error("no model")
 
     monkeypatch.setenv("PATCHC_CACHE", "off")
-    monkeypatch.setattr(blank, "blank_graph", refuse)
+    monkeypatch.setattr(blank, "blank_facts", refuse)
     names = [spec("# a comment", MODEL, DATA, ONE, name="a.patch"), spec(MODEL, DATA, ONE, name="b.patch")]
     found = patchc.check(*names)
     assert [(d.code, d.span and d.span.source.name) for d in found] == [("model-config", n) for n in names]
