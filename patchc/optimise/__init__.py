@@ -6,7 +6,7 @@ from patchc.ir.experiment import Experiment, Prompts
 from patchc.ir.program import End, Program
 from patchc.lower import Lowered
 from patchc.optimise import reads
-from patchc.optimise.cut import DEFAULT_BUDGET, cut
+from patchc.optimise.cut import cut
 
 
 def optimise(
@@ -14,7 +14,7 @@ def optimise(
     prompts: Prompts,
     lowered: Lowered,
     ends: tuple[End, ...],
-    budget: int = DEFAULT_BUDGET,
+    budget: int,
     element: int = 4,
 ) -> Program:
     """The program of an experiment: cells that need a pass, cut by `budget` bytes; `element` is the bytes of a

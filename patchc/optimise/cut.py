@@ -16,9 +16,6 @@ from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import demand
 from patchc.optimise.rows import bytes_of, reachable, rows_of
 
-DEFAULT_BUDGET = 2 << 30
-"""Bytes that a pass may hold beyond the model."""
-
 
 def cut(
     dag: Dag,
@@ -29,7 +26,7 @@ def cut(
     element: int,
 ) -> tuple[Pass, ...]:
     """`roots[cell]` are read at the tokens of `measured`; `cells` are the numbers of the cells that need a pass;
-    `element` is the bytes of one number."""
+    `budget` is the bytes that a pass may hold beyond the model, `element` those of one number."""
     needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)))
     passes: list[Pass] = []
     chosen: list[int] = []
