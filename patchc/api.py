@@ -44,7 +44,7 @@ from patchc.places import check_places, input_paths, result_path
 from patchc.progress import Progress, bars
 from patchc.report.files import save_picture, save_table
 from patchc.report.labelling import labelled
-from patchc.report.record import Timed, run_record, write_records
+from patchc.report.record import Course, input_hashes, run_record, write_records
 from patchc.report.results import Check, Result, Results
 from patchc.resuming import EVERY, Origin, Resuming, resuming
 from patchc.spec import read_spec
@@ -161,7 +161,8 @@ class Model:
         programs = pipeline.to_programs(study, self.loaded, budget)
         warnings = (*warnings, *unkept, *kept.warnings(programs, budget))
         inputs = input_paths(tree, study, source, base, given.parameters, self.choice.name)
-        return Compiled(self, source, base, study, programs, given, budget, kept, warnings, inputs)
+        hashes = input_hashes(inputs[1:], base)
+        return Compiled(self, source, base, study, programs, given, budget, kept, warnings, inputs, hashes)
 
 
 @dataclass(repr=False)
@@ -169,7 +170,7 @@ class Compiled:
     """A compiled spec: `plan()`, `run()`, and each experiment as a differentiable graph.
 
     `memory`: the bytes that a pass aims at; `resuming`: where a run's finished passes are kept; `inputs`: the files and
-    directories that it was read from."""
+    directories that it was read from; `hashes`: those of the files, as they were then."""
 
     model: Model
     source: Source
@@ -181,6 +182,7 @@ class Compiled:
     resuming: Resuming
     warnings: tuple[Diagnostic, ...] = ()
     inputs: tuple[Path, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
     _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
 
     def __repr__(self) -> str:
@@ -239,7 +241,7 @@ class Compiled:
             found = {p.experiment.name: self._run(p, passes, _count(check), tell, per_prompt) for p, passes in runs}
             out = Results(found, self._record())
             if write:
-                self._write(out, Timed(started, datetime.now(UTC), kept.resumed))
+                self._write(out, Course(started, datetime.now(UTC), self.memory, kept.resumed))
         kept.discard()
         return out
 
@@ -247,17 +249,15 @@ class Compiled:
         loaded, plans = self.model.loaded, self.plan()
         return run_record(
             self.source.text,
-            self.study.prompts,
+            self.study,
             loaded.content,
-            self.study.seeds,
             self.given.parameters,
-            model=self.model.choice.name,
+            inputs=self.hashes,
             settings=settings(loaded),
-            memory=self.memory,
             plan={p.experiment: (p.n_cells, p.n_passes, p.cost.flops, p.cost.bytes) for p in plans},
         )
 
-    def _write(self, results: Results, timed: Timed) -> None:
+    def _write(self, results: Results, course: Course) -> None:
         for result in results.values():
             for save in result.experiment.saves:
                 result.files.append(result.save(self._path(result.experiment, save), span=save.span))
@@ -266,7 +266,7 @@ class Compiled:
                     result.files.append(save_picture(result, self._path(result.experiment, show), show.span, show.kind))
                 elif show.path is not None:
                     result.files.append(save_table(result, self._path(result.experiment, show), show.span))
-        write_records(results, self.source.text, timed)
+        write_records(results, self.source.text, course)
 
     def _run(self, program: Program, kept: Kept, count: int | bool | None, tell: Progress, per_prompt: bool) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sys.exit(cli.main(args, prog_name="patchc", standalone_mode=False) or 0)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        sys.exit(_failed(_output_of(args), (_interrupted(error, given),)))
+        # click puts its own exception in the place of the interrupt, which has what the run left as notes.
+        sys.exit(_failed(_output_of(args), (_interrupted(error.__cause__ or error, given),)))
     except click.ClickException as error:
         output, context = _output_of(args), getattr(error, "ctx", None)
         if context is not None and output == "text":
@@ -317,13 +318,14 @@ def _failed(output: str, diagnostics: Sequence[Diagnostic]) -> int:
 
 def _interrupted(error: BaseException, args: Sequence[str]) -> Diagnostic:
     """What is left of an interrupted command, and for a run how it goes on."""
-    kept = ": ".join(["interrupted", *getattr(error, "__notes__", ())])
+    kept = getattr(error, "__notes__", ())
+    message = ": ".join(["interrupted", *kept])
     if args[:1] != ["run"]:
-        return INTERRUPTED.at(None, kept)
+        return INTERRUPTED.at(None, message)
     import shlex
 
     again = shlex.join(["patchc", *(a for a in args if a != "--fresh")])
-    return INTERRUPTED.at(None, kept, fix=f"to resume: `{again}`")
+    return INTERRUPTED.at(None, message, fix=f"{'to resume it' if kept else 'to start it again'}: `{again}`")
 
 
 def _internal(error: Exception) -> Diagnostic:

@@ -68,7 +68,8 @@ class KeptRun:
         if isinstance(error, KeyboardInterrupt):
             self.write()
             if self.n_cells:
-                error.add_note(f"{self.n_cells:,} cells are kept in {self.folder}: the same run goes on from them")
+                n = sum(len(work.cells) for program in self.programs for work in program.passes)
+                error.add_note(f"{self.n_cells:,} of {n:,} cells are kept in {self.folder}")
         elif error is not None:
             self.write_if_due()
 
@@ -87,8 +88,8 @@ class KeptRun:
                     self._write(self._made(self.around), passes)
         except (OSError, PatchcError) as error:
             why = error.strerror if isinstance(error, OSError) else error.diagnostics[0].message
-            message = f"the finished passes cannot be kept in {self.around}: {why}"
-            self.say(NOT_KEPT.at(None, message, fix="the run goes on; stopped, it has to start again"))
+            message = f"the finished passes cannot be kept in {self.around}: {why}; stopped, the run has to start again"
+            self.say(NOT_KEPT.at(None, message))
             self.around = None
         self._written = time.monotonic()
 

@@ -41,5 +41,6 @@ def check_places(study: Study, source: Source, base: Path, inputs: Collection[Pa
         for line in (*e.saves, *e.shows)
         if not (isinstance(line, Show) and line.kind == "table" and line.path is None)  # it writes no file
     ]
-    records = {record_path(path): span for path, span in places if path.name}
-    refuse_places([*places, *records.items()], inputs)
+    refuse_places(places, inputs)
+    # Only then their records, one for several files, so that what is wrong with a file is not said of its record too.
+    refuse_places([*places, *{record_path(path): span for path, span in places}.items()], inputs)

@@ -25,7 +25,7 @@ from patchc.ir.printer import print_study
 from patchc.ir.program import Program
 from patchc.kept_files import NOT_KEPT, KeptRun, discard, kept_runs
 from patchc.model.load import LoadedModel
-from patchc.report.record import data_hash, sha256, versions
+from patchc.report.record import sha256, versions
 from patchc.resolve.parameters import Literal
 
 NOT_RESUMED = RULES.add("not-resumed", "kept passes are of another run, and are not used", Severity.WARNING)
@@ -34,7 +34,6 @@ EVERY = 5.0
 """Seconds of work that a killed run may lose. A run that is over sooner writes nothing."""
 
 WORDS = {
-    "study": "what is to be run",
     "tensors": "the tensors given",
     "weights": "the weights",
     "code": "the code of patchc",
@@ -74,7 +73,6 @@ class Origin:
         return {
             "spec": sha256(self.source.text),
             "parameters": dict(sorted(self.parameters.items())),
-            "data": data_hash(self.study.prompts),
         }
 
 
@@ -164,8 +162,8 @@ def _differences(about: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]
 
 def _worded(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], before: Any, now: Mapping[str, Any]) -> str:
     if name == "study":
-        changed = [part for part in ("parameters", "spec", "data") if (before or {}).get(part) != now[part]]
-        return f"the {changed[0]}" if changed else WORDS[name]
+        known = before if isinstance(before, dict) else {}
+        return next((f"the {part}" for part in ("parameters", "spec") if known.get(part) != now[part]), "the data")
     if name in WORDS:
         return WORDS[name]
     return f"the {name.replace('_', ' ')} ({theirs.get(name)} then, {ours[name]} now)"

@@ -16,6 +16,10 @@ from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import demand
 from patchc.optimise.rows import bytes_of, reachable, rows_of
 
+MOST_ROWS = 8192
+"""Token rows that the widest block of a pass has, however large the budget: products as large as are worth making have
+fewer, cells save nothing by sharing more of them, and what a killed run loses is a pass."""
+
 
 def cut(
     dag: Dag,
@@ -34,7 +38,7 @@ def cut(
     seen: set[VariantId] = set()
     for c in sorted(cells, key=lambda c: (min(dag.low[r] for r in roots[c]), c)):
         more = rows_of(dag, needs, reachable(dag, needs, roots[c], seen))
-        if chosen and bytes_of(dag, rows + more, element) > budget:
+        if chosen and _is_full(dag, rows + more, budget, element):
             passes.append(_pass(dag, chosen, rows, element))
             chosen, rows, seen = [], Counter(), set()
             more = rows_of(dag, needs, reachable(dag, needs, roots[c], seen))
@@ -43,6 +47,10 @@ def cut(
     if chosen:
         passes.append(_pass(dag, chosen, rows, element))
     return tuple(passes)
+
+
+def _is_full(dag: Dag, rows: Counter[int], budget: int, element: int) -> bool:
+    return bytes_of(dag, rows, element) > budget or max(rows.values(), default=0) > MOST_ROWS
 
 
 def _pass(dag: Dag, cells: list[int], rows: Counter[int], element: int) -> Pass:

@@ -10,6 +10,7 @@ from patchc.ir.experiment import Experiment, Measure, NodeRead, Read
 from patchc.ir.leaves import leaves
 from patchc.ir.ops import Core, Out, Run, VariantId
 from patchc.ir.program import Program
+from patchc.optimise.cut import MOST_ROWS
 from patchc.optimise.demand import Demand, demand
 from patchc.optimise.rows import reachable
 
@@ -131,4 +132,5 @@ def _passes(program: Program, budget: int) -> Remark:
     size = f"{budget / 2**30:.3g} GiB" if budget >= 2**28 else f"{budget / 2**20:.3g} MiB"
     if program.n_passes <= 1:
         return Remark("one pass", True, f"all cells fit into {size}")
-    return Remark("one pass", False, f"a pass may hold about {size}: the cells are cut into {program.n_passes} passes")
+    may = f"a pass may hold about {size}, and {MOST_ROWS:,} token rows"
+    return Remark("one pass", False, f"{may}: the cells are cut into {program.n_passes} passes")
