@@ -51,14 +51,14 @@ class KeptRun:
 
     def __post_init__(self) -> None:
         self.passes = [KeptPasses(self, i, program) for i, program in enumerate(self.programs)]
-        self.resumed = {p.program.experiment.name: len(p.found) for p in self.passes}
+        self.resumed = {p.program.experiment.name: len(p.earlier) for p in self.passes}
         """By experiment, how many passes an earlier start had kept."""
         self._written = time.monotonic()
 
     @property
     def n_cells(self) -> int:
         """How many cells are on the disk."""
-        return sum(len(p.program.passes[i].cells) for p in self.passes for i in p.found if i not in p.pending)
+        return sum(len(p.program.passes[i].cells) for p in self.passes for i in p.written)
 
     def __enter__(self) -> KeptRun:
         self._written = time.monotonic()
@@ -70,6 +70,8 @@ class KeptRun:
             if self.n_cells:
                 n = sum(len(work.cells) for program in self.programs for work in program.passes)
                 error.add_note(f"{self.n_cells:,} of {n:,} cells are kept in {self.folder}")
+        elif error is not None and self.folder is not None:
+            self.write()
         elif error is not None:
             self.write_if_due()
 
@@ -107,7 +109,8 @@ class KeptRun:
         name = f"{passes.number}-{numbers[0]:08}-{numbers[-1]:08}.safetensors"
         tensors = passes.packed(numbers)
         write_whole(folder / name, lambda path: save_file(tensors, path, {"digest": _digest(tensors)}))
-        passes.pending.difference_update(numbers)
+        passes.written.update(numbers)
+        passes.pending.clear()
 
     def discard(self) -> None:
         """Remove every file of the run: it is complete."""
@@ -117,35 +120,38 @@ class KeptRun:
 
 @dataclass
 class KeptPasses:
-    """Those of experiment `number`. `found`: by number of the pass; `pending`: which of them are not on the disk."""
+    """Those of experiment `number`: what an `earlier` start found, by number of the pass; what is still to be written;
+    and which are on the disk."""
 
     run: KeptRun
     number: int
     program: Program
-    found: dict[int, Found] = field(default_factory=dict[int, Found])
-    pending: set[int] = field(default_factory=set[int])
+    earlier: dict[int, Found] = field(default_factory=dict[int, Found])
+    pending: dict[int, Found] = field(default_factory=dict[int, Found])
+    written: set[int] = field(default_factory=set[int])
 
     def __post_init__(self) -> None:
         if self.run.folder is not None:
             for path in sorted(self.run.folder.glob(f"{self.number}-*.safetensors")):
                 with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, RuntimeError):
-                    self.found |= self._unpacked(_read(path))
+                    self.earlier |= self._unpacked(_read(path))
+        self.written.update(self.earlier)
 
     def get(self, number: int) -> Found | None:
-        """What an earlier start found in a pass."""
-        return self.found.get(number)
+        """What an earlier start found in a pass; asked for once."""
+        return self.earlier.pop(number, None)
 
     def put(self, number: int, found: Found) -> None:
         """Keep what a pass found; it is on the disk within `every` seconds of running."""
-        self.found[number] = found
-        self.pending.add(number)
+        self.pending[number] = found
         self.run.write_if_due()
 
     def packed(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Passes as tensors: `passes` their numbers; of their cells, one after another, `silent` `[cell]`, and a
         metric's `[cell, prompt]` under its place among the metrics."""
-        works, found = [self.program.passes[i] for i in numbers], [self.found[i] for i in numbers]
-        silent = [cell in f.silent for work, f in zip(works, found, strict=True) for cell in work.cells]
+        works, found = [self.program.passes[i] for i in numbers], [self.pending[i] for i in numbers]
+        unfelt = {cell for f in found for cell in f.silent}
+        silent = [cell in unfelt for work in works for cell in work.cells]
         metrics = {str(i): torch.cat([f.values[name] for f in found]) for i, name in enumerate(self._metrics)}
         return {"passes": torch.tensor(numbers), "silent": torch.tensor(silent), **metrics}
 

@@ -131,6 +131,6 @@ def _suffixes(program: Program) -> Remark:
 def _passes(program: Program, budget: int) -> Remark:
     size = f"{budget / 2**30:.3g} GiB" if budget >= 2**28 else f"{budget / 2**20:.3g} MiB"
     if program.n_passes <= 1:
-        return Remark("one pass", True, f"all cells fit into {size}")
+        return Remark("one pass", True, "all cells fit into it")
     may = f"a pass may hold about {size}, and {MOST_ROWS:,} token rows"
     return Remark("one pass", False, f"{may}: the cells are cut into {program.n_passes} passes")
