@@ -202,7 +202,7 @@ def kept_runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The folders of runs in `folder`, the latest first, each with what is written about it."""
     found: list[tuple[float, Path, dict[str, Any]]] = []
     for path in folder.glob(f"*/{ABOUT}"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             about = json.loads(path.read_bytes())
             if isinstance(about, dict):
                 found.append((path.stat().st_mtime, path.parent, about))

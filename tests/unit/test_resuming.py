@@ -332,7 +332,7 @@ def test_a_damaged_file_counts_as_absent(path: Path, monkeypatch: pytest.MonkeyP
     assert (again, results.to_json()) == (n - len(found) + 1, expected)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1, "binding": 7}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, "{}", '{"format_version": 1, "binding": 7}', "\udcff"])
 def test_a_damaged_description_is_another_run(path: Path, text: str) -> None:
     stop_after(compiled(path), 5)
     (about,) = path.parent.glob("a.patch.partial/*/run.json")
