@@ -18,6 +18,7 @@ from torch import Tensor
 from patchc.codegen.emit import NOT_CAPTURED, CompiledGraph, compiled_graph
 from patchc.diagnostics import Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
+from patchc.execute.kept import Kept, NotKept
 from patchc.execute.sweep import Outcome, Sweep
 from patchc.ir.experiment import Experiment, ModelChoice, Prompts, Study
 from patchc.ir.graph import ResidualGraph
@@ -137,7 +138,9 @@ def execute(
     given: Given,
     runs: dict[str, PlainRun],
     progress: Callable[[int], None] | None = None,
+    kept: Kept | None = None,
 ) -> Outcome:
-    """A program's numbers. `runs` keeps the plain runs for the next experiment on the same data."""
+    """A program's numbers. `runs` keeps the plain runs for the next experiment on the same data; `kept` has the passes
+    that need not be run again."""
     tables = model.pieces.tables(program.prompts.layout)
-    return Sweep(program, model.pieces, tables, given.metrics, given.tensors, runs).run(progress)
+    return Sweep(program, model.pieces, tables, given.metrics, given.tensors, runs, kept or NotKept()).run(progress)

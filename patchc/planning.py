@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from patchc import pipeline
 from patchc.diagnostics import Diagnostic, PatchcError
+from patchc.free_memory import default_budget
 from patchc.ir.experiment import ModelChoice
 from patchc.model.outline import Outline, outline
-from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.plan import Plan
 from patchc.optimise.plan import plan as plan_program
 from patchc.parse import parse
@@ -49,7 +50,7 @@ def plan(
     dtype: str | None = None,
     attention: str | None = None,
     parameters: Mapping[str, str | int | float] | None = None,
-    memory: int = DEFAULT_BUDGET,
+    memory: int | None = None,
 ) -> Plans:
     """What each experiment of a spec (a path, or its text) will run, in FLOPs, rows and bytes; weights may be missing.
 
@@ -68,7 +69,7 @@ def plan(
     if tokenizer is not None:
         found = found.with_tokenizer(tokenizer)
     study, warnings = pipeline.to_study(tree, source, found, choice, base, given)
-    programs = pipeline.to_programs(study, found, memory)
+    programs = pipeline.to_programs(study, found, memory or default_budget(torch.device("cpu")))
     plans = Plans(plan_program(p, found.rates) for p in programs)
     plans.warnings = warnings
     return plans

@@ -16,10 +16,9 @@ from patchc.optimise.demand import demand
 from patchc.optimise.memory import bytes_of
 from patchc.optimise.rows import Rows, reachable
 
-DEFAULT_BUDGET = 2 << 30
-"""Bytes that a pass may hold beyond the model."""
 ENOUGH = 3840
-"""Token rows of one block: matrix products are full with a quarter of them, and more only costs memory."""
+"""Token rows that the widest block of a pass has, however large the budget: products are full with a quarter of them,
+cells save nothing by sharing more, and what a killed run loses is a pass."""
 
 
 def cut(
@@ -32,7 +31,7 @@ def cut(
     schedule: Schedule = FULL,
 ) -> tuple[Pass, ...]:
     """`roots[cell]` are read at the tokens of `measured`; `cells` are the numbers of the cells that need a pass;
-    `element` is the bytes of one number."""
+    `budget` is the bytes that a pass may hold beyond the model, `element` those of one number."""
     needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)), schedule)
     count, n_blocks = Rows(dag), len(dag.graph.blocks)
     passes: list[Pass] = []

@@ -6,6 +6,7 @@ The hooks backend's own are here too: a spec never gets as far, because the comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,14 @@ def _interrupted(patched: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
     with pytest.raises(SystemExit):
         cli.main(["nodes", "ioi-tiny"])
     return tuple(found)
+
+
+def _not_resumed(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
+    spec = """data { clean "a b c d a b c" corrupt "a b c d a e c" answer " d" }
+experiment e { for h in head run clean patch node h with corrupt measure logit(answer) }"""
+    Path("kept/0").mkdir(parents=True)
+    Path("kept/0/run.json").write_text('{"format_version": 1, "binding": {}}', encoding="utf-8")
+    return patchc.load("induction-2l").compile(spec, partial="kept").warnings
 
 
 def _trace_differs(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
@@ -120,6 +129,7 @@ PROVOKED: dict[str, Provoke] = {
     "answer-not-as-written": _answer_not_as_written,
     "internal": _internal,
     "interrupted": _interrupted,
+    "not-resumed": _not_resumed,
     "trace-differs": _trace_differs,
     "hooks-model": _hooks_model,
     "hooks-differ": _hooks_differ,

@@ -281,7 +281,8 @@ def test_files_are_written_when_asked(tmp_path: Path) -> None:
     run(compiled)
     assert [p.name for p in tmp_path.iterdir()] == ["a.patch"]
     result = run(compiled, write=True)["heads"]
-    assert {p.name for p in tmp_path.iterdir()} == {"a.patch", "out.csv", "a.heads.png"}
+    records = {"out.record.json", "a.heads.record.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.patch", "out.csv", "a.heads.png"} | records
     assert result.files == [tmp_path / "out.csv", tmp_path / "a.heads.png"]
 
 
@@ -313,7 +314,18 @@ def test_results_in_other_forms() -> None:
         assert "heads" in page
         assert "data:image/png;base64," in page
     assert list(results) == ["heads"]
-    assert set(results.record) == {"spec", "parameters", "data", "weights", "versions", "seeds"}
+    assert set(results.record) == {
+        "spec",
+        "parameters",
+        "data",
+        "inputs",
+        "model",
+        "weights",
+        "versions",
+        "seeds",
+        "settings",
+        "plan",
+    }
 
 
 # ---- graphs

@@ -145,6 +145,8 @@ def test_places_for_results_are_looked_at(run: Run) -> None:
         assert codes(name) == [code]
         ran = run("check", "--format", "json", name)
         assert (ran.exit, [d["code"] for d in ran.json["diagnostics"]]) == (1, [code])
+    record = spec(MODEL, DATA, HEADS.replace("kl(clean)", 'kl(clean)\n  save "a.csv"\n  save "a.record.json"'))
+    assert codes(record) == ["same-file"]
     twice = spec(MODEL, DATA, HEADS.replace("kl(clean)", 'kl(clean)\n  save "out.csv"\n  save "out.csv"'))
     assert codes(twice) == ["same-file"]
 
