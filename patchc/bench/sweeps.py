@@ -34,8 +34,8 @@ SLOWER = 1.5
 class Effort:
     """How long measuring may take. A side that would take more than `side_s` CPU seconds runs a part: a peer for about
     `part_s`, patchc as many layers as fit in `layers_s`, or one. `turns`: how often the sides take turns in a sweep
-    that is run whole. `wall`: whether to measure at all threads too. `quick`: sampled sweeps run one layer, chosen to be
-    short."""
+    that is run whole. `wall`: whether to measure at all threads too. `quick`: sampled sweeps run one layer, chosen to
+    be short."""
 
     side_s: float = 60.0
     part_s: float = 16.0
