@@ -32,19 +32,21 @@ SLOWER = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long measuring may take. A side that would take more than `side_s` CPU seconds runs a part; a peer then runs
-    for about `part_s`. `turns`: how often the sides take turns. `wall`: whether to measure at all threads too. `quick`:
-    sampled sweeps run one layer, chosen to be short."""
+    """How long measuring may take. A side that would take more than `side_s` CPU seconds runs a part: a peer for about
+    `part_s`, patchc as many layers as fit in `layers_s`, or one. `turns`: how often the sides take turns in a sweep
+    that is run whole. `wall`: whether to measure at all threads too. `quick`: sampled sweeps run one layer, chosen to
+    be short."""
 
     side_s: float = 60.0
     part_s: float = 16.0
+    layers_s: float = 25.0
     turns: int = 2
     wall: bool = True
     quick: bool = False
 
 
 FULL = Effort()
-QUICK = Effort(side_s=8.0, part_s=1.5, turns=1, wall=False, quick=True)
+QUICK = Effort(side_s=6.0, part_s=1.5, turns=1, wall=False, quick=True)
 
 
 @dataclass
@@ -119,7 +121,8 @@ def measure(bench: Bench, work: Work, setting: str) -> Row:
     values = by_cell(result)
     sides, notes = _sides(bench, Task(work, bench.shape, worlds, compiled), values, part)
     try:
-        turns = [_turn(bench, part, worlds, sides, i) for i in range(bench.effort.turns)]
+        count = 1 if part.sampled else bench.effort.turns
+        turns = [_turn(bench, part, worlds, sides, slice(i, None, count)) for i in range(count)]
         wall_s = _wall(bench, part, worlds, sides) if bench.effort.wall else None
     finally:
         for side in sides:
@@ -164,10 +167,10 @@ def _part(bench: Bench, work: Work, worlds: Worlds, gflops: float) -> Part:
     (plan,) = compiled.plan()
     flops, rows = plan.cost.flops, sum(plan.rows.values()) / bench.model.graph.n_layers
     whole = Part(spec, None, flops, flops, plan.cost.plain_runs, plan.n_cells, rows, planning_s)
-    fits = bench.effort.side_s / (SLOWER * flops / gflops / 1e9)
-    if fits >= 1:
+    foreseen_s = SLOWER * flops / gflops / 1e9
+    if foreseen_s <= bench.effort.side_s:
         return whole
-    layers = _layers(bench, work, fits)
+    layers = _layers(bench, work, bench.effort.layers_s / foreseen_s)
     spec = work.spec(bench.shape, layers)
     (plan,) = _compile(bench, spec, worlds).plan()
     return replace(whole, spec=spec, layers=layers, flops=plan.cost.flops)
@@ -241,13 +244,13 @@ class Turn:
     gflops: float
 
 
-def _turn(bench: Bench, part: Part, worlds: Worlds, sides: Sequence[Side], number: int) -> Turn:
+def _turn(bench: Bench, part: Part, worlds: Worlds, sides: Sequence[Side], share: slice) -> Turn:
     before = product_gflops()
     compiled, planning_s = timed(lambda: _compile(bench, part.spec, worlds))
     _, running_s = timed(lambda: _result(compiled))
     after = product_gflops()
     for side in sides:
-        side.take(side.cells[number :: bench.effort.turns])
+        side.take(side.cells[share])
     planned = part.planning_s if part.sampled else planning_s
     fixed = _nearly_nothing(bench, part, worlds)
     fixed_s = timed(lambda: _result(fixed))[1] if fixed else 0.0

@@ -41,7 +41,7 @@ ROW_KEYS = {
     "max_abs_diff", "largest_effect",
 }  # fmt: skip
 FEW = Effort(side_s=0.02, part_s=0.05, turns=2, wall=False)
-SAMPLED = Effort(side_s=1e-9, part_s=0.05, turns=1, wall=True)
+SAMPLED = Effort(side_s=1e-9, part_s=0.05, layers_s=1e-9, wall=True)
 
 
 @pytest.fixture(scope="module")
