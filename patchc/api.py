@@ -23,7 +23,7 @@ from patchc.codegen.emit import CompiledGraph
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
 from patchc.execute.analyse import Analysis, analyse
 from patchc.execute.base import PlainRun
-from patchc.execute.check import SAMPLE, check
+from patchc.execute.check import SAMPLE, Checker
 from patchc.execute.sweep import Outcome
 from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
@@ -41,7 +41,7 @@ from patchc.places import check_places, input_paths, result_path
 from patchc.report.files import save_picture, save_table
 from patchc.report.labelling import labelled
 from patchc.report.record import run_record
-from patchc.report.results import Check, Result, Results
+from patchc.report.results import Result, Results
 from patchc.spec import read_spec
 
 SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
@@ -216,7 +216,9 @@ class Compiled:
         if write:
             self.check_files()
         tell = _bars() if progress is True else (progress or (lambda *_: None))
-        results = {p.experiment.name: self._run(p, _count(check), tell, per_prompt) for p in self.programs}
+        count, loaded = _count(check), self.model.loaded
+        checker = Checker(loaded.eager, loaded.graph, self.study.prompts, self.given.tensors, self.given.metrics)
+        results = {p.experiment.name: self._run(p, checker, count, tell, per_prompt) for p in self.programs}
         prompts, seeds, weights = self.study.prompts, self.study.seeds, self.model.loaded.fingerprint
         out = Results(results, run_record(self.source.text, prompts, weights, seeds, self.given.parameters))
         if write:
@@ -233,27 +235,19 @@ class Compiled:
                 elif show.path is not None:
                     result.files.append(save_table(result, self._path(result.experiment, show), show.span))
 
-    def _run(self, program: Program, count: int | bool | None, tell: Progress, per_prompt: bool) -> Result:
+    def _run(
+        self, program: Program, checker: Checker, count: int | bool | None, tell: Progress, per_prompt: bool
+    ) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)
         loaded = self.model.loaded
         outcome = pipeline.execute(program, loaded, self.given, self._runs, lambda n: tell(experiment.name, n, n_cells))
         _refuse_silent(program, outcome)
         result = labelled(program, outcome, per_prompt)
-        if count is not False:
-            compared = check(
-                experiment,
-                outcome,
-                loaded.eager,
-                loaded.graph,
-                self.study.prompts,
-                self.given.tensors,
-                self.given.metrics,
-                count,
-                lambda n: tell(f"{experiment.name}: check", n, n_cells if count is None else min(count, n_cells)),
-            )
-            effect = compared.largest_effect
-            result = replace(result, check=Check(compared.cells, compared.max_abs_diff, compared.tolerance, effect))
-        return result
+        if count is False:
+            return result
+        checked = n_cells if count is None else min(count, n_cells)
+        name = f"{experiment.name}: check"
+        return replace(result, check=checker.check(experiment, outcome, count, lambda n: tell(name, n, checked)))
 
     # ---- as graphs
     @cached_property
