@@ -34,7 +34,7 @@ EXPERIMENTS = {
     "stream": "for l in layers for p in positions run clean patch node resid_pre[l] @ p with corrupt measure diff",
     "edges": "for h in head[0, *] run clean patch path h -> mlp[1] -> logits with corrupt measure kl(clean)",
     "keys": "for h in head run clean patch node h.k with 0.5 * self + 0.5 * mean(corrupt) measure prob(answer)",
-    "pattern": "for h in head[0, *] for p in positions run clean patch node h.pattern @ p with corrupt measure diff, part",
+    "pattern": "for h in head[0, *] for p in positions run clean patch node h.pattern @ p with corrupt measure diff",
     "scores": "for h in head run clean patch node h.scores with mean(corrupt) measure diff",
     "noise": "for h in head run clean patch node h with self + noise(sigma=1, seed=3) measure logprob(answer)",
     "mlps": "for l in layers run clean patch node mlp[l] with zero measure rank(answer), loss(answer)",

@@ -14,6 +14,7 @@ import patchc
 from patchc import pipeline
 from patchc.api import Compiled
 from patchc.execute.hooks import Oracle
+from patchc.ir.experiment import ModelChoice
 from tests.models import MODELS
 
 IDS: dict[str, Any] = {
@@ -38,7 +39,7 @@ def compiled(kind: str, dtype: torch.dtype) -> Compiled:
 
 
 def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+    return float(x.detach().double().square().mean().sqrt())
 
 
 @cache
@@ -83,3 +84,14 @@ def test_a_graph_is_as_good_as_passes_of_the_model(kind: str, dtype: torch.dtype
     c.save(tmp_path / "graph", "heads")
     again = patchc.load_graph(tmp_path / "graph", c.model)(*ids, masks)[0].flatten(0, 1)
     assert torch.equal(again, got)
+
+
+def test_a_spec_says_so() -> None:
+    """The statement is all that changes: loading, sweeps and the check follow."""
+    spec = 'model "induction-2l" dtype=bfloat16\ndata { clean "a b c a" corrupt "a b d a" answer " b" }\n'
+    spec += "experiment e { for h in head run clean patch node h with corrupt measure logit(answer) }"
+    choice = ModelChoice("induction-2l", (("dtype", "bfloat16"),))
+    check = patchc.load(choice).compile(spec).run(check=True, progress=False)["e"].check
+    assert check is not None
+    assert check.to_json()["reference"] == "float32"
+    assert check.to_json()["hooks_diff"] > 0
