@@ -24,7 +24,7 @@ from patchc.codegen.emit import CompiledGraph
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Source
 from patchc.execute.analyse import Analysis, analyse
 from patchc.execute.base import PlainRun
-from patchc.execute.check import SAMPLE, check
+from patchc.execute.check import SAMPLE, Checker
 from patchc.execute.kept import Kept
 from patchc.execute.settings import settings
 from patchc.execute.sweep import Outcome
@@ -47,7 +47,7 @@ from patchc.progress import Progress, bars
 from patchc.report.files import save_picture, save_table
 from patchc.report.labelling import labelled
 from patchc.report.record import Course, input_hashes, run_record, write_records
-from patchc.report.results import Check, Result, Results
+from patchc.report.results import Result, Results
 from patchc.resuming import EVERY, Origin, Resuming, resuming
 from patchc.spec import read_spec
 
@@ -246,10 +246,11 @@ class Compiled:
         if write:
             self.check_files()
         tell = bars() if progress is True else (progress or (lambda *_: None))
-        started = datetime.now(UTC)
+        started, count, loaded = datetime.now(UTC), _count(check), self.model.loaded
+        checker = Checker(loaded.eager, loaded.graph, self.study.prompts, self.given.tensors, self.given.metrics)
         with self.resuming.open(self.programs, self.memory, keep_every, say or _warn) as kept:
             runs = zip(self.programs, kept.passes, strict=True)
-            found = {p.experiment.name: self._run(p, passes, _count(check), tell, per_prompt) for p, passes in runs}
+            found = {p.experiment.name: self._run(p, some, checker, count, tell, per_prompt) for p, some in runs}
             out = Results(found, self._record())
             if write:
                 self._write(out, Course(started, datetime.now(UTC), self.memory, kept.resumed))
@@ -279,7 +280,9 @@ class Compiled:
                     result.files.append(save_table(result, self._path(result.experiment, show), show.span))
         write_records(results, self.source.text, course)
 
-    def _run(self, program: Program, kept: Kept, count: int | bool | None, tell: Progress, per_prompt: bool) -> Result:
+    def _run(
+        self, program: Program, kept: Kept, checker: Checker, count: int | bool | None, tell: Progress, per_prompt: bool
+    ) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)
         loaded = self.model.loaded
         outcome = pipeline.execute(
@@ -287,21 +290,11 @@ class Compiled:
         )
         _refuse_silent(program, outcome)
         result = labelled(program, outcome, per_prompt)
-        if count is not False:
-            compared = check(
-                experiment,
-                outcome,
-                loaded.eager,
-                loaded.graph,
-                self.study.prompts,
-                self.given.tensors,
-                self.given.metrics,
-                count,
-                lambda n: tell(f"{experiment.name}: check", n, n_cells if count is None else min(count, n_cells)),
-            )
-            effect = compared.largest_effect
-            result = replace(result, check=Check(compared.cells, compared.max_abs_diff, compared.tolerance, effect))
-        return result
+        if count is False:
+            return result
+        checked = n_cells if count is None else min(count, n_cells)
+        name = f"{experiment.name}: check"
+        return replace(result, check=checker.check(experiment, outcome, count, lambda n: tell(name, n, checked)))
 
     # ---- as graphs
     @cached_property

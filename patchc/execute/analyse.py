@@ -33,6 +33,8 @@ def analyse(work: Callable[[], Any], device: torch.device) -> Analysis:
     start, cpu = time.perf_counter(), time.process_time()
     with grown_memory(device) as grown:
         work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     with counted_flops() as counter:
         work()

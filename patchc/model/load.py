@@ -17,6 +17,7 @@ from torch import nn
 from patchc.diagnostics import RULES
 from patchc.ir.graph import ResidualGraph
 from patchc.model.configs import BAD_OPTION, config_context, config_layers, dtype_named, native_model
+from patchc.model.devices import device_named, refuse_numbers
 from patchc.model.export import export
 from patchc.model.folders import (
     BAD_CONFIG,
@@ -103,8 +104,8 @@ def load(
 
     `model`: the name of a built-in model, a model directory (relative to `base`), a hub id, or a module,
     which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
-    Errors: `model-not-found`, `model-config`, `model-weights`, `nan-in-weights`, `model-has-hooks`,
-    `model-placement`, `model-wrapped`, `quantised-weights`,
+    Errors: `model-not-found`, `model-config`, `model-weights`, `model-option`, `model-numbers`, `nan-in-weights`,
+    `model-has-hooks`, `model-placement`, `model-wrapped`, `quantised-weights`,
     `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
     with silent_transformers():
         if isinstance(model, nn.Module):
@@ -113,7 +114,7 @@ def load(
             raise NOT_FOUND.error(f"a model is a name, a path or a torch.nn.Module, not a {type(model).__name__}")
         else:
             source = _named(model, _Options(dtype_named(dtype), revision, attention), base or Path())
-            source = replace(source, module=source.module.to(_device(device)))
+            source = replace(source, module=source.module.to(device_named(device)))
     source = replace(source, tokenizer=tokenizer if tokenizer is not None else source.tokenizer)
     return _traced(source, bos)
 
@@ -122,6 +123,7 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
     module = source.module
     refuse_placement(module)
     refuse_hooks(module)
+    refuse_numbers(module)
     content = content_fingerprint(module)
     with torch.inference_mode(False), untouched(module):
         key = trace_key(module, content)
@@ -239,15 +241,3 @@ def _complete(folder: Path, info: dict[str, Any]) -> None:
         if names := sorted(str(n) for n in info.get(key) or ()):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise BAD_WEIGHTS.error(f"the weights in {folder} {what} `{names[0]}`{more}")
-
-
-# ---- options
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        found = torch.device(device or "cpu")
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise BAD_OPTION.error(f'device "{device}" cannot be used: {first_line(error)}') from None
-    return found

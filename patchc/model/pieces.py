@@ -253,6 +253,7 @@ class TracedPieces:
         prepare = attention.prepares[port]
         if prepare is None:
             return r
+        tokens = tokens.to(self.device)
         statics = [tables.rows[n].index_select(self._pos_axis(n), tokens) for n in prepare.statics]
         x = r[None] if attention.block.ports[port].heads_last else r.transpose(0, 1)[None]
         return self._parts.run(prepare.module, x, *statics)[0].transpose(0, 1)

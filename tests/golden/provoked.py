@@ -113,7 +113,8 @@ def _hooks_edges_from_stream(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
 
 
 def _check_failed(patched: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
-    patched.setattr(check, "_tolerance", lambda *_: -1.0)
+    patched.setattr(check, "TOLERANCE", -1.0)
+    patched.setattr(check, "RATIO", -1.0)
     spec = 'data { clean "a b c" corrupt "a b d" answer " d" }\n'
     spec += "experiment e { run clean patch node head[0, 0] with corrupt measure logit(answer) }"
     return _raised(lambda: patchc.load("induction-2l").compile(spec).run(check=True, progress=False))

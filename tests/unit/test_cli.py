@@ -48,7 +48,7 @@ def test_json_is_one_object_with_the_fixed_keys(run: Run) -> None:
     assert heads["coords"] == {"layer": [0, 1], "head": [0, 1]}
     assert set(heads["metrics"]) == set(heads["stderr"]) == set(heads["baselines"]) == {"diff", "kl(clean)"}
     assert heads["check"]["cells"] == 2
-    assert set(heads["check"]) == {"cells", "max_abs_diff"}
+    assert set(heads["check"]) == {"cells", "max_abs_diff", "tolerance", "largest_effect"}
     assert one["metrics"]["diff"] == pytest.approx(heads["metrics"]["diff"][0][0], abs=1e-5)  # a bare number
     assert one["stderr"] == {"diff": None}
     assert set(one["baselines"]["diff"]) == {"clean", "corrupt"}
@@ -194,7 +194,8 @@ def test_a_later_failure_leaves_no_file(run: Run, tmp_path: Path, output: tuple[
 
 
 def test_a_failed_check_leaves_no_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchc.execute.check.TOLERANCE", 0.0)
+    for name in ("TOLERANCE", "RATIO"):
+        monkeypatch.setattr(f"patchc.execute.check.{name}", -1.0)
     expects = SAVING.replace("show heatmap", "expect diff > 1000")
     ran = run("run", "--check=all", spec(MODEL, DATA, expects))
     assert (ran.exit, ran.codes) == (3, ["check-failed"])  # 3 wins over 4

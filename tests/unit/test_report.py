@@ -80,7 +80,7 @@ def test_json_has_dims_and_null_where_there_is_no_cell() -> None:
         "n": 3,
         "baselines": {"diff": {"clean": 2.0, "corrupt": -1.0}},
         "passes": 2,
-        "check": {"cells": 4, "max_abs_diff": 1e-6},
+        "check": {"cells": 4, "max_abs_diff": 1e-6, "tolerance": 1e-4, "largest_effect": 2.0},
     }
     assert json.loads(json.dumps(made, allow_nan=False)) == made
 
