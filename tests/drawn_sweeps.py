@@ -18,6 +18,7 @@ from patchc.ir.program import End, Program, Rates
 from patchc.ir.tokens import Layout
 from patchc.lower import Lowered, lower
 from patchc.optimise import naive, optimise, reads
+from patchc.optimise.course import Courses
 from patchc.optimise.demand import demand
 from patchc.optimise.passes import laws_without
 from patchc.optimise.work import Counter, Work
@@ -62,7 +63,7 @@ class Drawn:
 
     def cost(self, program: Program) -> tuple[int, int]:
         """Planned, of the passes and of unembedding what they give: FLOPs, and numbers added up in streams."""
-        done, counter, additions, cells = Work(), Counter(program.dag, program.schedule), 0, 0
+        done, counter, additions, cells = Work(), Counter(Courses(program.dag), program.base, program.schedule), 0, 0
         for work in program.passes:
             asked = program.reads(work.cells)
             done.add(counter.of_reads(asked))

@@ -19,7 +19,7 @@ from patchc.ir.tokens import Tokens
 Key = tuple[int, tuple[Replaced, ...]]
 """Whose rows: the input that a port reads, or minus a core's number where some of its projections are set."""
 
-PAIRS = 4096
+PAIRS = 1024
 """(variant, prompt, head) triples of one attention call, times positions: bounds its memory."""
 
 

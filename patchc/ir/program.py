@@ -64,6 +64,8 @@ class Rates:
     logit: int
     copied: int = 0
     """Bytes of weights that are held a second time, beside the model's own tensors."""
+    down: int = 0
+    """FLOPs of an MLP's output matrix, a token row."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ def rates(pieces: TracedPieces) -> Rates:
     }
     projection = 2 * graph.d_model * graph.d_head
     copied = sum(pieces.copied.values())
-    return Rates(mlp, projection, projection, 4 * graph.d_head, 2 * graph.d_model, copied)
+    down = 2 * graph.d_model * graph.d_mlp
+    return Rates(mlp, projection, projection, 4 * graph.d_head, 2 * graph.d_model, copied, down)
 
 
 def _flops_of_mlp(pieces: Pieces, layer: int) -> int:

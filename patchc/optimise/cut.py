@@ -6,14 +6,12 @@ What a pass holds is estimated from its rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from patchc.ir.dag import Dag
+from patchc.ir.graph import ResidualGraph
 from patchc.ir.ops import VariantId
-from patchc.ir.program import FULL, Pass, Schedule
-from patchc.ir.tokens import Tokens
+from patchc.ir.program import Pass, Program
+from patchc.optimise.course import Courses
 from patchc.optimise.demand import demand
-from patchc.optimise.memory import bytes_of
+from patchc.optimise.memory import bytes_of, plain_run_bytes
 from patchc.optimise.rows import Rows, reachable
 
 ENOUGH = 3840
@@ -21,35 +19,37 @@ ENOUGH = 3840
 cells save nothing by sharing more, and what a killed run loses is a pass."""
 
 
-def cut(
-    dag: Dag,
-    roots: Sequence[Sequence[VariantId]],
-    measured: Sequence[Tokens],
-    cells: Sequence[int],
-    budget: int,
-    element: int,
-    schedule: Schedule = FULL,
-) -> tuple[Pass, ...]:
-    """`roots[cell]` are read at the tokens of `measured`; `cells` are the numbers of the cells that need a pass;
-    `budget` is the bytes that a pass may hold beyond the model, `element` those of one number."""
-    needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)), schedule)
-    count, n_blocks = Rows(dag), len(dag.graph.blocks)
+def cut(program: Program) -> tuple[Pass, ...]:
+    """The passes of a program's live cells."""
+    dag, roots = program.dag, program.roots
+    needs = demand(dag, program.reads(program.live), program.schedule)
+    count, n_blocks = Rows(Courses(dag)), len(dag.graph.blocks)
+    plain = len(program.worlds) * plain_run_bytes(dag.graph, program.prompts.layout.n_tokens, program.element)
+    most = _most_rows(dag.graph, program.budget - plain, program.element)
     passes: list[Pass] = []
     chosen: list[int] = []
     rows = [0] * n_blocks
     seen: set[VariantId] = set()
-    for c in cells:
+    for c in program.live:
         before = rows.copy()
         count.add(rows, needs, reachable(dag, needs, roots[c], seen))
-        if chosen and (max(rows) > ENOUGH or bytes_of(dag.graph, max(rows), element) > budget):
-            passes.append(_pass(dag, chosen, before, element))
+        if chosen and max(rows) > most:
+            passes.append(_pass(program, chosen, before))
             chosen, rows, seen = [], [0] * n_blocks, set()
             count.add(rows, needs, reachable(dag, needs, roots[c], seen))
         chosen.append(c)
     if chosen:
-        passes.append(_pass(dag, chosen, rows, element))
+        passes.append(_pass(program, chosen, rows))
     return tuple(passes)
 
 
-def _pass(dag: Dag, cells: list[int], rows: list[int], element: int) -> Pass:
-    return Pass(tuple(cells), tuple(rows), bytes_of(dag.graph, max(rows), element))
+def _most_rows(graph: ResidualGraph, budget: int, element: int) -> int:
+    """Token rows of the widest block that keep to a budget."""
+    rows = ENOUGH
+    while rows > 1 and bytes_of(graph, rows, element) > budget:
+        rows //= 2
+    return rows
+
+
+def _pass(program: Program, cells: list[int], rows: list[int]) -> Pass:
+    return Pass(tuple(cells), tuple(rows), bytes_of(program.dag.graph, max(rows), program.element))

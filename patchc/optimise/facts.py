@@ -10,6 +10,7 @@ from functools import cached_property
 from patchc.ir.dag import Dag
 from patchc.ir.ops import Op, VariantId
 from patchc.ir.program import Program
+from patchc.optimise.course import Courses
 from patchc.optimise.demand import Demand, demand
 from patchc.optimise.rows import Rows, reachable
 
@@ -55,7 +56,7 @@ class Facts:
     @cached_property
     def _alone(self) -> tuple[int, int]:
         variants = blocks = 0
-        rows = Rows(self.dag)
+        rows = Rows(Courses(self.dag))
         for roots in self.live:
             mine, counts = reachable(self.dag, self.needs, roots, set()), [0] * len(self.dag.graph.blocks)
             rows.add(counts, self.needs, mine)

@@ -1,12 +1,14 @@
-"""How much memory a pass holds at its fullest, told before it runs: plain runs, live differences, one block's work.
+"""How much memory a pass holds at its fullest, told before it runs: plain runs, live differences, suffixes, one block's
+work.
 
 An estimate: every large tensor is counted where it is alive, small ones and what the allocator keeps are not.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind, ResidualGraph
@@ -26,17 +28,18 @@ from patchc.ir.ops import (
 )
 from patchc.ir.program import FULL, Schedule
 from patchc.ir.tokens import Tokens
+from patchc.optimise.course import Courses
 from patchc.optimise.demand import Demand, demand
-from patchc.optimise.work import Work
 
 ROWS = 1200
 """Token rows that one matrix product takes at most."""
-GATHERED = 4096 * 64
-"""Rows of head width that attention gathers at once, for queries, keys and values together."""
+GATHERED = 4096
+"""Token rows of queries, keys and values, of all heads, that attention gathers at once."""
 
 
 def plain_run_bytes(graph: ResidualGraph, tokens: int, element: int) -> int:
-    """What one world's plain run keeps: embeddings, the stream below each rank, q, k, v twice, z, MLP outputs."""
+    """What one world's plain run keeps: embeddings, the stream below each rank, q, k, v as projected and as attention
+    takes them, z, MLP outputs."""
     heads, kv = graph.n_heads * graph.d_head, graph.n_kv_heads * graph.d_head
     total = (graph.blocks[0].size + graph.top + 1) * graph.d_model
     for block in graph.blocks[1:]:
@@ -46,25 +49,27 @@ def plain_run_bytes(graph: ResidualGraph, tokens: int, element: int) -> int:
 
 def bytes_of(graph: ResidualGraph, rows: int, element: int) -> int:
     """About what a pass holds whose widest block has so many token rows: streams below and above it, q, k, v and z, and
-    one product's neurons."""
+    one block's work."""
     heads = graph.n_heads * graph.d_head
-    return (rows * (3 * graph.d_model + 5 * heads) + ROWS * 2 * graph.d_mlp) * element
+    scratch = max(ROWS * (2 * graph.d_model + 2 * graph.d_mlp), 2 * GATHERED * heads)
+    return (rows * (3 * graph.d_model + 5 * heads) + min(scratch, 4 * rows * (graph.d_mlp + graph.d_model))) * element
 
 
 @dataclass
 class Live:
     """Bytes alive at each block, by when each value is made and when its last reader has run."""
 
-    dag: Dag
+    courses: Courses
     element: int
     schedule: Schedule = FULL
-    _suffixes: dict[tuple[int, Tokens, Tokens], list[int]] = field(
-        default_factory=dict[tuple[int, Tokens, Tokens], list[int]]
-    )
 
-    def peak(self, reads: Sequence[tuple[VariantId, Tokens]], work: Work) -> int:
+    @property
+    def dag(self) -> Dag:
+        return self.courses.dag
+
+    def peak(self, reads: Sequence[tuple[VariantId, Tokens]]) -> int:
         """The most that one pass holds for these roots, each read at its tokens, beside plain runs and the reading of
-        metrics; `work` is what it computes."""
+        metrics."""
         needs = demand(self.dag, reads, self.schedule)
         n = len(self.dag.graph.blocks) + 1
         change = [0] * (n + 1)
@@ -77,10 +82,9 @@ class Live:
         for block in range(n):
             now += change[block]
             live[block] = now
-        self._add_suffixes(live, needs)
-        scratch = self._scratch(work)
-        finals = sum(tokens.bit_count() for _, tokens in reads) * self.dag.graph.d_model * self.element
-        return max(a + b for a, b in zip(live, scratch, strict=True)) + finals
+        at_work = self._at_work(needs)
+        finals = sum(tokens.bit_count() for _, tokens in reads) * self.dag.graph.d_model
+        return max((a + b for a, b in zip(live, at_work, strict=True)), default=0) + finals * self.element
 
     def _size(self, needs: Demand, i: VariantId) -> int:
         op, tokens = self.dag.ops[i], needs.tokens[i].bit_count()
@@ -131,64 +135,73 @@ class Live:
             case _:
                 return None
 
-    # ---- suffixes
-    def _add_suffixes(self, live: list[int], needs: Demand) -> None:
-        for i in needs.tokens:
-            if isinstance(op := self.dag.ops[i], Run):
-                for block, size in enumerate(self._suffix(op.rank, self.dag.changed[op.input], needs.tokens[i])):
-                    live[block] += size
-
-    def _suffix(self, rank: int, changed: Tokens, demanded: Tokens) -> list[int]:
-        """Of one suffix, by block."""
-        key = (rank, changed, demanded)
-        if key not in self._suffixes:
-            self._suffixes[key] = self._of_suffix(rank, changed, demanded)
-        return self._suffixes[key]
-
-    def _of_suffix(self, rank: int, changed: Tokens, demanded: Tokens) -> list[int]:
+    # ---- what a block holds while it works
+    def _at_work(self, needs: Demand) -> list[int]:
+        """By block: suffixes' streams and projections, the work of one matrix product or attention call."""
         graph = self.dag.graph
+        suffixes, front = self._suffix_rows(needs), self._front_rows(needs)
         out = [0] * (len(graph.blocks) + 1)
-        width = graph.d_model * self.element
-        needed = demanded
-        for index in range(len(graph.blocks) - 1, -1, -1):
-            block = graph.blocks[index]
-            if block.rank >= rank:
-                out[index] = self._widths(block.kind) * needed.bit_count()
-                needed = self.dag.reach(needed) if block.kind is BlockKind.ATTENTION else needed
-        spread = self.dag.spread(changed) if self.dag.attends_from(rank) else changed
-        most = spread.bit_count() * self._widths(BlockKind.ATTENTION)
-        out[-1] = width * demanded.bit_count()
-        return [min(size, most) for size in out]
-
-    def _widths(self, kind: BlockKind) -> int:
-        """Bytes a token row of a suffix while a block works: the stream; then q, k, v, one of them before it is ready,
-        and z; or what the MLP adds and their sum."""
-        graph = self.dag.graph
-        heads = graph.n_heads * graph.d_head
-        return (graph.d_model + (5 * heads if kind is BlockKind.ATTENTION else 2 * graph.d_model)) * self.element
-
-    # ---- one block's work
-    def _scratch(self, work: Work) -> list[int]:
-        graph = self.dag.graph
-        out: list[int] = []
         for index, block in enumerate(graph.blocks):
+            incoming, asking, outgoing = suffixes.get(index, (0, 0, 0))
             if block.kind is BlockKind.ATTENTION:
-                out.append(self._attention(work, index))
+                out[index] = self._attention(incoming, asking, outgoing) + self._banks(front[index])
             else:
-                rows = min(ROWS, work.mlp.get(index, 0))
-                out.append(rows * (3 * graph.d_model + 2 * graph.d_mlp) * self.element)
-        return [*out, 0]
+                held = incoming + (outgoing if self._stands_beside(index) else 0)
+                rows = min(ROWS, max(asking, front[index]))
+                out[index] = held * graph.d_model + rows * (3 * graph.d_model + 2 * graph.d_mlp)
+        top = suffixes.get(len(graph.blocks) - 1, (0, 0, 0))[2]
+        out[-1] = top * graph.d_model
+        return [n * self.element for n in out]
 
-    def _attention(self, work: Work, block: int) -> int:
-        """The base run's rows in one piece with those that are projected, what is gathered for one call, and the
-        streams that are projected at once."""
-        graph, rows = self.dag.graph, work.queries.get(block, 0) + work.keys.get(block, 0)
-        if not work.triples.get(block, 0):
+    def _suffix_rows(self, needs: Demand) -> dict[int, tuple[int, int, int]]:
+        """By block the rows that come in, that ask and that go out."""
+        kinds: Counter[tuple[int, Tokens, Tokens]] = Counter()
+        for i, tokens in needs.tokens.items():
+            if isinstance(op := self.dag.ops[i], Run):
+                kinds[op.rank, self.dag.changed[op.input], tokens] += 1
+        out: dict[int, tuple[int, int, int]] = {}
+        for kind, n in kinds.items():
+            for stage in self.courses.of(*kind):
+                known = out.get(stage.block, (0, 0, 0))
+                sets = (stage.incoming, stage.asking, stage.outgoing)
+                out[stage.block] = tuple(k + n * s.bit_count() for k, s in zip(known, sets, strict=True))  # type: ignore[assignment]
+        return out
+
+    def _front_rows(self, needs: Demand) -> list[int]:
+        """By block the rows of everything that is no suffix: of attention its rows of keys, queries and values."""
+        out = [0] * len(self.dag.graph.blocks)
+        for i, tokens in needs.tokens.items():
+            match self.dag.ops[i]:
+                case Tokenwise(block) | Neurons(block):
+                    out[block] += tokens.bit_count()
+                case Core(block):
+                    out[block] += tokens.bit_count()
+                case _:
+                    pass
+        return out
+
+    def _attention(self, incoming: int, asking: int, outgoing: int) -> int:
+        """Numbers that suffixes hold: streams below and above, q, k and v; then the norm's output, or z and what is
+        gathered for one call."""
+        graph = self.dag.graph
+        heads, kv = graph.n_heads * graph.d_head, graph.n_kv_heads * graph.d_head
+        held = (incoming + outgoing) * graph.d_model + asking * heads + incoming * 2 * kv
+        copied = asking * graph.d_model if asking != incoming else 0
+        return held + copied + max(incoming * graph.d_model, outgoing * heads + 2 * min(GATHERED, 5 * outgoing) * heads)
+
+    def _banks(self, rows: int) -> int:
+        """The base run's rows of all ports in one piece with those that variants project, and what is gathered."""
+        graph = self.dag.graph
+        heads, kv = graph.n_heads * graph.d_head, graph.n_kv_heads * graph.d_head
+        if not rows:
             return 0
-        banks = self.dag.layout.n_tokens * (graph.n_heads + 2 * graph.n_kv_heads)
-        gathered = min(GATHERED, 3 * work.triples[block])
-        streams = min(ROWS, rows) * 3 * graph.d_model
-        return ((banks + gathered) * graph.d_head + streams) * self.element
+        return (self.dag.layout.n_tokens + rows) * (heads + 2 * kv) + 2 * min(GATHERED, 3 * rows) * heads
+
+    def _stands_beside(self, index: int) -> bool:
+        """Whether a block shares its rank with attention."""
+        blocks = self.dag.graph.blocks
+        rank = blocks[index].rank
+        return any(b.rank == rank and b.kind is BlockKind.ATTENTION for b in blocks)
 
 
 def readout_bytes(rows: int, columns: int, element: int) -> int:

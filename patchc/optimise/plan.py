@@ -15,6 +15,7 @@ from patchc.ir.ops import Const, Core, Entries, HeadZ, Neurons, Out, Projected, 
 from patchc.ir.paths import Site
 from patchc.ir.program import Program, Rates
 from patchc.optimise.contract import Remark
+from patchc.optimise.course import Courses
 from patchc.optimise.memory import Live, plain_run_bytes, readout_bytes
 from patchc.optimise.passes import remarks
 from patchc.optimise.work import Counter as WorkCounter
@@ -148,13 +149,13 @@ def _class_of(dag: Dag, i: VariantId) -> str:
 
 def _cost(program: Program, rates: Rates) -> Cost:
     element, schedule = program.element, program.schedule
-    counter, live = WorkCounter(program.dag, schedule), Live(program.dag, element, schedule)
+    courses = Courses(program.dag)
+    counter, live = WorkCounter(courses, program.base, schedule), Live(courses, element, schedule)
     done, peak = Work(), 0
     for work in program.passes:
         reads = program.reads(work.cells)
-        own = counter.of_reads(reads)
-        done.add(own)
-        peak = max(peak, live.peak(reads, own))
+        done.add(counter.of_reads(reads))
+        peak = max(peak, live.peak(reads))
     graph, prompts = program.dag.graph, program.prompts
     columns = graph.d_vocab if program.columns is None else len(program.columns)
     logits = program.measured.bit_count() * columns

@@ -59,7 +59,8 @@ def columns(metrics: tuple[Metric, ...]) -> tuple[int, ...] | None:
     return tuple(sorted(found))
 
 
-def _world_of(source: Source) -> str | None:
+def world_of(source: Source) -> str | None:
+    """The world that a source of values is read from, if there is one."""
     match source:
         case FromWorld(world) | Mean(world):
             return world
@@ -76,5 +77,5 @@ def worlds(experiment: Experiment, prompts: Prompts) -> tuple[str, ...]:
         used |= {w for w in (metric.zero, metric.one) if w is not None}
         used |= {leaf.world for leaf in leaves(metric.expression) if isinstance(leaf, Kl)}
     for value in {patch.value for cell in experiment.cells for patch in cell.patches}:
-        used |= {world for _, source in value.terms if (world := _world_of(source)) is not None}
+        used |= {world for _, source in value.terms if (world := world_of(source)) is not None}
     return (experiment.run, *(w.name for w in prompts.worlds if w.name in used and w.name != experiment.run))

@@ -1,27 +1,28 @@
 """What a pass computes, counted before it runs: rows of each kind, block by block. Rates turn them into FLOPs.
 
-Exact for everything the executor does with a weight; additions, norms and softmaxes are not counted, nor scores and
-neurons of plain runs, which are computed when a value first needs them.
+Exact for everything the executor does with a weight; additions, norms and softmaxes are not counted, nor scores of
+plain runs, which are computed when a value first needs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
 from patchc.ir.ops import Const, Core, Entries, Neurons, Out, Projected, Run, Tokenwise, VariantId
 from patchc.ir.program import FULL, Rates, Schedule
 from patchc.ir.tokens import Layout, Tokens
+from patchc.optimise.course import Courses
 from patchc.optimise.demand import Demand, demand
+from patchc.optimise.reads import world_of
 
 
 @dataclass
 class Work:
     """Counts by block: token rows of MLPs; head rows projected, for q and for k and v; (query, key, head) triples; head
-    rows written; rows of stored neurons written, each for itself."""
+    rows written; rows of stored neurons written, each for itself; rows of which MLPs are run up to their neurons."""
 
     mlp: dict[int, int] = field(default_factory=dict[int, int])
     queries: dict[int, int] = field(default_factory=dict[int, int])
@@ -29,19 +30,21 @@ class Work:
     triples: dict[int, int] = field(default_factory=dict[int, int])
     written: dict[int, int] = field(default_factory=dict[int, int])
     neurons: dict[int, int] = field(default_factory=dict[int, int])
+    posts: dict[int, int] = field(default_factory=dict[int, int])
 
-    def add(self, other: Work) -> None:
+    def add(self, other: Work, times: int = 1) -> None:
         for mine, theirs in zip(self._counts(), other._counts(), strict=True):
             for block, n in theirs.items():
-                mine[block] = mine.get(block, 0) + n
+                mine[block] = mine.get(block, 0) + n * times
 
     def _counts(self) -> tuple[dict[int, int], ...]:
-        return self.mlp, self.queries, self.keys, self.triples, self.written, self.neurons
+        return self.mlp, self.queries, self.keys, self.triples, self.written, self.neurons, self.posts
 
     def flops(self, rates: Rates) -> int:
         heads = sum(self.queries.values()) + sum(self.keys.values())
         return (
             sum(rates.mlp[block] * n for block, n in self.mlp.items())
+            + sum((rates.mlp[block] - rates.down) * n for block, n in self.posts.items())
             + rates.projection * heads
             + rates.triple * sum(self.triples.values())
             + rates.write * sum(self.written.values())
@@ -51,12 +54,15 @@ class Work:
 
 @dataclass
 class Counter:
-    """Counts the work of variants of one DAG; suffixes that change and ask for the same tokens are counted once and
-    remembered."""
+    """Counts the work of variants of one DAG; suffixes that change and ask for the same tokens are counted once."""
 
-    dag: Dag
+    courses: Courses
+    base: str
     schedule: Schedule = FULL
-    _suffixes: dict[tuple[int, Tokens, Tokens], Work] = field(default_factory=dict[tuple[int, Tokens, Tokens], "Work"])
+
+    @property
+    def dag(self) -> Dag:
+        return self.courses.dag
 
     def of_reads(self, reads: Iterable[tuple[VariantId, Tokens]]) -> Work:
         """Everything that one pass computes for these roots, each read at its tokens, each shared variant once."""
@@ -65,9 +71,30 @@ class Counter:
         for block, asked in needs.projections.items():
             for (_, port), (heads, tokens) in asked.items():
                 self._add(out.queries if port == 0 else out.keys, block, self._heads(heads, port) * tokens.bit_count())
-        for i in needs.tokens:
-            self._add_variant(out, self.dag.ops[i], i, needs)
+        runs: dict[tuple[int, Tokens, Tokens], int] = {}
+        read: dict[int, set[str]] = {}
+        for i, tokens in needs.tokens.items():
+            op = self.dag.ops[i]
+            if isinstance(op, Run):
+                key = (op.rank, self.dag.changed[op.input], tokens)
+                runs[key] = runs.get(key, 0) + 1
+            elif isinstance(op, Tokenwise | Neurons) and (op.replaced or isinstance(op, Neurons)):
+                read.setdefault(op.block, set()).update(self._read_inside(op))
+                self._add_variant(out, op, i, needs)
+            else:
+                self._add_variant(out, op, i, needs)
+        for key, times in runs.items():
+            out.add(self._course(*key), times)
+        for block, worlds in read.items():
+            self._add(out.posts, block, len(worlds) * self.dag.layout.n_tokens)
         return out
+
+    def _read_inside(self, op: Tokenwise | Neurons) -> Iterator[str]:
+        """The worlds whose neurons are computed for an operation: a pass keeps those of one block at a time."""
+        if isinstance(op, Neurons) or not op.input:
+            yield self.base
+        for replaced in op.replaced:
+            yield from (w for _, source in self.dag.values[replaced.value].terms if (w := world_of(source)) is not None)
 
     def _add_variant(self, out: Work, op: object, i: int, needs: Demand) -> None:
         tokens = needs.tokens[i]
@@ -81,7 +108,7 @@ class Counter:
                 each = self._triples(tokens) * (1 + again)  # attention as it is, then what is set in it
                 self._add(out.triples, block, each * needs.heads.get(i, 0).bit_count())
             case Neurons(block):
-                self._add(out.mlp, block, tokens.bit_count())
+                self._add(out.posts, block, tokens.bit_count())
             case Entries(block):
                 self._add(out.triples, block, self._triples(tokens))
             case Projected(block, port):
@@ -93,14 +120,12 @@ class Counter:
             case Const(block, members) if self.dag.graph.blocks[block].kind is BlockKind.ATTENTION:
                 heads = members & ((1 << self.dag.graph.n_heads) - 1)
                 self._add(out.written, block, tokens.bit_count() * heads.bit_count())
-            case Run(rank, x):
-                out.add(self._suffix(rank, self.dag.changed[x], tokens))
             case _:
                 pass
 
     def plain(self) -> Work:
         """One plain run of all prompts."""
-        return self._suffix(1, self.dag.layout.all, self.dag.layout.all)
+        return self._course(1, self.dag.layout.all, self.dag.layout.all)
 
     # ---- parts
     def _heads(self, heads: int, port: int) -> int:
@@ -118,48 +143,17 @@ class Counter:
         if n:
             counts[block] = counts.get(block, 0) + n
 
-    def _suffix(self, rank: int, changed: Tokens, demanded: Tokens) -> Work:
+    def _course(self, rank: int, changed: Tokens, demanded: Tokens) -> Work:
         """The plain model from `rank` up, where `changed` has changed below it and `demanded` is asked of its end."""
-        key = (rank, changed, demanded)
-        found = self._suffixes.get(key)
-        if found is None:
-            found = self._suffixes[key] = self._counted(rank, changed, demanded)
-        return found
-
-    def _counted(self, rank: int, changed: Tokens, demanded: Tokens) -> Work:
-        out = Work()
-        below = [changed]
-        for blocks in self._ranks[rank:]:
-            below.append(self.dag.spread(below[-1]) if self._attends(blocks) else below[-1])
-        for blocks, here in zip(reversed(self._ranks[rank:]), reversed(below[:-1]), strict=True):
-            asked = demanded
-            for block in blocks:
-                if self.dag.graph.blocks[block].kind is BlockKind.ATTENTION:
-                    self._add_attention(out, block, here, demanded)
-                    asked |= self.dag.reach(demanded)
-                else:
-                    self._add(out.mlp, block, (here & demanded).bit_count())
-            demanded = asked
-        return out
-
-    def _add_attention(self, out: Work, block: int, changed: Tokens, demanded: Tokens) -> None:
-        graph = self.dag.graph
-        queries = self.dag.spread(changed) & demanded
-        keys = self.dag.reach(queries) & changed
-        self._add(out.queries, block, graph.n_heads * (queries & changed).bit_count())
-        self._add(out.keys, block, 2 * graph.n_kv_heads * keys.bit_count())
-        self._add(out.triples, block, graph.n_heads * self._triples(queries))
-        self._add(out.written, block, graph.n_heads * queries.bit_count())
-
-    def _attends(self, blocks: list[int]) -> bool:
-        return any(self.dag.graph.blocks[b].kind is BlockKind.ATTENTION for b in blocks)
-
-    @cached_property
-    def _ranks(self) -> list[list[int]]:
-        """The blocks of each rank."""
-        out: list[list[int]] = [[] for _ in range(self.dag.graph.top)]
-        for index, block in enumerate(self.dag.graph.blocks):
-            out[block.rank].append(index)
+        out, graph = Work(), self.dag.graph
+        for stage in self.courses.of(rank, changed, demanded):
+            if graph.blocks[stage.block].kind is BlockKind.ATTENTION:
+                self._add(out.queries, stage.block, graph.n_heads * stage.asking.bit_count())
+                self._add(out.keys, stage.block, 2 * graph.n_kv_heads * stage.incoming.bit_count())
+                self._add(out.triples, stage.block, graph.n_heads * self._triples(stage.outgoing))
+                self._add(out.written, stage.block, graph.n_heads * stage.outgoing.bit_count())
+            else:
+                self._add(out.mlp, stage.block, stage.asking.bit_count())
         return out
 
 

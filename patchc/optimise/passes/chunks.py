@@ -14,9 +14,7 @@ from patchc.optimise.facts import Facts, counted
 
 
 def apply(program: Program) -> Program:
-    measured = [end.tokens for end in program.ends]
-    passes = cut(program.dag, program.roots, measured, program.live, program.budget, program.element, program.schedule)
-    return replace(program, passes=passes)
+    return replace(program, passes=cut(program))
 
 
 def _size(n: int) -> str:
