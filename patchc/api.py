@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
@@ -29,6 +29,7 @@ from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, St
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.leaves import leaves
 from patchc.ir.program import Program, Rates
+from patchc.lower.every import Every
 from patchc.lower.unfelt import NO_EFFECT
 from patchc.model.load import LoadedModel
 from patchc.model.load import load as load_model
@@ -47,8 +48,11 @@ from patchc.spec import read_spec
 
 SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
 CALLED_LENGTHS = RULES.add("metric-needs-one-length", "a Python metric needs prompts of one length")
-BAD_BUDGET = RULES.add("bad-memory", "an amount of memory that no pass can keep to")
+BAD_MASKS = RULES.add("bad-masks", "masks were asked for of a kind that graphs do not have")
 BAD_TENSOR = RULES.add("bad-tensor", "a tensor given in Python is none, or holds NaN or infinity")
+
+Masks = Literal["cell", "none", "node", "edge", "node by position", "edge by position"]
+"""What a compiled graph has masks for."""
 
 Progress = Callable[[str, int, int], None]
 """Told an experiment's name, how many of its cells are done, and how many it has."""
@@ -131,6 +135,8 @@ class Model:
         *,
         parameters: Mapping[str, str | int | float] | None = None,
         memory: int = DEFAULT_BUDGET,
+        masks: Masks = "cell",
+        captures: bool = False,
     ) -> Compiled:
         """Compile a spec (a path, or its text) against this model; its own `model` statement, if any, is not looked at.
 
@@ -138,21 +144,23 @@ class Model:
         `tensors`: what the spec's `tensor("name")` reads, `[d_model]`. `metrics`: functions of the logits
         `[prompt, pos, d_vocab]` that give one number a prompt, under names that the spec measures.
         `parameters`: the values of `${NAME}`.
-        `memory`: the bytes beyond the model that a pass aims at; one cell is always run. Raises `PatchcError` with
-        every error of the spec.
+        `memory`: the bytes beyond the model that a pass aims at; one cell is always run.
+        `masks`: what graphs have a mask for: each `"cell"` of the experiment; each `"node"` or `"edge"` of the model,
+        patched with the experiment's one value, at all positions, or (`"node by position"`, `"edge by position"`) each;
+        or `"none"`, the base run alone. `captures`: whether graphs also give what every node that is run again writes.
+        Raises `PatchcError` with every error of the spec.
         """
         self.loaded.check_unchanged()
         source, base = read_spec(spec)
         given = Given(data, _checked_tensors(tensors or {}), dict(metrics or {}), dict(parameters or {}))
-        if memory <= 0:
-            raise BAD_BUDGET.error("a pass needs some memory")
         tree = parse(source)
         study, warnings = pipeline.to_study(tree, source, self.loaded, self.choice, base, given)
         given = replace(given, tensors=_tensors(study, base, given.tensors, self.loaded))
         _check_called(study)
         programs = pipeline.to_programs(study, self.loaded, memory)
         inputs = input_paths(tree, study, source, base, given.parameters, self.choice.name)
-        return Compiled(self, source, base, study, programs, given, warnings, inputs, memory)
+        form = _graph_form(masks, captures)
+        return Compiled(self, source, base, study, programs, given, warnings, inputs, memory, form)
 
 
 @dataclass(repr=False)
@@ -169,6 +177,7 @@ class Compiled:
     warnings: tuple[Diagnostic, ...] = ()
     inputs: tuple[Path, ...] = ()
     memory: int = DEFAULT_BUDGET
+    form: pipeline.GraphForm = field(default_factory=pipeline.GraphForm)
     _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
 
     def __repr__(self) -> str:
@@ -178,8 +187,7 @@ class Compiled:
     # ---- before anything runs
     def plan(self) -> Plans:
         """What each experiment will run."""
-        element = self.model.loaded.element
-        return Plans(plan(p, self.model.rates, self.memory, element) for p in self.programs)
+        return Plans(plan(p, self.model.rates) for p in self.programs)
 
     def analyse(self) -> tuple[Analysis, ...]:
         """Run each experiment twice, from its plain runs on, and measure what `plan` foretells."""
@@ -267,7 +275,9 @@ class Compiled:
         """The spec's one experiment as a graph: `forward(ids of each world [batch, pos], masks) -> logits, captures`.
 
         `masks` has the shape of the experiment's results, one number a cell: 1 patches, 0 does not, anything between
-        blends, and gradients flow. The worlds are inputs in the order of `graph.worlds`.
+        blends, and gradients flow. Compiled with `masks="edge"`, it has one number an edge of the model (`graph.starts`
+        names them), `[edge]` or `[edge, pos]`; with `"node"` one a writer. The worlds are inputs in the order of
+        `graph.worlds`.
         """
         if len(self.study.experiments) != 1:
             names = ", ".join(e.name for e in self.study.experiments)
@@ -293,7 +303,7 @@ class _Graphs(Mapping[str, CompiledGraph]):
         if name not in self._made:
             c, experiment = self._compiled, self._experiments[name]
             c.model.loaded.check_unchanged()
-            self._made[name] = pipeline.to_graph(experiment, c.study.prompts, c.model.loaded, c.given.tensors)
+            self._made[name] = pipeline.to_graph(experiment, c.study.prompts, c.model.loaded, c.given.tensors, c.form)
         return self._made[name]
 
     def __iter__(self) -> Any:
@@ -304,6 +314,16 @@ class _Graphs(Mapping[str, CompiledGraph]):
 
 
 # ---- between stages
+
+
+def _graph_form(masks: str, captures: bool) -> pipeline.GraphForm:
+    if masks not in get_args(Masks):
+        known = ", ".join(map(repr, get_args(Masks)))
+        raise BAD_MASKS.error(f"masks={masks!r} is none of {known}")
+    if masks == "cell":
+        return pipeline.GraphForm(captures=captures)
+    every = Every(masks.split()[0])
+    return pipeline.GraphForm(every, masks.endswith("by position"), captures)
 
 
 def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:

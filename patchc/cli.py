@@ -17,6 +17,8 @@ from typing import Any
 import click
 
 from patchc import __version__
+from patchc.bench import PEERS
+from patchc.commands.bench import FORMS, measure_rows, print_rows
 from patchc.commands.options import CHECK, FORMAT, MEMORY, SET, SPEC, THREADS, Parameters, cells_to_check
 from patchc.diagnostics import RULES, Diagnostic, PatchcError
 
@@ -142,6 +144,20 @@ def init(model: str, file: Path | None, force: bool) -> int:
     return _guarded("text", lambda: _init(model, file, force))
 
 
+@cli.command()
+@click.option("--quick", is_flag=True, help="2 minutes instead of 40: every sweep in one setting, and less of each.")
+@click.option("--format", "form", type=click.Choice(FORMS), default="text", help="What stdout gets.")
+@click.option("--rows", metavar="PATTERN", help="Only rows whose names hold this, or match it (`*` is any text).")
+@click.option("--peers", type=click.Choice(PEERS), multiple=True, help="Measured beside patchc; all that are there.")
+@click.option("--autocircuit", metavar="PYTHON", help="The interpreter of a virtual environment that has auto-circuit.")
+@THREADS
+def bench(
+    quick: bool, form: str, rows: str | None, peers: tuple[str, ...], autocircuit: str | None, threads: int | None
+) -> int:
+    """Measure patchc beside its peers, on a model of GPT-2 small's shape with random weights."""
+    return _guarded(form, lambda: _bench(quick, form, rows, peers, autocircuit, threads))
+
+
 # ---- commands
 
 
@@ -243,6 +259,15 @@ def _init(model: str, file: Path | None, force: bool) -> int:
 
     if path := write_starter(model, file, force):
         click.echo(f"{path} written; to run it: patchc run {path}", err=True)
+    return Exit.OK
+
+
+def _bench(
+    quick: bool, form: str, rows: str | None, peers: tuple[str, ...], autocircuit: str | None, threads: int | None
+) -> int:
+    from patchc.bench.run import Options
+
+    print_rows(measure_rows(Options(quick, rows, peers or PEERS, autocircuit, threads)), form)
     return Exit.OK
 
 

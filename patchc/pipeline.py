@@ -8,7 +8,7 @@ What a spec says is in `parse` and `resolve`; what a model is, in `model`; every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,19 +16,23 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from patchc.codegen.emit import NOT_CAPTURED, CompiledGraph, compiled_graph
-from patchc.diagnostics import Diagnostic, PatchcError, Report, Source
+from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.sweep import Outcome, Sweep
 from patchc.ir.experiment import Experiment, ModelChoice, Prompts, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Program
 from patchc.lower import lower
+from patchc.lower.every import Every, lower_every
 from patchc.lower.masked import lower_masked
 from patchc.model.load import LoadedModel
 from patchc.optimise import optimise, reads
+from patchc.optimise.passes import laws_without
 from patchc.parse.tree import Spec
 from patchc.resolve import resolve
 from patchc.resolve.parameters import Literal
+
+BAD_BUDGET = RULES.add("bad-memory", "an amount of memory that no pass can keep to")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ class Described(Protocol):
     def element(self) -> int: ...
 
 
+@dataclass(frozen=True, slots=True)
+class GraphForm:
+    """What a compiled graph has masks for: every node or edge of the model, at each position or at all; None: the
+    experiment's cells. `captures`: whether it gives what nodes write."""
+
+    every: Every | None = None
+    by_position: bool = False
+    captures: bool = False
+
+
 def to_study(
     tree: Spec, source: Source, model: Described, choice: ModelChoice | None, base: Path, given: Given
 ) -> tuple[Study, tuple[Diagnostic, ...]]:
@@ -77,6 +91,8 @@ def to_study(
 def to_programs(study: Study, model: Described, budget: int) -> tuple[Program, ...]:
     """Every experiment's program, a pass holding at most `budget` bytes; errors of all experiments are raised
     together."""
+    if budget <= 0:
+        raise BAD_BUDGET.error("a pass needs some memory")
     report = Report()
     out: list[Program] = []
     for experiment in study.experiments:
@@ -89,22 +105,34 @@ def to_programs(study: Study, model: Described, budget: int) -> tuple[Program, .
     return tuple(out)
 
 
-def to_program(experiment: Experiment, prompts: Prompts, model: Described, budget: int) -> Program:
-    """One experiment, folded into a variant DAG and cut into passes."""
+def to_program(
+    experiment: Experiment, prompts: Prompts, model: Described, budget: int, without: Set[str] = frozenset()
+) -> Program:
+    """One experiment, folded into a variant DAG and cut into passes; `without` names passes of the optimiser to leave
+    out, which changes no result."""
     ends = reads.ends(experiment.metrics, prompts)
-    lowered = lower(experiment, prompts, model.graph, ends)
-    return optimise(experiment, prompts, lowered, ends, budget, model.element)
+    lowered = lower(experiment, prompts, model.graph, ends, laws=laws_without(without))
+    return optimise(experiment, prompts, lowered, ends, budget, model.element, without)
 
 
 def to_graph(
-    experiment: Experiment, prompts: Prompts, model: LoadedModel, tensors: Mapping[str, Tensor]
+    experiment: Experiment,
+    prompts: Prompts,
+    model: LoadedModel,
+    tensors: Mapping[str, Tensor],
+    form: GraphForm | None = None,
 ) -> CompiledGraph:
-    """One experiment as one differentiable fx graph with a mask a cell."""
-    found = (end.probe for end in reads.ends(experiment.metrics, prompts))
-    probes = tuple(probe for probe in found if probe is not None and probe.site not in NOT_CAPTURED)
-    cells = lower_masked(experiment, prompts, model.graph, probes)
+    """One experiment as one differentiable fx graph with a mask a cell, or as `form` says."""
+    form = form or GraphForm()
     inputs = tuple(w for w in reads.worlds(experiment, prompts) if prompts.world(w).layout is None)
-    return compiled_graph(cells, model.pieces, inputs, tensors)
+    if form.every is not None:
+        cells = lower_every(experiment, prompts, model.graph, form.every, form.by_position)
+        inputs = inputs if form.every is not Every.NONE else inputs[:1]
+    else:
+        found = (end.probe for end in reads.ends(experiment.metrics, prompts))
+        probes = tuple(probe for probe in found if probe is not None and probe.site not in NOT_CAPTURED)
+        cells = lower_masked(experiment, prompts, model.graph, probes)
+    return compiled_graph(cells, model.pieces, inputs, tensors, captures=form.captures)
 
 
 def execute(

@@ -31,7 +31,9 @@ class Plans(tuple[Plan, ...]):
     warnings: tuple[Diagnostic, ...] = ()
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self))
+        from patchc.report.plans import plan_text
+
+        return "\n\n".join(map(plan_text, self))
 
     __repr__ = __str__
 
@@ -67,7 +69,7 @@ def plan(
         found = found.with_tokenizer(tokenizer)
     study, warnings = pipeline.to_study(tree, source, found, choice, base, given)
     programs = pipeline.to_programs(study, found, memory)
-    plans = Plans(plan_program(p, found.rates, memory, found.element) for p in programs)
+    plans = Plans(plan_program(p, found.rates) for p in programs)
     plans.warnings = warnings
     return plans
 

@@ -36,6 +36,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def verifying() -> None:
+    """The rules of programs are checked after each pass of the optimiser."""
+    from patchc import optimise
+
+    optimise.verifying = True
+
+
 @pytest.fixture(scope="session")
 def induction() -> Model:
     """The built-in two-layer model, traced once for all tests of a process: leave it as it is."""

@@ -55,6 +55,8 @@ def save_graph(graph: CompiledGraph, directory: Path, model: LoadedModel) -> Pat
         "weights_fingerprint": content_fingerprint(model.eager),
         "worlds": list(graph.worlds),
         "mask_shape": list(graph.mask_shape),
+        "starts": list(graph.starts),
+        "form": graph.form,
     }
     try:
         _write(directory, {**head, "weights": weights, "modules": modules}, tensors)
@@ -117,6 +119,7 @@ def _built(
     graph = GraphReader(device, pieces, own).graph(saved["modules"][""])
     out = CompiledGraph(_holding(top, own), graph, "CompiledGraph")
     out.worlds, out.mask_shape = tuple(saved["worlds"]), tuple(saved["mask_shape"])
+    out.starts, out.form = tuple(saved["starts"]), str(saved["form"])
     return out
 
 

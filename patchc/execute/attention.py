@@ -42,14 +42,15 @@ class Attention:
         ops = {i: op for i in cores if isinstance(op := self.dag.ops[i], Core)}
         banks = self._banks(ops)
         out: dict[VariantId, tuple[list[int], Tensor]] = {}
+        plain = {i for i, op in ops.items() if op.is_base(0, 1, 2)} if self.walk.schedule.deltas else set[VariantId]()
         for i in cores:
             heads = list(bits(self.demand.heads[i]))
             at = rows(self.demand.tokens[i])
             z = self.base.z[at][:, heads]
-            out[i] = heads, torch.zeros_like(z) if ops[i].is_base(0, 1, 2) else -z
+            out[i] = heads, torch.zeros_like(z) if i in plain else -z
         groups: dict[tuple[int, int, int, tuple[int, ...] | None], list[Item]] = {}
         by_head = self.pieces.masks_by_head(self.layer)
-        for item in self._items(i for i in cores if not ops[i].is_base(0, 1, 2)):
+        for item in self._items(i for i in cores if i not in plain):
             length = self.dag.layout.lengths[item.prompt]
             apart = item.heads if by_head or len(item.heads) == self.n_heads else None
             groups.setdefault((length, len(item.positions), item.n_keys, apart), []).append(item)
@@ -97,7 +98,7 @@ class Attention:
                 by_heads.setdefault(tuple(columns), []).append((x, tokens))
         for columns, parts in by_heads.items():
             every = len(columns) == (self.n_heads if port == 0 else self.dag.graph.n_kv_heads)
-            for batch in packed([(p, p[1].bit_count()) for p in parts]):
+            for batch in packed([(p, p[1].bit_count()) for p in parts], self.walk.schedule.rows):
                 y = self.pieces.norm(
                     self.layer, port, self.walk.stream_rows(self.dag.graph.blocks[self.block].rank, batch)
                 )

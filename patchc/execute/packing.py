@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 
-ROWS = 960
-"""Token rows of one matrix product: more only costs memory, fewer than half run slowly."""
 
-
-def packed(items: Sequence[tuple[T, int]]) -> Iterator[list[T]]:
-    """Runs of items, given with their rows, of about ROWS rows each."""
+def packed(items: Sequence[tuple[T, int]], most: int) -> Iterator[list[T]]:
+    """Runs of items, given with their rows, of about `most` rows each."""
     batch: list[T] = []
     total = 0
     for item, n in items:
-        if batch and total + n > ROWS * 1.25:
+        if batch and total + n > most * 1.25:
             yield batch
             batch, total = [], 0
         batch.append(item)
         total += n
     if batch:
         yield batch
+
+
+def even(x: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Rows in pieces of equal size, of about `most` at most."""
+    pieces = max(1, round(len(x) / max(1, most)))
+    return x.split(max(1, -(-len(x) // pieces)))

@@ -69,7 +69,7 @@ class Sweep:
         progress(done)
         ends = [(self.readout.at_end(end, program.base), end.tokens) for end in program.ends]
         for work in program.passes:
-            walk = Walk(program.dag, self.pieces, self.tables, stored)
+            walk = Walk(program.dag, self.pieces, self.tables, stored, schedule=program.schedule)
             found = walk.read([program.roots[c] for c in work.cells], ends)
             silent += [c for c, unfelt in zip(work.cells, walk.unfelt, strict=True) if unfelt]
             self._measure(work.cells, found, values)
@@ -89,12 +89,12 @@ class Sweep:
         """`[cell, prompt]`, the base run's number everywhere: what a cell without effect keeps."""
         return self._of_world(metric, self.program.base).repeat(n_cells, 1)
 
-    def _measure(self, cells: Sequence[int], found: list[list[Tensor]], values: dict[str, Tensor]) -> None:
-        """The metrics of a pass's cells, some at a time, from what each has at each end."""
+    def _measure(self, cells: Sequence[int], found: list[Tensor], values: dict[str, Tensor]) -> None:
+        """The metrics of a pass's cells, some at a time, from what they have at each end."""
         step = max(1, UNEMBED_ROWS // max(1, self.program.measured.bit_count()))
         for first in range(0, len(cells), step):
             some = slice(first, first + step)
-            read = self.readout.readings([torch.stack(x) for x in zip(*found[some], strict=True)])
+            read = self.readout.readings([x[some] for x in found])
             for metric in self.program.experiment.metrics:
                 values[metric.name][list(cells[some])] = self.readout.per_prompt(metric.expression, read)
 

@@ -1,8 +1,9 @@
 """The variant DAG: every value that some cell needs and that is not the base run's, each once.
 
 A value is a *difference from the base run* in stream space, `[token, d_model]`; number 0 is "equal to the base run".
-Operations are hash-consed: two that are equal are one number, within a cell and across the cells of a sweep. Children
-have lower numbers than their parents. No tensors here, and no path language: `lower` writes it, `execute` runs it.
+Operations are hash-consed: two that are equal are one number, within a cell and across the cells of a sweep. That, and
+what else holds of every variant, are the DAG's laws (`ir.laws`). Children have lower numbers than their parents. No
+tensors here, and no path language: `lower` writes it, `execute` runs it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from patchc.ir.experiment import Given, Noise, Value
 from patchc.ir.graph import BlockKind, ResidualGraph
+from patchc.ir.laws import ALL_LAWS, Law
 from patchc.ir.ops import (
     EQUAL_TO_BASE,
     Const,
@@ -45,10 +47,12 @@ NEVER = 1 << 30
 @dataclass
 class Dag:
     """The arena. Beside each operation: `changed`, the tokens at which it may differ from the base run, and `low`, the
-    lowest rank that it computes (a cell enters there; nothing below runs)."""
+    lowest rank that it computes (a cell enters there; nothing below runs). The methods that make values keep `laws`,
+    but for streams, which whoever adds them up must share."""
 
     graph: ResidualGraph
     layout: Layout
+    laws: Law = ALL_LAWS
     ops: list[Op] = field(default_factory=lambda: [Sum(())])
     changed: list[Tokens] = field(default_factory=lambda: [0])
     low: list[int] = field(default_factory=lambda: [NEVER])
@@ -56,11 +60,21 @@ class Dag:
     _index: dict[Op, VariantId] = field(default_factory=dict[Op, VariantId])
     _value_index: dict[Value, ValueId] = field(default_factory=dict[Value, ValueId])
 
+    def __post_init__(self) -> None:
+        self._one_of_a_kind, self._forward = Law.EQUAL in self.laws, Law.FORWARD in self.laws
+        self._idle = 0 if Law.BASE in self.laws else self.layout.all
+
     def __len__(self) -> int:
         return len(self.ops)
 
     def spread(self, tokens: Tokens) -> Tokens:
-        """The tokens that attention can change when its keys and values change at `tokens`."""
+        """The tokens that attention is taken to change when its keys and values change at `tokens`."""
+        if not self._forward:
+            return self.layout.all if tokens else 0
+        return self.lookers(tokens)
+
+    def lookers(self, tokens: Tokens) -> Tokens:
+        """The tokens whose queries see keys and values at `tokens`."""
         return self.layout.after(tokens) if self.graph.causal else self.layout.whole(tokens)
 
     def reach(self, tokens: Tokens) -> Tokens:
@@ -83,11 +97,17 @@ class Dag:
             return EQUAL_TO_BASE
         found = self._index.get(op)
         if found is None:
-            found = self._index[op] = len(self.ops)
+            found = len(self.ops)
+            if self._one_of_a_kind:
+                self._index[op] = found
             self.ops.append(op)
             self.changed.append(changed)
             self.low.append(low)
         return found
+
+    def _node(self, op: Op, changed: Tokens, low: int) -> VariantId:
+        """A node, or something inside one, run again: it is the base run's where nothing that it reads has changed."""
+        return self.make(op, changed or self._idle, low)
 
     def const(self, block: int, members: int, value: Value, tokens: Tokens, site: Site = Site.OUT) -> VariantId:
         if not any(isinstance(source, Noise | Given) for _, source in value.terms):
@@ -114,7 +134,7 @@ class Dag:
                 looked_at |= r.tokens
             else:
                 asked |= r.tokens
-        return self.make(Core(block, q, k, v, replaced), asked | self.spread(looked_at), self.graph.blocks[block].rank)
+        return self._node(Core(block, q, k, v, replaced), asked | self.spread(looked_at), self.graph.blocks[block].rank)
 
     def out(self, core: VariantId, heads: int) -> VariantId:
         if core == EQUAL_TO_BASE or not heads:
@@ -126,7 +146,7 @@ class Dag:
         for r in replaced:
             changed |= r.tokens
         rank = self.graph.blocks[block].rank
-        return self.make(Tokenwise(block, input, replaced), changed, min(rank, self.low[input]))
+        return self._node(Tokenwise(block, input, replaced), changed, min(rank, self.low[input]))
 
     def projected(
         self, block: int, port: int, head: int, input: VariantId, replaced: tuple[Replaced, ...]
@@ -135,7 +155,7 @@ class Dag:
         for r in replaced:
             changed |= r.tokens
         rank = self.graph.blocks[block].rank
-        return self.make(Projected(block, port, head, input, replaced), changed, min(rank, self.low[input]))
+        return self._node(Projected(block, port, head, input, replaced), changed, min(rank, self.low[input]))
 
     def entries(
         self, block: int, head: int, port: int, q: VariantId, k: VariantId, replaced: tuple[Replaced, ...]
@@ -143,14 +163,14 @@ class Dag:
         changed = self.changed[q] | self.spread(self.changed[k])
         for r in replaced:
             changed |= r.tokens
-        return self.make(Entries(block, head, port, q, k, replaced), changed, self.graph.blocks[block].rank)
+        return self._node(Entries(block, head, port, q, k, replaced), changed, self.graph.blocks[block].rank)
 
     def neurons(self, block: int, input: VariantId, replaced: tuple[ReplacedNeurons, ...]) -> VariantId:
         changed = self.changed[input]
         for r in replaced:
             changed |= r.tokens
         rank = self.graph.blocks[block].rank
-        return self.make(Neurons(block, input, replaced), changed, min(rank, self.low[input]))
+        return self._node(Neurons(block, input, replaced), changed, min(rank, self.low[input]))
 
     def head_z(self, core: VariantId, head: int) -> VariantId:
         return self.make(HeadZ(core, head), self.changed[core], self.low[core])
@@ -224,5 +244,5 @@ class Dag:
     def truncate(self, length: int) -> None:
         """Forget every value from number `length` on."""
         for op in self.ops[length:]:
-            del self._index[op]
+            self._index.pop(op, None)
         del self.ops[length:], self.changed[length:], self.low[length:]

@@ -37,13 +37,19 @@ class End:
 class Schedule:
     """How a pass computes its variants; every choice gives the same numbers. `backward`: only tokens that something
     measured reads; `heads`: only heads that some variant reads; `deltas`: attention on the base run's q, k and v is not
-    computed again where only scores or patterns are set; `rows`: token rows of one matrix product (0: one product a
-    variant)."""
+    computed again where only scores or patterns are set; `rows`: token rows of one matrix product (0: nothing is
+    packed)."""
 
     backward: bool = True
     heads: bool = True
     deltas: bool = True
     rows: int = 960
+
+
+FULL = Schedule()
+"""Every choice made."""
+NAIVE = Schedule(backward=False, heads=False, deltas=False, rows=0)
+"""None of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +80,15 @@ class Program:
     columns: tuple[int, ...] | None
     worlds: tuple[str, ...]
     passes: tuple[Pass, ...]
+    budget: int
+    """Bytes that a pass may hold beyond the model."""
+    element: int
+    """Bytes of one number."""
     no_effect: tuple[int, ...] = ()
     """Cells that provably equal the base run where it is measured: nothing runs for them."""
-    schedule: Schedule = Schedule()
+    schedule: Schedule = FULL
+    without: frozenset[str] = frozenset()
+    """Passes of the optimiser that were left out, by name."""
 
     @property
     def base(self) -> str:
@@ -95,6 +107,11 @@ class Program:
     def measured(self) -> Tokens:
         """The tokens at which logits are read."""
         return next((end.tokens for end in self.ends if end.probe is None), 0)
+
+    @property
+    def live(self) -> list[int]:
+        """The cells that run, in the order in which they do."""
+        return [c for work in self.passes for c in work.cells]
 
     @property
     def n_passes(self) -> int:

@@ -1,12 +1,15 @@
-"""The rules of a variant DAG, executable: what `lower` must give and what execution relies on."""
+"""The rules of a variant DAG and of a program, executable: what `lower` and each pass of the optimiser must give, and
+what execution relies on."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
+from patchc.ir.laws import Law
 from patchc.ir.ops import (
     PATTERN,
     SCORES,
@@ -31,6 +34,7 @@ from patchc.ir.ops import (
     VariantId,
     children,
 )
+from patchc.ir.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,26 @@ class Fault:
 
 def faults(dag: Dag, roots: Iterable[VariantId]) -> Iterator[Fault]:
     """Every way in which a DAG breaks a rule; nothing if it is sound."""
+    known: dict[Op, VariantId] = {}
     for i, op in enumerate(dag.ops):
         if i:
             yield from (Fault(rule, i, message) for rule, message in _broken(dag, i, op))
+        if Law.EQUAL in dag.laws and known.setdefault(op, i) != i:
+            yield Fault("stands-once", i, f"v{i} is v{known[op]} again")
     for root in roots:
         if root >= len(dag) or isinstance(dag.ops[root], Core):
             yield Fault("root-is-a-stream", root, "a cell's root is no value of the stream")
+
+
+def program_faults(program: Program) -> Iterator[Fault]:
+    """The same of a program: its DAG, and that each cell runs once or provably has no effect."""
+    yield from faults(program.dag, {root for roots in program.roots for root in roots})
+    times = Counter([*program.live, *program.no_effect])
+    for cell in range(len(program.roots)):
+        if times.pop(cell, 0) != 1:
+            yield Fault("runs-each-cell-once", program.roots[cell][0], f"cell {cell} runs never, or more than once")
+    for cell in times:
+        yield Fault("runs-each-cell-once", 0, f"there is no cell {cell}")
 
 
 def _broken(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]:

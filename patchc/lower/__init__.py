@@ -9,6 +9,7 @@ from patchc.diagnostics import Diagnostic, PatchcError, Span
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Experiment, Patch, Prompts
 from patchc.ir.graph import ResidualGraph
+from patchc.ir.laws import ALL_LAWS, Law
 from patchc.ir.ops import VariantId
 from patchc.ir.program import End
 from patchc.lower.fold import Fold, Folded
@@ -17,11 +18,10 @@ from patchc.lower.unfelt import Unfelt
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """What each cell's ends read, and the cells in which all that is measured provably equals the base run's."""
+    """What each cell's ends read."""
 
     dag: Dag
     roots: tuple[tuple[VariantId, ...], ...]
-    no_effect: tuple[int, ...]
 
 
 def lower(
@@ -30,31 +30,31 @@ def lower(
     graph: ResidualGraph,
     ends: Sequence[End],
     progress: Callable[[int], None] | None = None,
+    laws: Law = ALL_LAWS,
 ) -> Lowered:
-    """Fold every cell into one DAG. A patch that bites in no cell is an error, and so is an experiment of one cell that
-    changes nothing that is measured; a sweep's cells that change nothing are counted."""
-    dag = Dag(graph, prompts.layout)
+    """Fold every cell into one DAG, which keeps `laws`. A patch that bites in no cell is an error, and so is an
+    experiment of which no cell changes anything that is measured: under fewer laws that does not show."""
+    dag = Dag(graph, prompts.layout, laws)
     fold = Fold(dag, prompts, experiment.run)
     probes = [end.probe for end in ends]
     roots: list[tuple[VariantId, ...]] = []
-    dead: list[int] = []
+    felt = False
     written: dict[Span | int, bool] = {}
     faults: list[Diagnostic] = []
     for number, cell in enumerate(experiment.cells):
         folded = fold.cell(cell.patches, probes)
         roots.append(folded.roots)
-        if not any(dag.changed[root] & end.tokens for root, end in zip(folded.roots, ends, strict=True)):
-            dead.append(number)
+        felt = felt or any(dag.changed[root] & end.tokens for root, end in zip(folded.roots, ends, strict=True))
         _note_bites(written, cell.patches, folded)
         faults += [f for f in folded.faults if f not in faults]
         if progress is not None and number % 256 == 0:
             progress(number)
     unfelt = [line for line, bites in written.items() if not bites]
-    if unfelt or len(dead) == len(roots):
+    if laws == ALL_LAWS and (unfelt or not felt):
         faults += Unfelt(experiment, prompts, graph, ends).faults(unfelt)
     if faults:
         raise PatchcError(faults)
-    return Lowered(dag, tuple(roots), tuple(dead))
+    return Lowered(dag, tuple(roots))
 
 
 def _note_bites(written: dict[Span | int, bool], patches: tuple[Patch, ...], folded: Folded) -> None:

@@ -1,10 +1,19 @@
-"""At which tokens a value can differ from the base run's, known before anything runs: from the worlds' tokens alone."""
+"""At which tokens a value can differ from the base run's, known before anything runs: from the worlds' tokens alone.
+
+And the variants that hold such values, at those tokens. Which values enter where, `entering` says.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from patchc.ir.bits import bits
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import FromWorld, Itself, Prompts, Value
 from patchc.ir.graph import Kind
+from patchc.ir.laws import Law
+from patchc.ir.ops import SCORES, Replaced, VariantId
+from patchc.ir.paths import Site
 from patchc.ir.tokens import Tokens
 
 
@@ -36,6 +45,7 @@ class Changes:
 
     def __init__(self, dag: Dag, prompts: Prompts, run: str, any_data: bool = False):
         self.dag, self.run = dag, run
+        self._forward, self._drops = Law.FORWARD in dag.laws, Law.BASE in dag.laws
         self._differing = {w.name: differing(prompts, run, w.name) for w in prompts.worlds if w.layout is None}
         if any_data:
             self._differing = {w: 0 if w == run else dag.layout.all for w in self._differing}
@@ -70,3 +80,45 @@ class Changes:
 
     def _all_or_spread(self, tokens: Tokens | None) -> Tokens:
         return self.dag.layout.all if tokens is None else self.dag.spread(tokens)
+
+    # ---- the variants that hold values
+    def node(self, block: int, members: int, site: Site, value: Value, tokens: Tokens) -> VariantId:
+        """The stored difference of some members of a block at `tokens`; members that cannot differ are left out."""
+        graph, first = self.dag.graph, self.dag.graph.blocks[block].first
+        by_tokens: dict[Tokens, int] = {}
+        for i in bits(members):
+            here = self._where(self.at_node(value, graph.nodes[first + i].kind), tokens)
+            by_tokens[here] = by_tokens.get(here, 0) | 1 << i
+        return self.dag.sum(self.dag.const(block, some, value, here, site) for here, some in by_tokens.items() if here)
+
+    def stream(self, rank: int, value: Value, tokens: Tokens, block: int = -1) -> VariantId:
+        """The same of the whole stream below `rank`."""
+        return self.dag.stream(rank, value, self._where(self.at_stream(value, rank), tokens), block)
+
+    def z(self, block: int, head: int, value: Value, tokens: Tokens) -> VariantId:
+        """The same of one head's z, as a metric reads it."""
+        return self.dag.stored_z(block, head, value, self._where(self.at_node(value, Kind.HEAD), tokens))
+
+    def inside(self, value: Value, tokens: Tokens, own_changes: Tokens) -> Tokens:
+        """Those of `tokens` at which a value put inside a node can differ from the base run's: there the stored value
+        does, or it undoes what the node itself would have."""
+        stored, own = relative(value, self.run)
+        return self._where(self.at_node(stored, Kind.HEAD) | (own_changes if own != 1.0 else 0), tokens)
+
+    def inside_head(self, replaced: Sequence[Replaced], inputs: Sequence[VariantId]) -> list[Tokens]:
+        """The same for each value set in a head on these q, k and v inputs: in the order q, k, v, scores, pattern."""
+        changed = [self.dag.changed[x] for x in inputs]
+        entries = changed[0] | self.dag.spread(changed[1])
+        out: list[Tokens] = []
+        for r in replaced:
+            own = entries if r.port >= SCORES else changed[r.port]
+            tokens = self.inside(self.dag.values[r.value], r.tokens, own)
+            entries |= self.dag.spread(tokens) if r.port == 1 else tokens if r.port != 2 else 0
+            out.append(tokens)
+        return out
+
+    def _where(self, differing: Tokens, tokens: Tokens) -> Tokens:
+        """The tokens at which a value stands that enters at `tokens` and differs at `differing`."""
+        if here := differing & tokens:
+            return here if self._forward else tokens
+        return 0 if self._drops else tokens

@@ -13,7 +13,7 @@ from patchc.diagnostics import RULES, Diagnostic, Note
 from patchc.ir.bits import bits
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Patch, Prompts, Value
-from patchc.ir.graph import Kind, Node
+from patchc.ir.graph import Node
 from patchc.ir.ops import SCORES, Replaced, ReplacedNeurons, VariantId
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
@@ -54,19 +54,6 @@ class Entering:
         value, own = relative(start.value, self.run)
         where = self.dag.layout.all if tokens == EVERYWHERE else tokens
         return Entry(tokens, stored(value, where), own, start)
-
-    def _stored(self, index: int, members: int, site: Site, value: Value, tokens: Tokens) -> VariantId:
-        """The stored difference of a block's members; members that cannot differ are left out."""
-        block = self.graph.blocks[index]
-        by_tokens: dict[Tokens, int] = {}
-        for i in bits(members):
-            here = self.changes.at_node(value, self.graph.nodes[block.first + i].kind) & tokens
-            by_tokens[here] = by_tokens.get(here, 0) | 1 << i
-        return self.dag.sum(self.dag.const(index, some, value, here, site) for here, some in by_tokens.items() if here)
-
-    def _stored_z(self, index: int, head: int, value: Value, tokens: Tokens) -> VariantId:
-        """The same of one head's z, as a metric reads it."""
-        return self.dag.stored_z(index, head, value, self.changes.at_node(value, Kind.HEAD) & tokens)
 
     def _enter(self, x: VariantId, entries: list[Entry]) -> VariantId:
         """`x` with values put in its place at their tokens."""
@@ -122,7 +109,7 @@ class Entering:
             return x
 
         def stored(value: Value, tokens: Tokens) -> VariantId:
-            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens)
+            return self.changes.stream(rank, value, tokens)
 
         return self._enter(
             x, [self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored) for i in bits(atoms)]
@@ -132,7 +119,7 @@ class Entering:
         """A layer's whole attention output, set where such a value starts."""
         block = self.graph.blocks[index]
         members = (1 << block.size) - 1
-        stored = partial(self._stored, index, members, Site.ATTN_OUT)
+        stored = partial(self.changes.node, index, members, Site.ATTN_OUT)
         entries = [
             self._entry(self.automaton.steps[i].tokens, self.automaton.starts[i], stored)
             for i in bits(c & self.automaton.attn_out_atoms)
@@ -148,7 +135,7 @@ class Entering:
         port, sources = INNER_SITES.index(step.site), 0
         if port >= SCORES:
             sources = step.sources & layout.all
-            tokens &= self.dag.spread(sources)
+            tokens &= self.dag.lookers(sources)
         return Replaced(port, members, self.dag.value(start.value), tokens, sources=sources), start
 
     def _agreed(
@@ -156,26 +143,28 @@ class Entering:
     ) -> tuple[Replaced, ...]:
         """What is set inside a head, at the tokens where that can change something; q, k and v first, then scores, then
         the pattern."""
-        changed = [self.dag.changed[x] for x in inputs]
-        entries = changed[0] | self.dag.spread(changed[1])
+        ordered = sorted(replaced, key=lambda item: item[0].port)
+        where = self.changes.inside_head([one for one, _ in ordered], inputs)
+        self._refuse_conflicts(replaced)
         out: dict[tuple[int, int, int, int, Tokens], Tokens] = {}
-        for i, (one, start) in sorted(enumerate(replaced), key=lambda item: item[1][0].port):
-            for other, earlier in replaced[:i] if self.masked is None else ():
-                if one.value != other.value and self._overlap(one, other):
-                    self._conflict(earlier, start)
-            tokens = one.tokens & self._differs(start, entries if one.port >= SCORES else changed[one.port])
+        for (one, start), tokens in zip(ordered, where, strict=True):
             if tokens:
                 self.biting.add(start.patch)
                 key = (one.port, one.heads, one.value, self._mask_number(start), one.sources)
                 out[key] = out.get(key, 0) | tokens
-                entries |= self.dag.spread(tokens) if one.port == 1 else tokens if one.port != 2 else 0
         return tuple(Replaced(p, h, v, tokens, mask, s) for (p, h, v, mask, s), tokens in sorted(out.items()))
+
+    def _refuse_conflicts(self, replaced: list[tuple[Replaced, Start]]) -> None:
+        for i, (one, start) in enumerate(replaced if self.masked is None else ()):
+            for other, earlier in replaced[:i]:
+                if one.value != other.value and self._overlap(one, other):
+                    self._conflict(earlier, start)
 
     def _overlap(self, one: Replaced, other: Replaced) -> bool:
         both = one.tokens & other.tokens
         if one.port != other.port or one.port < SCORES:
             return one.port == other.port and both != 0
-        return both & self.dag.spread(one.sources & other.sources) != 0
+        return both & self.dag.lookers(one.sources & other.sources) != 0
 
     def _mlp(self, index: int, x: VariantId, inner: list[tuple[Step, Start]]) -> VariantId:
         """An MLP with values in the place of its input, then of neurons."""
@@ -187,21 +176,21 @@ class Entering:
         def stored(value: Value, tokens: Tokens) -> VariantId:
             """The stream that it reads, or where that is a world's own, what the MLP wrote there."""
             if shortcut:
-                return self._stored(index, 1, Site.OUT, value, tokens)
-            return self.dag.stream(rank, value, self.changes.at_stream(value, rank) & tokens, index)
+                return self.changes.node(index, 1, Site.OUT, value, tokens)
+            return self.changes.stream(rank, value, tokens, index)
 
         entries = [self._entry(step.tokens, start, stored) for step, start in inputs]
         if shortcut:
-            return self._enter(self.dag.tokenwise(index, x) if x else x, entries)
+            return self._enter(self.dag.tokenwise(index, x), entries)
         x = self._enter(x, entries)
         sets = self._agreed_neurons(neurons, x)
-        return self.dag.tokenwise(index, x, sets) if x or sets else x
+        return self.dag.tokenwise(index, x, sets)
 
     def _inside_mlp(self, node: Node, site: Site, x: VariantId, inner: list[tuple[Step, Start]]) -> VariantId:
         """What an MLP reads, or its neurons, with values in their place."""
 
         def stored(value: Value, tokens: Tokens) -> VariantId:
-            return self.dag.stream(node.rank, value, self.changes.at_stream(value, node.rank) & tokens, node.block)
+            return self.changes.stream(node.rank, value, tokens, node.block)
 
         x = self._enter(x, [self._entry(step.tokens, start, stored) for step, start in inner if step.site is Site.IN])
         if site is Site.IN:
@@ -218,18 +207,13 @@ class Entering:
                 both = step.tokens & other.tokens & self.dag.layout.all
                 if both and step.neurons & other.neurons & every and start.value != earlier.value:
                     self._conflict(earlier, start)
-            tokens = step.tokens & self._differs(start, self.dag.changed[input])
+            here = step.tokens & self.dag.layout.all
+            tokens = self.changes.inside(start.value, here, self.dag.changed[input])
             if tokens:
                 self.biting.add(start.patch)
                 key = (step.neurons & every, self.dag.value(start.value), self._mask_number(start))
                 out[key] = out.get(key, 0) | tokens
         return tuple(ReplacedNeurons(n, value, tokens, mask) for (n, value, mask), tokens in sorted(out.items()))
-
-    def _differs(self, start: Start, own_changes: Tokens) -> Tokens:
-        """Where a value put inside a node can differ from the base run's: there the stored value does, or it undoes
-        what the node itself would have."""
-        value, own = relative(start.value, self.run)
-        return self.changes.at_node(value, Kind.HEAD) | (own_changes if own != 1.0 else 0)
 
     def _mask_number(self, start: Start) -> int:
         return -1 if self.masked is None else self.masked(start)

@@ -18,6 +18,7 @@ from patchc.ir.bits import bits
 from patchc.ir.dag import NEVER, Dag
 from patchc.ir.experiment import Patch, Probe, Prompts
 from patchc.ir.graph import Block, BlockKind, Node, Reader
+from patchc.ir.laws import Law
 from patchc.ir.ops import EQUAL_TO_BASE, SCORES, VariantId
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
@@ -67,6 +68,7 @@ class Fold(Entering):
             [(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)
         ]
         self._ranks_of: dict[int, int] = {}
+        self._shares = Law.STREAMS in dag.laws
 
     def cell(self, patches: tuple[Patch, ...], ends: Sequence[Probe | None] = (None,)) -> Folded:
         """A cell with these patches, read at each of `ends`; None is the logits."""
@@ -123,7 +125,7 @@ class Fold(Entering):
         settled = self.automaton.settled(matched)
         if site is Site.Z:
             z = self.dag.head_z(self._core(node.block, settled, node, 1 << member, inner), member)
-            stored = partial(self._stored_z, node.block, member)
+            stored = partial(self.changes.z, node.block, member)
             return self._enter(
                 z, [self._entry(step.tokens, start, stored) for step, start in starts if step.site is site]
             )
@@ -193,6 +195,8 @@ class Fold(Entering):
         c &= self.under[rank]
         if not c:
             return EQUAL_TO_BASE
+        if not self._shares:
+            return self._flat_stream(rank, c)
         found = self.streams.get((rank, c))
         if found is not None:
             return found
@@ -210,6 +214,18 @@ class Fold(Entering):
             x = above
         self.streams[rank, c] = x
         return x
+
+    def _flat_stream(self, rank: int, c: Atoms) -> VariantId:
+        """The same as one sum of all that is written below, which this reader shares with no other."""
+        parts = [self._enter_stream(EQUAL_TO_BASE, 0, c)]
+        for r in range(rank):
+            if any(parts) and rank == self.graph.top and self._is_plain_from(r, c):
+                return self.dag.run(r, self.dag.sum(parts))
+            if c & self.at[r]:
+                parts += self._written_at(r, c)
+            if c & self.stream_at[r + 1]:
+                parts = [self._enter_stream(self.dag.sum(parts), r + 1, c)]
+        return self.dag.sum(parts)
 
     def _private_stream(self, reader: Reader, c: Atoms) -> VariantId:
         """The stream of one reader alone: relations of edges decide writer by writer. One flat sum."""
@@ -306,7 +322,7 @@ class Fold(Entering):
             if step.site in INSIDE:
                 inner.append((step, start))
             else:
-                entries.append(self._entry(step.tokens, start, partial(self._stored, index, members, step.site)))
+                entries.append(self._entry(step.tokens, start, partial(self.changes.node, index, members, step.site)))
         # A value that takes the node's place everywhere leaves nothing to compute; one that equals the base run's still
         # bites where it undoes another patch, so there the node is looked at.
         everywhere = any(e.tokens == EVERYWHERE and not e.own and e.stored for e in entries) and self.masked is None

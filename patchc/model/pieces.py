@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from patchc.ir.graph import ResidualGraph
+from patchc.ir.graph import PORTS, ResidualGraph
 from patchc.ir.tokens import Layout
 from patchc.model.emit import Statics, statics_region
 from patchc.model.inside import NOT_TAKEN_APART
 from patchc.model.nodes import dtype_of, need, shape_of
 from patchc.model.parts import AttentionParts, NeuronParts, Parts, Unembedding
-from patchc.model.piece_modules import PieceModules, piece_modules
+from patchc.model.piece_modules import PieceModules, piece_modules, write_module
 from patchc.model.trace import Structure
 
 
@@ -190,6 +190,15 @@ class TracedPieces:
     def static_args(self) -> dict[str, tuple[int, ...]]:
         """Which members of what `modules["statics"]` returns follow a module's own arguments."""
         return self._modules.static_args
+
+    def norm_module(self, layer: int, port: int) -> str | None:
+        """The name of the module that gives what a head's q, k or v reads; None where it reads the stream itself."""
+        return self._modules.norm(layer, PORTS[port])
+
+    def write_module(self, layer: int, heads: Sequence[int]) -> fx.GraphModule:
+        """z [b, s, some heads, d] -> [b, s, those heads, D], what each writes."""
+        block = self.structure.layers[layer].attention
+        return write_module(self.structure, self.statics, block, f"Layer{layer}Write", heads).module
 
     # ---- tables
     def tables(self, layout: Layout) -> Tables:

@@ -1,12 +1,20 @@
-"""From variant DAGs to programs: what is demanded, which columns are read, which cells run together."""
+"""From variant DAGs to programs: a naive program, then the passes of `optimise.passes` one after another."""
 
 from __future__ import annotations
 
+from collections.abc import Set
+from dataclasses import replace
+
 from patchc.ir.experiment import Experiment, Prompts
-from patchc.ir.program import End, Program
+from patchc.ir.program import NAIVE, End, Pass, Program
+from patchc.ir.verify import program_faults
 from patchc.lower import Lowered
 from patchc.optimise import reads
-from patchc.optimise.cut import DEFAULT_BUDGET, cut
+from patchc.optimise.cut import DEFAULT_BUDGET
+from patchc.optimise.passes import PASSES
+
+verifying = False
+"""Whether the rules of `ir.verify` are checked after each pass."""
 
 
 def optimise(
@@ -16,19 +24,42 @@ def optimise(
     ends: tuple[End, ...],
     budget: int = DEFAULT_BUDGET,
     element: int = 4,
+    without: Set[str] = frozenset(),
 ) -> Program:
-    """The program of an experiment: cells that need a pass, cut by `budget` bytes; `element` is the bytes of a
-    number."""
-    dead = set(lowered.no_effect)
-    live = [c for c in range(len(lowered.roots)) if c not in dead]
+    """The program of an experiment: cells that need a pass, cut by `budget` bytes; `element` is the bytes of a number;
+    `without` names passes to leave out."""
+    if unknown := without - {p.name for p in PASSES}:
+        raise ValueError(f"no passes {sorted(unknown)}: there are {', '.join(p.name for p in PASSES)}")
+    program = replace(naive(experiment, prompts, lowered, ends, budget, element), without=frozenset(without))
+    for p in PASSES:
+        if p.name not in without:
+            program = _checked(p.name, program, p.apply(program))
+    return program
+
+
+def naive(
+    experiment: Experiment, prompts: Prompts, lowered: Lowered, ends: tuple[End, ...], budget: int, element: int
+) -> Program:
+    """The program as it stands before any pass: all cells in one go, everything computed, in the order of the
+    results."""
     return Program(
         experiment,
         prompts,
         lowered.dag,
         lowered.roots,
         ends,
-        reads.columns(experiment.metrics),
+        None,
         reads.worlds(experiment, prompts),
-        cut(lowered.dag, lowered.roots, [end.tokens for end in ends], live, budget, element),
-        lowered.no_effect,
+        (Pass(tuple(range(len(lowered.roots))), (0,) * len(lowered.dag.graph.blocks), 0),),
+        budget,
+        element,
+        schedule=NAIVE,
     )
+
+
+def _checked(name: str, before: Program, after: Program) -> Program:
+    """What a pass gave, proved sound where that is asked for."""
+    if verifying and after is not before:
+        found = [f"{fault.rule}: {fault.message}" for fault in program_faults(after)]
+        assert not found, f"after {name}: {'; '.join(found)}"
+    return after

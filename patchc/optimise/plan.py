@@ -14,8 +14,9 @@ from patchc.ir.graph import BlockKind, ResidualGraph
 from patchc.ir.ops import Const, Core, Entries, HeadZ, Neurons, Out, Projected, Run, StoredZ, Tokenwise, VariantId
 from patchc.ir.paths import Site
 from patchc.ir.program import Program, Rates
+from patchc.optimise.contract import Remark
 from patchc.optimise.memory import Live, plain_run_bytes, readout_bytes
-from patchc.optimise.remarks import Remark, remarks
+from patchc.optimise.passes import remarks
 from patchc.optimise.work import Counter as WorkCounter
 from patchc.optimise.work import Work
 
@@ -41,7 +42,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an experiment will run. `str()` is the printed form; counts are over all passes."""
+    """What an experiment will run; counts are over all passes."""
 
     experiment: str
     run: str
@@ -64,14 +65,9 @@ class Plan:
     read_inside: dict[str, int]
     """How many tokens metrics read at each place in the model."""
 
-    def __str__(self) -> str:
-        from patchc.report.plans import plan_text
 
-        return plan_text(self)
-
-
-def plan(program: Program, rates: Rates, budget: int, element: int) -> Plan:
-    """Describe a program that was cut for `budget` bytes; `element` is the bytes of a number."""
+def plan(program: Program, rates: Rates) -> Plan:
+    """Describe a program."""
     dag = program.dag
     rows: Counter[int] = Counter()
     for work in program.passes:
@@ -90,8 +86,8 @@ def plan(program: Program, rates: Rates, budget: int, element: int) -> Plan:
         program.prompts.layout.n_tokens,
         None if program.columns is None else len(program.columns),
         program.measured.bit_count(),
-        _cost(program, rates, element),
-        remarks(program, budget),
+        _cost(program, rates),
+        remarks(program),
         {place_name(dag.graph, e.probe): e.tokens.bit_count() for e in program.ends if e.probe is not None},
     )
 
@@ -150,8 +146,9 @@ def _class_of(dag: Dag, i: VariantId) -> str:
 # ---- cost
 
 
-def _cost(program: Program, rates: Rates, element: int) -> Cost:
-    counter, live = WorkCounter(program.dag), Live(program.dag, element)
+def _cost(program: Program, rates: Rates) -> Cost:
+    element, schedule = program.element, program.schedule
+    counter, live = WorkCounter(program.dag, schedule), Live(program.dag, element, schedule)
     done, peak = Work(), 0
     for work in program.passes:
         reads = program.reads(work.cells)

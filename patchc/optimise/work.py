@@ -13,7 +13,7 @@ from functools import cached_property
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
 from patchc.ir.ops import Const, Core, Entries, Neurons, Out, Projected, Run, Tokenwise, VariantId
-from patchc.ir.program import Rates
+from patchc.ir.program import FULL, Rates, Schedule
 from patchc.ir.tokens import Layout, Tokens
 from patchc.optimise.demand import Demand, demand
 
@@ -55,29 +55,31 @@ class Counter:
     remembered."""
 
     dag: Dag
+    schedule: Schedule = FULL
     _suffixes: dict[tuple[int, Tokens, Tokens], Work] = field(default_factory=dict[tuple[int, Tokens, Tokens], "Work"])
 
     def of_reads(self, reads: Iterable[tuple[VariantId, Tokens]]) -> Work:
         """Everything that one pass computes for these roots, each read at its tokens, each shared variant once."""
-        needs = demand(self.dag, reads)
+        needs = demand(self.dag, reads, self.schedule)
         out = Work()
         for block, asked in needs.projections.items():
             for (_, port), (heads, tokens) in asked.items():
                 self._add(out.queries if port == 0 else out.keys, block, self._heads(heads, port) * tokens.bit_count())
-        for i, op in enumerate(self.dag.ops):
-            if needs.tokens[i]:
-                self._add_variant(out, op, i, needs)
+        for i in needs.tokens:
+            self._add_variant(out, self.dag.ops[i], i, needs)
         return out
 
     def _add_variant(self, out: Work, op: object, i: int, needs: Demand) -> None:
         tokens = needs.tokens[i]
         match op:
-            case Tokenwise(block, 0) as mlp:
+            case Tokenwise(block, 0) as mlp if mlp.replaced:
                 self._add(out.neurons, block, tokens.bit_count() * mlp.neurons.bit_count())
             case Tokenwise(block):
                 self._add(out.mlp, block, tokens.bit_count())
-            case Core(block):
-                self._add(out.triples, block, self._triples(tokens) * needs.heads.get(i, 0).bit_count())
+            case Core(block) as core:
+                again = not self.schedule.deltas and core.is_base(0, 1, 2) and bool(core.replaced)
+                each = self._triples(tokens) * (1 + again)  # attention as it is, then what is set in it
+                self._add(out.triples, block, each * needs.heads.get(i, 0).bit_count())
             case Neurons(block):
                 self._add(out.mlp, block, tokens.bit_count())
             case Entries(block):

@@ -378,16 +378,17 @@ def test_a_graph_is_a_part_of_anyones_module() -> None:
 def test_a_graph_reads_like_the_experiment() -> None:
     code = small().compile(HEADS, IDS).graph.code
     assert "def forward(self, clean, corrupt, masks):" in code
-    for word in ("clean_stream_1", "corrupt_heads_0", "self.layer1_mlp", "mask_0", "logits = self.unembed("):
+    for word in ("clean_stream_1", "corrupt_z_0", "self.layer1_mlp", "mask_0", "logits = self.unembed("):
         assert word in code
 
 
 def test_captures_are_what_nodes_write() -> None:
     spec = f"{DIFF}experiment e {{ run clean patch node head[0, 1] with corrupt measure diff }}"
-    graph = small().compile(spec, IDS).graph
+    graph = small().compile(spec, IDS, captures=True).graph
     assert graph.mask_shape == ()
     logits, captures = graph(*IN, torch.tensor(0.0))
     assert {"stream", "mlp[0]", "mlp[1]"} <= set(captures)
+    assert set(small().compile(spec, IDS).graph(*IN, torch.tensor(0.0))[1]) == {"stream"}
     pieces = small().loaded.pieces
     assert torch.allclose(pieces.unembed(captures["stream"].flatten(0, 1)).view_as(logits), logits, atol=1e-5)
 

@@ -1,0 +1,35 @@
+"""Cuts the cells into passes that each keep to the memory budget, in the order in which they stand.
+
+Before    one pass of 32,000 cells        After    12 passes of at most 2 GiB
+What cells of different passes share is computed once in each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from patchc.ir.program import Program
+from patchc.optimise.cut import cut
+from patchc.optimise.facts import Facts, counted
+
+
+def apply(program: Program) -> Program:
+    measured = [end.tokens for end in program.ends]
+    passes = cut(program.dag, program.roots, measured, program.live, program.budget, program.element, program.schedule)
+    return replace(program, passes=passes)
+
+
+def _size(n: int) -> str:
+    if n < 2**20:
+        return f"{n:,} bytes"
+    return f"{n / 2**30:.3g} GiB" if n >= 2**28 else f"{n / 2**20:.3g} MiB"
+
+
+def remark(facts: Facts) -> tuple[bool, str]:
+    budget, passes = facts.program.budget, facts.program.passes
+    size = _size(budget)
+    if len(passes) <= 1:
+        return False, f"all cells fit into {size}: one pass"
+    over = sum(work.bytes > budget for work in passes)
+    alone = f"; {counted(over, 'cell')} alone may hold more" if over else ""
+    return True, f"a pass may hold about {size}: the cells are cut into {len(passes):,}{alone}"
