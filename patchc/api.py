@@ -52,7 +52,6 @@ from patchc.resuming import EVERY, Origin, Resuming, resuming
 from patchc.spec import read_spec
 
 SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
-BAD_BUDGET = RULES.add("bad-memory", "an amount of memory that no pass can keep to")
 BAD_MASKS = RULES.add("bad-masks", "masks were asked for of a kind that graphs do not have")
 
 Masks = Literal["cell", "none", "node", "edge", "node by position", "edge by position"]
@@ -159,7 +158,7 @@ class Model:
         source, base = read_spec(spec)
         given = Given(data, checked_tensors(tensors or {}), dict(metrics or {}), dict(parameters or {}))
         if memory is not None and memory <= 0:
-            raise BAD_BUDGET.error("a pass needs some memory")
+            raise pipeline.BAD_BUDGET.error("a pass needs some memory")
         tree = parse(source)
         study, warnings = pipeline.to_study(tree, source, self.loaded, self.choice, base, given)
         given = replace(given, tensors=all_tensors(study, base, given.tensors, self.loaded))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from patchc.codegen.emit import NOT_CAPTURED, CompiledGraph, compiled_graph
-from patchc.diagnostics import Diagnostic, PatchcError, Report, Source
+from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
 from patchc.execute.base import PlainRun
 from patchc.execute.kept import Kept, NotKept
 from patchc.execute.sweep import Outcome, Sweep
@@ -32,6 +32,8 @@ from patchc.optimise.passes import laws_without
 from patchc.parse.tree import Spec
 from patchc.resolve import resolve
 from patchc.resolve.parameters import Literal
+
+BAD_BUDGET = RULES.add("bad-memory", "an amount of memory that no pass can keep to")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def to_study(
 def to_programs(study: Study, model: Described, budget: int) -> tuple[Program, ...]:
     """Every experiment's program, a pass holding at most `budget` bytes; errors of all experiments are raised
     together."""
+    if budget <= 0:
+        raise BAD_BUDGET.error("a pass needs some memory")
     report = Report()
     out: list[Program] = []
     for experiment in study.experiments:

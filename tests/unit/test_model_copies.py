@@ -69,6 +69,6 @@ def test_the_plan_says_it() -> None:
     spec = "experiment e { run clean patch node head[0, 0] with corrupt measure logit(answer) as a }"
     (planned,) = model("gpt2-sdpa").compile(spec, DATA).plan()
     assert planned.cost.copied == 0
-    assert "no weights are copied" in str(planned)
+    assert "no weights are copied" in plans.plan_text(planned)
     cost: Cost = replace(planned.cost, copied=3 << 20)
     assert "3 MiB of weights copied" in plans.plan_text(replace(planned, cost=cost))
