@@ -1,6 +1,6 @@
 """Cuts the cells into passes that each keep to the memory budget, in the order in which they stand.
 
-Before    one pass of 32,000 cells        After    12 passes of at most 2 GiB
+Before    one pass of cells 0, 1, 2, 3        After    a pass of cells 0, 1 and one of cells 2, 3
 What cells of different passes share is computed once in each.
 """
 
