@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from patchc.api import Compiled, Model, load, load_graph
     from patchc.checking import check
     from patchc.diagnostics import PatchcError
+    from patchc.planning import plan
 
-__all__ = ["Compiled", "Model", "PatchcError", "__version__", "check", "load", "load_graph"]
+__all__ = ["Compiled", "Model", "PatchcError", "__version__", "check", "load", "load_graph", "plan"]
 
 
 def __dir__() -> list[str]:
@@ -28,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from patchc.checking import check
 
         return check
+    if name == "plan":
+        from patchc.planning import plan
+
+        return plan
     if name == "PatchcError":
         from patchc.diagnostics import PatchcError
 

@@ -8,49 +8,55 @@ results["heads"]["recovered"]            # an xarray.DataArray with dims and coo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from patchc import pipeline
 from patchc.codegen.emit import CompiledGraph
-from patchc.diagnostics import RULES, Diagnostic, PatchcError, Report, Source
+from patchc.diagnostics import RULES, Diagnostic, PatchcError, Source
 from patchc.execute.analyse import Analysis, analyse
 from patchc.execute.base import PlainRun
-from patchc.execute.check import SAMPLE, check
+from patchc.execute.check import SAMPLE, Checker
+from patchc.execute.kept import Kept
+from patchc.execute.settings import settings
 from patchc.execute.sweep import Outcome
-from patchc.ir.experiment import Called, Experiment, ModelChoice, Save, Show, Study
+from patchc.free_memory import default_budget
+from patchc.given import all_tensors, check_called, checked_tensors
+from patchc.ir.experiment import Experiment, ModelChoice, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
-from patchc.ir.leaves import leaves
 from patchc.ir.program import Program, Rates
+from patchc.lower.every import Every
 from patchc.lower.unfelt import NO_EFFECT
 from patchc.model.load import LoadedModel
 from patchc.model.load import load as load_model
 from patchc.model.rates import rates
-from patchc.optimise.cut import DEFAULT_BUDGET
-from patchc.optimise.plan import Plan, plan
+from patchc.optimise.plan import plan
 from patchc.parse import parse
 from patchc.pipeline import Given
 from patchc.places import check_places, input_paths, result_path
+from patchc.planning import Plans
+from patchc.progress import Progress, bars
 from patchc.report.files import save_picture, save_table
 from patchc.report.labelling import labelled
-from patchc.report.record import run_record
-from patchc.report.results import Check, Result, Results
+from patchc.report.record import Course, input_hashes, run_record, write_records
+from patchc.report.results import Result, Results
+from patchc.resuming import EVERY, Origin, Resuming, resuming
 from patchc.spec import read_spec
 
 SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
-CALLED_LENGTHS = RULES.add("metric-needs-one-length", "a Python metric needs prompts of one length")
 BAD_BUDGET = RULES.add("bad-memory", "an amount of memory that no pass can keep to")
-BAD_TENSOR = RULES.add("bad-tensor", "a tensor given in Python is none, or holds NaN or infinity")
+BAD_MASKS = RULES.add("bad-masks", "masks were asked for of a kind that graphs do not have")
 
-Progress = Callable[[str, int, int], None]
-"""Told an experiment's name, how many of its cells are done, and how many it has."""
+Masks = Literal["cell", "none", "node", "edge", "node by position", "edge by position"]
+"""What a compiled graph has masks for."""
 
 
 def load(
@@ -129,7 +135,11 @@ class Model:
         metrics: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         *,
         parameters: Mapping[str, str | int | float] | None = None,
-        memory: int = DEFAULT_BUDGET,
+        memory: int | None = None,
+        masks: Masks = "cell",
+        captures: bool = False,
+        partial: str | Path | None = None,
+        fresh: bool = False,
     ) -> Compiled:
         """Compile a spec (a path, or its text) against this model; its own `model` statement, if any, is not looked at.
 
@@ -137,27 +147,41 @@ class Model:
         `tensors`: what the spec's `tensor("name")` reads, `[d_model]`. `metrics`: functions of the logits
         `[prompt, pos, d_vocab]` that give one number a prompt, under names that the spec measures.
         `parameters`: the values of `${NAME}`.
-        `memory`: the bytes beyond the model that a pass aims at; one cell is always run. Raises `PatchcError` with
-        every error of the spec.
+        `memory`: the bytes beyond the model that a pass aims at; one cell is always run. Without it, what an
+        interrupted run of the same had, or three quarters of what is free.
+        `masks`: what graphs have a mask for: each `"cell"` of the experiment; each `"node"` or `"edge"` of the model,
+        patched with the experiment's one value, at all positions, or (`"node by position"`, `"edge by position"`) each;
+        or `"none"`, the base run alone. `captures`: whether graphs also give what every node that is run again writes.
+        `partial`: where a long run keeps its finished passes until it is complete, `SPEC.partial` for a spec in a file;
+        `fresh` discards what is kept there. Raises `PatchcError` with every error of the spec.
         """
         self.loaded.check_unchanged()
         source, base = read_spec(spec)
-        given = Given(data, _checked_tensors(tensors or {}), dict(metrics or {}), dict(parameters or {}))
-        if memory <= 0:
+        given = Given(data, checked_tensors(tensors or {}), dict(metrics or {}), dict(parameters or {}))
+        if memory is not None and memory <= 0:
             raise BAD_BUDGET.error("a pass needs some memory")
         tree = parse(source)
         study, warnings = pipeline.to_study(tree, source, self.loaded, self.choice, base, given)
-        given = replace(given, tensors=_tensors(study, base, given.tensors, self.loaded))
-        _check_called(study)
-        programs = pipeline.to_programs(study, self.loaded, memory)
+        given = replace(given, tensors=all_tensors(study, base, given.tensors, self.loaded))
+        check_called(study)
+        origin = Origin(source, given.parameters, study, given.tensors, self.loaded)
+        kept, unkept = resuming(source, partial, origin, given.metrics)
+        if fresh:
+            kept.discard()
+        budget = memory or kept.memory() or default_budget(self.loaded.pieces.device)
+        programs = pipeline.to_programs(study, self.loaded, budget)
+        warnings = (*warnings, *unkept, *kept.warnings(programs, budget))
         inputs = input_paths(tree, study, source, base, given.parameters, self.choice.name)
-        return Compiled(self, source, base, study, programs, given, warnings, inputs, memory)
+        hashes, form = input_hashes(inputs[1:], base), _graph_form(masks, captures)
+        return Compiled(self, source, base, study, programs, given, budget, kept, warnings, inputs, hashes, form)
 
 
 @dataclass(repr=False)
 class Compiled:
-    """A compiled spec: `plan()`, `run()`, and each experiment as a differentiable graph. `inputs`: the files and
-    directories that it was read from."""
+    """A compiled spec: `plan()`, `run()`, and each experiment as a differentiable graph.
+
+    `memory`: the bytes that a pass aims at; `resuming`: where a run's finished passes are kept; `inputs`: the files and
+    directories that it was read from; `hashes`: those of the files, as they were then."""
 
     model: Model
     source: Source
@@ -165,9 +189,12 @@ class Compiled:
     study: Study
     programs: tuple[Program, ...]
     given: Given
+    memory: int
+    resuming: Resuming
     warnings: tuple[Diagnostic, ...] = ()
     inputs: tuple[Path, ...] = ()
-    memory: int = DEFAULT_BUDGET
+    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
+    form: pipeline.GraphForm = field(default_factory=pipeline.GraphForm)
     _runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
 
     def __repr__(self) -> str:
@@ -203,26 +230,46 @@ class Compiled:
         progress: Progress | bool = True,
         write: bool = True,
         per_prompt: bool = False,
+        keep_every: float = EVERY,
+        say: Callable[[Diagnostic], object] | None = None,
     ) -> Results:
-        """Run every experiment.
+        """Run every experiment. A long run that is stopped, however, goes on from its finished passes the next time.
 
         `check`: hold a sample of cells (True), a number of them or all (`"all"`) against the hooks backend. `progress`:
         a callback, or whether to show a bar. `write`: whether `save` and `show` write their files, once everything has
         run and been checked. `per_prompt`: results have a dim `prompt` more, and a prompt's numbers instead of their
-        mean. Raises `PatchcError`: `check-failed`, `non-finite`, `no-effect`...
+        mean. `keep_every`: after how many seconds finished passes are written; a run that is over sooner writes none.
+        `say`: told of what goes wrong without stopping the run; Python's `warnings`, unless given.
+        Raises `PatchcError`: `check-failed`, `non-finite`, `no-effect`...
         """
         self.model.loaded.check_unchanged()
         if write:
             self.check_files()
-        tell = _bars() if progress is True else (progress or (lambda *_: None))
-        results = {p.experiment.name: self._run(p, _count(check), tell, per_prompt) for p in self.programs}
-        prompts, seeds, weights = self.study.prompts, self.study.seeds, self.model.loaded.fingerprint
-        out = Results(results, run_record(self.source.text, prompts, weights, seeds, self.given.parameters))
-        if write:
-            self._write(out)
+        tell = bars() if progress is True else (progress or (lambda *_: None))
+        started, count, loaded = datetime.now(UTC), _count(check), self.model.loaded
+        checker = Checker(loaded.eager, loaded.graph, self.study.prompts, self.given.tensors, self.given.metrics)
+        with self.resuming.open(self.programs, self.memory, keep_every, say or _warn) as kept:
+            runs = zip(self.programs, kept.passes, strict=True)
+            found = {p.experiment.name: self._run(p, some, checker, count, tell, per_prompt) for p, some in runs}
+            out = Results(found, self._record())
+            if write:
+                self._write(out, Course(started, datetime.now(UTC), self.memory, kept.resumed))
+        kept.discard()
         return out
 
-    def _write(self, results: Results) -> None:
+    def _record(self) -> dict[str, Any]:
+        loaded, plans = self.model.loaded, self.plan()
+        return run_record(
+            self.source.text,
+            self.study,
+            loaded.content,
+            self.given.parameters,
+            inputs=self.hashes,
+            settings=settings(loaded),
+            plan={p.experiment: (p.n_cells, p.n_passes, p.cost.flops, p.cost.bytes) for p in plans},
+        )
+
+    def _write(self, results: Results, course: Course) -> None:
         for result in results.values():
             for save in result.experiment.saves:
                 result.files.append(result.save(self._path(result.experiment, save), span=save.span))
@@ -231,28 +278,23 @@ class Compiled:
                     result.files.append(save_picture(result, self._path(result.experiment, show), show.span, show.kind))
                 elif show.path is not None:
                     result.files.append(save_table(result, self._path(result.experiment, show), show.span))
+        write_records(results, self.source.text, course)
 
-    def _run(self, program: Program, count: int | bool | None, tell: Progress, per_prompt: bool) -> Result:
+    def _run(
+        self, program: Program, kept: Kept, checker: Checker, count: int | bool | None, tell: Progress, per_prompt: bool
+    ) -> Result:
         experiment, n_cells = program.experiment, len(program.roots)
         loaded = self.model.loaded
-        outcome = pipeline.execute(program, loaded, self.given, self._runs, lambda n: tell(experiment.name, n, n_cells))
+        outcome = pipeline.execute(
+            program, loaded, self.given, self._runs, lambda n: tell(experiment.name, n, n_cells), kept
+        )
         _refuse_silent(program, outcome)
         result = labelled(program, outcome, per_prompt)
-        if count is not False:
-            compared = check(
-                experiment,
-                outcome,
-                loaded.eager,
-                loaded.graph,
-                self.study.prompts,
-                self.given.tensors,
-                self.given.metrics,
-                count,
-                lambda n: tell(f"{experiment.name}: check", n, n_cells if count is None else min(count, n_cells)),
-            )
-            effect = compared.largest_effect
-            result = replace(result, check=Check(compared.cells, compared.max_abs_diff, compared.tolerance, effect))
-        return result
+        if count is False:
+            return result
+        checked = n_cells if count is None else min(count, n_cells)
+        name = f"{experiment.name}: check"
+        return replace(result, check=checker.check(experiment, outcome, count, lambda n: tell(name, n, checked)))
 
     # ---- as graphs
     @cached_property
@@ -265,7 +307,9 @@ class Compiled:
         """The spec's one experiment as a graph: `forward(ids of each world [batch, pos], masks) -> logits, captures`.
 
         `masks` has the shape of the experiment's results, one number a cell: 1 patches, 0 does not, anything between
-        blends, and gradients flow. The worlds are inputs in the order of `graph.worlds`.
+        blends, and gradients flow. Compiled with `masks="edge"`, it has one number an edge of the model (`graph.starts`
+        names them), `[edge]` or `[edge, pos]`; with `"node"` one a writer. The worlds are inputs in the order of
+        `graph.worlds`.
         """
         if len(self.study.experiments) != 1:
             names = ", ".join(e.name for e in self.study.experiments)
@@ -280,17 +324,6 @@ class Compiled:
         return save_graph(graph, Path(directory), self.model.loaded)
 
 
-class Plans(tuple[Plan, ...]):
-    """The plans of a spec; prints as text."""
-
-    def __str__(self) -> str:
-        from patchc.report.plans import plan_text
-
-        return "\n\n".join(map(plan_text, self))
-
-    __repr__ = __str__
-
-
 class _Graphs(Mapping[str, CompiledGraph]):
     def __init__(self, compiled: Compiled):
         self._compiled, self._made = compiled, dict[str, CompiledGraph]()
@@ -302,7 +335,7 @@ class _Graphs(Mapping[str, CompiledGraph]):
         if name not in self._made:
             c, experiment = self._compiled, self._experiments[name]
             c.model.loaded.check_unchanged()
-            self._made[name] = pipeline.to_graph(experiment, c.study.prompts, c.model.loaded, c.given.tensors)
+            self._made[name] = pipeline.to_graph(experiment, c.study.prompts, c.model.loaded, c.given.tensors, c.form)
         return self._made[name]
 
     def __iter__(self) -> Any:
@@ -315,32 +348,14 @@ class _Graphs(Mapping[str, CompiledGraph]):
 # ---- between stages
 
 
-def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) or not bool(torch.isfinite(value).all()):
-            raise BAD_TENSOR.error(f"tensors[{name!r}] is not a torch.Tensor of finite numbers")
-    return dict(tensors)
-
-
-def _tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
-    """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file."""
-    out = {name: t.to(model.pieces.device, model.pieces.dtype) for name, t in given.items()}
-    for tensor in study.tensors:
-        if tensor.file is not None:
-            with safe_open(base / tensor.file, framework="pt") as opened:
-                out[tensor.key] = opened.get_tensor(tensor.name).to(model.pieces.device, model.pieces.dtype)
-    return out
-
-
-def _check_called(study: Study) -> None:
-    if len(set(study.prompts.own_lengths)) == 1:
-        return
-    report = Report()
-    for metric in (m for experiment in study.experiments for m in experiment.metrics):
-        if any(isinstance(leaf, Called) for leaf in leaves(metric.expression)):
-            message = f"`{metric.name}` is a Python function, and the prompts differ in length"
-            report.add(CALLED_LENGTHS.at(metric.span, message))
-    report.raise_errors()
+def _graph_form(masks: str, captures: bool) -> pipeline.GraphForm:
+    if masks not in get_args(Masks):
+        known = ", ".join(map(repr, get_args(Masks)))
+        raise BAD_MASKS.error(f"masks={masks!r} is none of {known}")
+    if masks == "cell":
+        return pipeline.GraphForm(captures=captures)
+    every = Every(masks.split()[0])
+    return pipeline.GraphForm(every, masks.endswith("by position"), captures)
 
 
 def _count(check: bool | int | str) -> int | bool | None:
@@ -356,6 +371,10 @@ def _count(check: bool | int | str) -> int | bool | None:
     return check
 
 
+def _warn(diagnostic: Diagnostic) -> None:
+    warnings.warn(f"{diagnostic.message} [{diagnostic.code}]", stacklevel=2)
+
+
 def _refuse_silent(program: Program, outcome: Outcome) -> None:
     """Where no cell was touched by its values, which only the run could tell."""
     experiment = program.experiment
@@ -364,24 +383,6 @@ def _refuse_silent(program: Program, outcome: Outcome) -> None:
             "every value that is patched in came out as the run's own: nothing changes",
             span=experiment.cells[0].patches[0].span,
         )
-
-
-def _bars() -> Progress:
-    """A progress bar an experiment, for a terminal or a notebook; silent where there is neither."""
-    import sys
-
-    from tqdm.auto import tqdm
-
-    bars: dict[str, Any] = {}
-
-    def tell(name: str, done: int, total: int) -> None:
-        if name not in bars:
-            bars[name] = tqdm(total=total, desc=name, unit="cell", leave=False, file=sys.stderr, disable=None)
-        bars[name].update(done - bars[name].n)
-        if done >= total:
-            bars[name].close()
-
-    return tell
 
 
 __all__ = ["Compiled", "Model", "PatchcError", "Plans", "load", "load_graph"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,20 @@ from typing import Any
 import click
 
 from patchc import __version__
-from patchc.commands.options import CHECK, FORMAT, MEMORY, SET, SPEC, THREADS, Parameters, cells_to_check
+from patchc.bench import PEERS
+from patchc.commands.bench import FORMS, measure_rows, print_rows
+from patchc.commands.options import (
+    CHECK,
+    FORMAT,
+    FRESH,
+    KEEP_EVERY,
+    MEMORY,
+    SET,
+    SPEC,
+    THREADS,
+    Parameters,
+    cells_to_check,
+)
 from patchc.diagnostics import RULES, Diagnostic, PatchcError
 
 
@@ -39,14 +53,15 @@ INTERRUPTED = RULES.add("interrupted", "the run was stopped before it was done",
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
-    args = [*(sys.argv[1:] if argv is None else argv)]
+    args = given = [*(sys.argv[1:] if argv is None else argv)]
     if args[:1] == ["run"]:
         # `--check` alone takes no value, so that the spec after it is not read as one.
         args = ["--check=sample" if a == "--check" else a for a in args]
     try:
         sys.exit(cli.main(args, prog_name="patchc", standalone_mode=False) or 0)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        sys.exit(_failed(_output_of(args), (INTERRUPTED.at(None, "interrupted"),)))
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        # click puts its own exception in the place of the interrupt, which has what the run left as notes.
+        sys.exit(_failed(_output_of(args), (_interrupted(error.__cause__ or error, given),)))
     except click.ClickException as error:
         output, context = _output_of(args), getattr(error, "ctx", None)
         if context is not None and output == "text":
@@ -67,6 +82,8 @@ def cli() -> None:
 @FORMAT
 @THREADS
 @MEMORY
+@FRESH
+@KEEP_EVERY
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--per-prompt", is_flag=True, help="Each prompt's number, in a dim more, instead of their mean.")
 def run(
@@ -76,11 +93,17 @@ def run(
     output: str,
     threads: int | None,
     memory: int | None,
+    fresh: bool,
+    keep_every: float,
     quiet: bool,
     per_prompt: bool,
 ) -> int:
-    """Run every experiment of SPEC."""
-    return _guarded(output, lambda: _run(spec, check, parameters, output, threads, memory, quiet, per_prompt))
+    """Run every experiment of SPEC.
+
+    A run that was stopped, in whatever way, goes on from what SPEC.partial keeps of it when it is started again.
+    """
+    how = _How(check, output, memory, threads, fresh, keep_every, quiet, per_prompt)
+    return _guarded(output, lambda: _run(spec, parameters, how))
 
 
 @cli.command()
@@ -88,12 +111,12 @@ def run(
 @SET
 @FORMAT
 @MEMORY
-@click.option("--analyze", "analyse", is_flag=True, help="Run it, and set what is measured beside what is planned.")
+@click.option("--analyze", "analyse", is_flag=True, help="Run it, with the weights, and set what is measured beside.")
 @THREADS
 def plan(
     spec: Path, parameters: Parameters, output: str, memory: int | None, analyse: bool, threads: int | None
 ) -> int:
-    """Print what SPEC will run and what it costs: variants, rows, passes, FLOPs, memory. Runs nothing."""
+    """Print what SPEC will run and what it costs: variants, rows, passes, FLOPs, memory. Reads no weights."""
     return _guarded(output, lambda: _plan(spec, parameters, output, memory, analyse, threads))
 
 
@@ -142,26 +165,51 @@ def init(model: str, file: Path | None, force: bool) -> int:
     return _guarded("text", lambda: _init(model, file, force))
 
 
+@cli.command()
+@click.option("--quick", is_flag=True, help="2 minutes instead of 40: every sweep in one setting, and less of each.")
+@click.option("--format", "form", type=click.Choice(FORMS), default="text", help="What stdout gets.")
+@click.option("--rows", metavar="PATTERN", help="Only rows whose names hold this, or match it (`*` is any text).")
+@click.option("--peers", type=click.Choice(PEERS), multiple=True, help="Measured beside patchc; all that are there.")
+@click.option("--autocircuit", metavar="PYTHON", help="The interpreter of a virtual environment that has auto-circuit.")
+@THREADS
+def bench(
+    quick: bool, form: str, rows: str | None, peers: tuple[str, ...], autocircuit: str | None, threads: int | None
+) -> int:
+    """Measure patchc beside its peers, on a model of GPT-2 small's shape with random weights."""
+    return _guarded(form, lambda: _bench(quick, form, rows, peers, autocircuit, threads))
+
+
 # ---- commands
 
 
-def _run(
-    spec: Path,
-    check: str | None,
-    parameters: Parameters,
-    output: str,
-    threads: int | None,
-    memory: int | None,
-    quiet: bool,
-    per_prompt: bool,
-) -> int:
-    count = cells_to_check(check)
-    compiled = _compile(spec, parameters, memory, threads)
-    results = compiled.run(check=count, progress=not quiet, per_prompt=per_prompt)
+@dataclass(frozen=True)
+class _How:
+    """The options of `patchc run`."""
+
+    check: str | None
+    output: str
+    memory: int | None
+    threads: int | None
+    fresh: bool
+    keep_every: float
+    quiet: bool
+    per_prompt: bool
+
+
+def _run(spec: Path, parameters: Parameters, how: _How) -> int:
+    count = cells_to_check(how.check)
+    compiled = _compile(spec, parameters, how.memory, how.threads, how.fresh)
+    results = compiled.run(
+        check=count,
+        progress=not how.quiet,
+        per_prompt=how.per_prompt,
+        keep_every=how.keep_every,
+        say=lambda diagnostic: _say([diagnostic]),
+    )
     from patchc.report.expects import failed_expects
 
     failed = [d for result in results.values() for d in failed_expects(result)]
-    if output == "json":
+    if how.output == "json":
         click.echo(json.dumps(results.to_json(), allow_nan=False))
     else:
         from rich.console import Console
@@ -176,17 +224,31 @@ def _run(
 def _plan(
     spec: Path, parameters: Parameters, output: str, memory: int | None, analyse: bool, threads: int | None
 ) -> int:
-    compiled = _compile(spec, parameters, memory, threads)
+    plans, measured = _measured(spec, parameters, memory, threads) if analyse else _planned(spec, parameters, memory)
     from patchc.report.plans import plan_json, plan_text
 
-    plans = compiled.plan()
-    measured = compiled.analyse() if analyse else [None] * len(plans)
     if output == "json":
         found = [plan_json(p, m) for p, m in zip(plans, measured, strict=True)]
         click.echo(json.dumps({"format_version": 1, "plans": found}))
     else:
         click.echo("\n\n".join(plan_text(p, m) for p, m in zip(plans, measured, strict=True)))
     return Exit.OK
+
+
+def _planned(spec: Path, parameters: Parameters, memory: int | None) -> tuple[Any, Sequence[None]]:
+    """The plans of a spec, from its model's config; syntax errors are raised without torch."""
+    _parsed(spec, parameters)
+    from patchc.planning import plan
+
+    plans = plan(spec, parameters=parameters, memory=memory)
+    _say(plans.warnings)
+    return plans, [None] * len(plans)
+
+
+def _measured(spec: Path, parameters: Parameters, memory: int | None, threads: int | None) -> tuple[Any, Any]:
+    """The plans of a spec and what was measured of each."""
+    compiled = _compile(spec, parameters, memory, threads)
+    return compiled.plan(), compiled.analyse()
 
 
 def _check(specs: tuple[Path, ...], parameters: Parameters, output: str) -> int:
@@ -231,6 +293,15 @@ def _init(model: str, file: Path | None, force: bool) -> int:
     return Exit.OK
 
 
+def _bench(
+    quick: bool, form: str, rows: str | None, peers: tuple[str, ...], autocircuit: str | None, threads: int | None
+) -> int:
+    from patchc.bench.run import Options
+
+    print_rows(measure_rows(Options(quick, rows, peers or PEERS, autocircuit, threads)), form)
+    return Exit.OK
+
+
 # ---- shared
 
 
@@ -244,16 +315,15 @@ def _parsed(spec: Path, parameters: Parameters) -> tuple[Any, Path]:
     return model_choice(parse(source), parameters), base
 
 
-def _compile(spec: Path, parameters: Parameters, memory: int | None, threads: int | None) -> Any:
+def _compile(spec: Path, parameters: Parameters, memory: int | None, threads: int | None, fresh: bool = False) -> Any:
     choice, base = _parsed(spec, parameters)
     from patchc import api
-    from patchc.optimise.cut import DEFAULT_BUDGET
 
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    compiled = api.load(choice, base=base).compile(spec, parameters=parameters, memory=memory or DEFAULT_BUDGET)
+    compiled = api.load(choice, base=base).compile(spec, parameters=parameters, memory=memory, fresh=fresh)
     _say(compiled.warnings)
     return compiled
 
@@ -283,6 +353,18 @@ def _failed(output: str, diagnostics: Sequence[Diagnostic]) -> int:
 
             click.echo(f"\n{counted(diagnostics)}; `patchc explain CODE` says more about a code", err=True)
     return PatchcError(diagnostics).exit
+
+
+def _interrupted(error: BaseException, args: Sequence[str]) -> Diagnostic:
+    """What is left of an interrupted command, and for a run how it goes on."""
+    kept = getattr(error, "__notes__", ())
+    message = ": ".join(["interrupted", *kept])
+    if args[:1] != ["run"]:
+        return INTERRUPTED.at(None, message)
+    import shlex
+
+    again = shlex.join(["patchc", *(a for a in args if a != "--fresh")])
+    return INTERRUPTED.at(None, message, fix=f"{'to resume it' if kept else 'to start it again'}: `{again}`")
 
 
 def _internal(error: Exception) -> Diagnostic:

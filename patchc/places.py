@@ -10,6 +10,7 @@ from patchc.diagnostics import Source
 from patchc.ir.experiment import Experiment, Save, Show, Study
 from patchc.parse.tree import Data, Spec, Text
 from patchc.report.files import refuse_places
+from patchc.report.record import record_path
 from patchc.resolve.parameters import Literal
 
 
@@ -34,10 +35,12 @@ def result_path(source: Source, base: Path, experiment: Experiment, line: Save |
 def check_places(study: Study, source: Source, base: Path, inputs: Collection[Path]) -> None:
     """Raise for `save` and `show` lines whose file could not be written: `no-such-directory`, `same-file`,
     `overwrites-input`."""
-    places = (
+    places = [
         (result_path(source, base, e, line), line.span)
         for e in study.experiments
         for line in (*e.saves, *e.shows)
         if not (isinstance(line, Show) and line.kind == "table" and line.path is None)  # it writes no file
-    )
+    ]
     refuse_places(places, inputs)
+    # Only then their records, one for several files, so that what is wrong with a file is not said of its record too.
+    refuse_places([*places, *{record_path(path): span for path, span in places}.items()], inputs)

@@ -74,6 +74,20 @@ class StoredNodes:
         seen = self._z(block)
         return self._sum(self._difference(value, seen), self._noise_by_head(block, heads, value, Site.Z, seen))
 
+    def z_of_runs(self, block: int, value: Value) -> fx.Node | None:
+        """The z of every head under a value that is a sum of runs, `[b, s, head, d_head]`; None for zero."""
+        return self.sources.combination(value, self._z(block), None)
+
+    def mlp(self, block: int, value: Value) -> fx.Node | None:
+        """What an MLP writes under a value that is a sum of runs, `[b, s, d_model]`; None for zero."""
+        return self.sources.combination(value, self._writer(self.graph.blocks[block].first)[1], None)
+
+    def stream_of_runs(self, rank: int, value: Value) -> fx.Node | None:
+        """The stream below `rank` under a value that is a sum of runs, `[b, s, d_model]`; None for zero."""
+        place = stream_place(self.worlds.pieces, rank)
+        seen = Seen((place.width,), lambda w: self.worlds.stream(w, rank), place.read)
+        return self.sources.combination(value, seen, None)
+
     def node(self, block: int, members: int, value: Value, site: Site) -> fx.Node:
         """What members of a block write under `value`, less what they write in the base run, `[b, s, d_model]`."""
         if self.graph.blocks[block].kind is BlockKind.ATTENTION:

@@ -82,6 +82,8 @@ class Worlds:
         return self._once(("stream", world, rank), lambda: self._stream(world, rank))
 
     def _stream(self, world: str, rank: int) -> fx.Node:
+        for below in range(1, rank):  # from the bottom, so that no call is deeper than one rank
+            self.stream(world, below)
         if rank == 1:
             parts = [self.embed(world, n.id) for n in self.residual.members(self.residual.blocks[0].nodes)]
         else:
@@ -101,12 +103,10 @@ class Worlds:
                 ("mlp", world, block),
                 lambda: self.module(f"layer{layer}_mlp", self.stream(world, rank), name=f"{world}_mlp_{layer}"),
             )
-        return self._once(("attn", world, block), lambda: self._attention(world, block))
-
-    def _attention(self, world: str, block: int) -> fx.Node:
-        total = self.call(aten.sum.dim_IntList, self.heads(world, block), [2])
-        bias = self.bias(block)
-        return total if bias is None else self.call(operator.add, total, bias)
+        return self._once(
+            ("attn", world, block),
+            lambda: self.module(f"layer{layer}_attn", self.z(world, block), name=f"{world}_attn_{layer}"),
+        )
 
     def bias(self, block: int) -> fx.Node | None:
         piece = f"layer{self.residual.blocks[block].layer}_attn_bias"
@@ -122,22 +122,43 @@ class Worlds:
             lambda: self.module(f"layer{layer}_write", self.z(world, block), name=f"{world}_heads_{layer}"),
         )
 
+    def write(self, block: int, z: fx.Node, heads: int) -> fx.Node:
+        """What some heads, given their z `[b, s, some heads, d_head]`, each write, `[b, s, some heads, d_model]`."""
+        layer, some = self.residual.blocks[block].layer, list(bits(heads))
+        assert layer is not None
+        if len(some) == self.residual.n_heads:
+            return self.module(f"layer{layer}_write", z)
+        piece = "_".join(map(str, [f"layer{layer}_write", *some]))
+        if not hasattr(self.root, piece):
+            self.root.add_module(piece, self.pieces.write_module(layer, some))
+        return self.graph.create_node("call_module", piece, (z,))
+
+    def some_heads(self, x: fx.Node, heads: int) -> fx.Node:
+        """Some heads of `[b, s, head, ...]`."""
+        first, some = next(bits(heads)), list(bits(heads))
+        if len(some) == self.residual.n_heads:
+            return x
+        if some == list(range(first, first + len(some))):
+            return self.call(aten.narrow.default, x, 2, first, len(some))
+        index = self.buffer("heads", torch.tensor(some, device=self.pieces.device))
+        return self.call(aten.index_select.default, x, 2, index)
+
     def chosen(self, heads: fx.Node, members: int) -> fx.Node:
         """The sum of some heads of `[b, s, head, d_model]`."""
-        chosen = list(bits(members))
-        if len(chosen) == 1:
-            return self.call(aten.select.int, heads, 2, chosen[0])
-        if len(chosen) < self.residual.n_heads:
-            index = torch.tensor(chosen, device=self.pieces.device)
-            heads = self.call(aten.index_select.default, heads, 2, self.buffer("heads", index))
-        return self.call(aten.sum.dim_IntList, heads, [2])
+        if members.bit_count() == 1:
+            return self.call(aten.select.int, heads, 2, next(bits(members)))
+        return self.call(aten.sum.dim_IntList, self.some_heads(heads, members), [2])
 
     def z(self, world: str, block: int) -> fx.Node:
         """`[b, s, head, d_head]`."""
         layer = self.residual.blocks[block].layer
         return self._once(
             ("z", world, block),
-            lambda: self.module(f"layer{layer}_attend", *(self.projection(world, block, p) for p in range(3))),
+            lambda: self.module(
+                f"layer{layer}_attend",
+                *(self.projection(world, block, p) for p in range(3)),
+                name=f"{world}_z_{layer}",
+            ),
         )
 
     def scores(self, world: str, block: int) -> fx.Node:
@@ -170,6 +191,13 @@ class Worlds:
     def project(self, block: int, port: int, x: fx.Node, name: str) -> fx.Node:
         """A stream's q, k or v, one per query head."""
         layer = self.residual.blocks[block].layer
-        out = self.module(f"layer{layer}_{PORTS[port]}", x, name=f"{name}_{layer}")
+        out = self.module(f"layer{layer}_{PORTS[port]}", self.norm(block, port, x), name=f"{name}_{layer}")
         n, kv = self.residual.n_heads, self.residual.n_kv_heads
         return out if port == 0 or n == kv else self.call(aten.repeat_interleave.self_int, out, n // kv, 2)
+
+    def norm(self, block: int, port: int, x: fx.Node) -> fx.Node:
+        """A stream `[..., s, d_model]` as a port of a block's heads reads it."""
+        layer = self.residual.blocks[block].layer
+        assert layer is not None
+        piece = self.pieces.norm_module(layer, port)
+        return x if piece is None else self._once((piece, x), lambda: self.module(piece, x))

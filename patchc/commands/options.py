@@ -57,7 +57,21 @@ FORMAT = click.option(
     "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What stdout gets."
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that torch may use.")
-MEMORY = click.option("--memory", callback=lambda _c, _p, v: read_bytes(v), help="What a pass aims to hold, e.g. 4GiB.")
+MEMORY = click.option(
+    "--memory",
+    metavar="BYTES",
+    callback=lambda _c, _p, v: read_bytes(v),
+    help="What a pass may hold beyond the model, e.g. 4GiB; three quarters of what is free, unless given.",
+)
+FRESH = click.option("--fresh", is_flag=True, help="Discard what stopped runs of SPEC have kept.")
+KEEP_EVERY = click.option(
+    "--keep-every",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=5.0,
+    help="How much work a killed run may lose; a shorter run keeps nothing.",
+    show_default=True,
+)
 SET = click.option(
     "--set",
     "parameters",

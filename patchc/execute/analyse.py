@@ -31,10 +31,12 @@ def analyse(work: Callable[[], Any], device: torch.device) -> Analysis:
     """Runs `work` twice: timed, and with its FLOPs counted, which is slow."""
     gc.collect()
     start, cpu = time.perf_counter(), time.process_time()
-    with _memory(device) as grown:
+    with grown_memory(device) as grown:
         work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with counted_flops() as counter:
         work()
     return Analysis(counter.get_total_flops(), seconds, cpu_seconds, grown[0])
 
@@ -48,8 +50,13 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **_
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
+def counted_flops() -> FlopCounterMode:
+    """Counts the FLOPs of what runs inside its block, CPU attention too: `get_total_flops()`."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+
+
 @contextmanager
-def _memory(device: torch.device) -> Generator[list[int]]:
+def grown_memory(device: torch.device) -> Generator[list[int]]:
     """By how many bytes memory grew at most inside the block, as the one item of the list."""
     grown = [0]
     if device.type == "cuda":

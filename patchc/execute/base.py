@@ -91,10 +91,17 @@ def _attention(pieces: Pieces, layer: int, x: Tensor, tokens: Tensor, layout: La
     normed += normed * 2 if pieces.shares_norm(layer) else [pieces.norm(layer, p, x) for p in (1, 2)]
     raw = [pieces.project(layer, p, y) for p, y in enumerate(normed)]
     q, k, v = (pieces.prepare(layer, p, r, tokens, tables) for p, r in enumerate(raw))
-    group = torch.tensor([pieces.kv_head(h) for h in range(pieces.graph.n_heads)], device=x.device)
+    heads = _kv_heads(pieces)
     z = torch.empty(layout.n_tokens, pieces.graph.n_heads, v.shape[-1], device=x.device, dtype=x.dtype)
     for length, prompts in by_length(layout).items():
         at = token_numbers(layout, prompts, x.device)
         positions = torch.arange(length, device=x.device).expand(len(prompts), length)
-        z[at] = pieces.attend(layer, q[at], k[at][:, :, group], v[at][:, :, group], positions, length, tables)
+        keys, values = (x[at] if heads is None else x[at].index_select(2, heads) for x in (k, v))
+        z[at] = pieces.attend(layer, q[at], keys, values, positions, length, tables)
     return AttentionRun((raw[0], raw[1], raw[2]), (q, k, v), z)
+
+
+def _kv_heads(pieces: Pieces) -> Tensor | None:
+    """The key/value head that each head reads, None where each has its own."""
+    heads = [pieces.kv_head(h) for h in range(pieces.graph.n_heads)]
+    return None if heads == list(range(pieces.graph.n_kv_heads)) else torch.tensor(heads, device=pieces.device)

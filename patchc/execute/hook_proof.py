@@ -20,8 +20,11 @@ from patchc.ir.graph import BlockKind, ResidualGraph
 DIFFERS = RULES.add("hooks-differ", "the hooked copy of a model does not compute what the model computes", exit=3)
 
 
-def driver_for(eager: nn.Module, graph: ResidualGraph, choice: str = "auto") -> Driver:
-    """A driver around a copy of `eager`: `transformer_lens`, `forward_hooks`, or `auto` (the first that can).
+def driver_for(
+    eager: nn.Module, graph: ResidualGraph, choice: str = "auto", dtype: torch.dtype | None = None
+) -> Driver:
+    """A driver around a copy of `eager`, in `dtype` if one is given: `transformer_lens`, `forward_hooks`, or `auto`
+    (the first that can).
 
     Errors: `hooks-model` where none can; `hooks-differ` where the copy, once hooked, computes other logits.
     """
@@ -34,8 +37,10 @@ def driver_for(eager: nn.Module, graph: ResidualGraph, choice: str = "auto") -> 
     refused: PatchcError | None = None
     for name in makers if choice == "auto" else [choice]:
         try:
-            driver = makers[name](copy.deepcopy(eager))
-            prove(driver, eager, graph)
+            copied = _copied(eager, dtype)
+            ids, want = _plain_logits(copied, graph)
+            driver = makers[name](copied)
+            prove(driver, graph, ids, want)
             return driver
         except PatchcError as error:
             refused = refused or error
@@ -44,12 +49,22 @@ def driver_for(eager: nn.Module, graph: ResidualGraph, choice: str = "auto") -> 
     raise refused or unknown(eager)
 
 
-def prove(driver: Driver, eager: nn.Module, graph: ResidualGraph) -> None:
-    """The unedited driver gives the model's own logits, and writers add up to the stream."""
-    device = next(eager.parameters()).device
+def _copied(eager: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy in eval mode. Parameters are brought to another dtype one by one."""
+    copied = copy.deepcopy(eager).eval()
+    return copied if dtype is None else copied.to(dtype)
+
+
+def _plain_logits(copied: nn.Module, graph: ResidualGraph) -> tuple[Tensor, Tensor]:
+    """Some token ids `[prompt, pos]`, and the logits of a copy that is not hooked."""
+    device = next(copied.parameters()).device
     ids = torch.arange(2 * 3, device=device).reshape(2, 3) % graph.d_vocab
     with torch.no_grad():
-        want = logits_of(copy.deepcopy(eager).eval()(ids))
+        return ids, logits_of(copied(ids))
+
+
+def prove(driver: Driver, graph: ResidualGraph, ids: Tensor, want: Tensor) -> None:
+    """The unedited driver gives the model's own logits `want`, and writers add up to the stream."""
     points = points_of(graph)
     got = driver.run(ids, {}, points)
     if set(got) != set(points):
@@ -64,9 +79,14 @@ def prove(driver: Driver, eager: nn.Module, graph: ResidualGraph) -> None:
 
 def _prove_heads(driver: Driver, graph: ResidualGraph, got: Mapping[Point, Tensor]) -> None:
     for layer in range(graph.n_layers):
-        z = got[Point(At.Z, layer)]
-        bias = got[Point(At.ATTN_OUT, layer)] - torch.einsum("bphd,hdm->bpm", z, driver.w_o(layer))
-        _must_agree(bias, bias[:1, :1].expand_as(bias), f"the heads of layer {layer} miss its attention output by")
+        out = got[Point(At.ATTN_OUT, layer)]
+        heads = torch.einsum("bphd,hdm->bpm", got[Point(At.Z, layer)], driver.w_o(layer))
+        _must_agree(_with_bias(heads, out), out, f"the heads of layer {layer} miss its attention output by")
+
+
+def _with_bias(parts: Tensor, whole: Tensor) -> Tensor:
+    """`parts` and what the whole has more at the first token: the same everywhere, where it is a bias."""
+    return parts + (whole - parts)[:1, :1]
 
 
 def _unproved(driver: Driver, graph: ResidualGraph, ids: Tensor) -> dict[Point, str]:
@@ -103,8 +123,9 @@ def _post_fault(driver: Driver, layer: int, got: Mapping[Point, Tensor]) -> str 
     post, weight = got.get(Point(At.POST, layer)), driver.w_out(layer)
     if post is None or weight is None or post.shape[-1:] != weight.shape[:1]:
         return "the model's MLP has no output matrix of its own"
-    bias = got[Point(At.MLP_OUT, layer)] - post @ weight
-    return None if _agree(bias, bias[:1, :1].expand_as(bias)) else "the MLP's output is not that of its output matrix"
+    out = got[Point(At.MLP_OUT, layer)]
+    agrees = _agree(_with_bias(post @ weight, out), out)
+    return None if agrees else "the MLP's output is not that of its output matrix"
 
 
 def _agree(got: Tensor, want: Tensor, eps: float = 0.0) -> bool:

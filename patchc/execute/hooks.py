@@ -6,6 +6,7 @@ Slow on purpose, and sharing nothing with the compiler but `ir`: a number that b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +17,27 @@ from patchc.execute.hook_proof import driver_for
 from patchc.execute.oracle_cells import CellRun
 from patchc.execute.oracle_metrics import Metrics, Run
 from patchc.execute.oracle_passes import Passes
+from patchc.execute.oracle_rounding import Rounding
 from patchc.execute.oracle_worlds import Worlds
 from patchc.ir.experiment import Cell, Experiment, Probe, Prompts
 from patchc.ir.graph import ResidualGraph
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A metric of some cells, `[cell, prompt]`, float64. `values` are normalised where the metric is; `rounding`, in
+    the metric's own unit, is what they may change by where what is read of a run is off by one rounding."""
+
+    values: Tensor
+    rounding: Tensor
+
+
 class Oracle:
     """Recomputes cells of experiments on `prompts`.
 
-    `eager` is copied, and neither run nor hooked. `tensors` and `metrics` are those that `Given` and `Called`
-    name. `driver`: `transformer_lens`, `forward_hooks`, or `auto`, which takes the first that can hook the
-    model.
+    `eager` is copied, and neither run nor hooked; the copy computes in `dtype`, where one is given. `tensors` and
+    `metrics` are those that `Given` and `Called` name. `driver`: `transformer_lens`, `forward_hooks`, or `auto`, which
+    takes the first that can hook the model.
     """
 
     def __init__(
@@ -38,10 +49,11 @@ class Oracle:
         tensors: Mapping[str, Tensor] | None = None,
         metrics: Mapping[str, Callable[..., Any]] | None = None,
         driver: str = "auto",
+        dtype: torch.dtype | None = None,
     ):
         self.graph, self.prompts = graph, prompts
         device = next(eager.parameters()).device
-        self._passes = Passes(driver_for(eager, graph, driver), prompts, device)
+        self._passes = Passes(driver_for(eager, graph, driver, dtype), prompts, device)
         self._worlds = Worlds(self._passes, graph, tensors or {})
         self._metrics = Metrics(prompts, self._world, tensors or {}, metrics or {})
 
@@ -59,7 +71,6 @@ class Oracle:
         """What stands at a probe in the patched run, `[token, width]`; of attention: one entry a position."""
         return CellRun(self._worlds, experiment.run, cell).read(probe).clone()
 
-    @torch.no_grad()
     def measure(
         self,
         experiment: Experiment,
@@ -71,15 +82,32 @@ class Oracle:
 
         A number that is not finite is given as it is. `progress` hears how many cells are done.
         """
-        rows: dict[str, list[Tensor]] = {metric.name: [] for metric in experiment.metrics}
+        return {name: m.values for name, m in self.measured(experiment, cells, 0.0, progress).items()}
+
+    @torch.no_grad()
+    def measured(
+        self,
+        experiment: Experiment,
+        cells: Sequence[Cell],
+        eps: float,
+        progress: Callable[[int], object] | None = None,
+    ) -> dict[str, Measured]:
+        """The same, and what roundings of relative size `eps` may do to it."""
+        rounding = Rounding(self._metrics, eps)
+        values: dict[str, list[Tensor]] = {metric.name: [] for metric in experiment.metrics}
+        errors: dict[str, list[Tensor]] = {metric.name: [] for metric in experiment.metrics}
         for done, cell in enumerate(cells, start=1):
             run = CellRun(self._worlds, experiment.run, cell)
             for metric in experiment.metrics:
-                rows[metric.name].append(self._metrics.numbers(metric, run))
+                values[metric.name].append(self._metrics.numbers(metric, run))
+                if eps:
+                    errors[metric.name].append(rounding.of(metric, run))
             if progress is not None:
                 progress(done)
-        none = torch.zeros(0, self.prompts.n, dtype=torch.float64)
-        return {name: torch.stack(numbers) if numbers else none for name, numbers in rows.items()}
+        return {name: Measured(self._table(values[name]), self._table(errors[name])) for name in values}
+
+    def _table(self, rows: list[Tensor]) -> Tensor:
+        return torch.stack(rows) if rows else torch.zeros(0, self.prompts.n, dtype=torch.float64)
 
     def _world(self, world: str) -> Run:
         return WorldRun(self._worlds, world)
@@ -101,4 +129,4 @@ class WorldRun:
         return self._worlds.probed(self._record, probe)
 
 
-__all__ = ["Oracle"]
+__all__ = ["Measured", "Oracle"]

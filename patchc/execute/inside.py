@@ -133,4 +133,5 @@ class Inside:
         return torch.tensor(asks, device=device)[:, :, None] & torch.tensor(looked_at, device=device)[:, None]
 
     def _tokens(self, item: Item) -> Tensor:
-        return torch.tensor(item.positions, device=self.pieces.device) + self.layout.offsets[item.prompt]
+        """On the CPU: `patterns` looks at them one by one."""
+        return torch.tensor(item.positions) + self.layout.offsets[item.prompt]

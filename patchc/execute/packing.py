@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -20,3 +22,9 @@ def packed(items: Sequence[tuple[T, int]], most: int) -> Iterator[list[T]]:
         total += n
     if batch:
         yield batch
+
+
+def even(x: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Rows in pieces of equal size, of about `most` at most."""
+    pieces = max(1, round(len(x) / max(1, most)))
+    return x.split(max(1, -(-len(x) // pieces)))

@@ -52,24 +52,28 @@ class PlainRows:
     head: int
 
     def scores(self, run: PlainRun, tokens: Tensor, width: int) -> Tensor:
-        """Scores of queries at `tokens` `[n]` -> `[n, width]`: minus infinity where hidden, and beyond a prompt."""
+        """Scores of queries at `tokens` `[n]` -> `[n, width]`: minus infinity where hidden, and beyond a prompt.
+
+        Token numbers are looked at one by one: like all of this class they are wanted on the CPU."""
         return self._scores(run, self.stored.layout, self.tables, tokens, width)
 
     def _scores(self, run: PlainRun, layout: Layout, tables: Tables, tokens: Tensor, width: int) -> Tensor:
-        chosen, back = torch.unique(tokens, return_inverse=True)
-        out = torch.full((len(chosen), width), HIDDEN, device=tokens.device, dtype=self.stored.pieces.dtype)
+        chosen, back = torch.unique(tokens.cpu(), return_inverse=True)
+        out = self._hidden(len(chosen), width)
         prompts = [layout.place(t)[0] for t in chosen.tolist()]
         for prompt, first, n in _stretches(prompts):  # tokens are in order, so each prompt's are together
-            mine = torch.arange(first, first + n, device=tokens.device)
-            length = layout.lengths[prompt]
+            mine = slice(first, first + n)
             shown = self._of_prompt(run, layout, tables, prompt, chosen[mine])[:, :width]
-            out[mine[:, None], torch.arange(min(length, width), device=tokens.device)] = shown
-        return out[back]
+            out[mine, : shown.shape[1]] = shown
+        return out[back.to(out.device)]
+
+    def _hidden(self, n: int, width: int) -> Tensor:
+        return torch.full((n, width), HIDDEN, device=self.stored.pieces.device, dtype=self.stored.pieces.dtype)
 
     def _of_prompt(self, run: PlainRun, layout: Layout, tables: Tables, prompt: int, tokens: Tensor) -> Tensor:
         pieces = self.stored.pieces
         q, k, _ = run.attention[self.block].ready
-        keys = token_numbers(layout, [prompt], tokens.device)
+        keys, tokens = token_numbers(layout, [prompt], pieces.device), tokens.to(pieces.device)
         positions = (tokens - layout.offsets[prompt])[None]
         asked, looked_at = q[tokens][None, :, [self.head]], k[keys][:, :, [pieces.kv_head(self.head)]]
         length = layout.lengths[prompt]
@@ -93,7 +97,7 @@ class PlainRows:
                 moved = torch.tensor(places, device=tokens.device)[tokens]
                 return self._source(port, of, moved, width)
             case Blocked():
-                return torch.full((len(tokens), width), HIDDEN, device=tokens.device, dtype=self.stored.pieces.dtype)
+                return self._hidden(len(tokens), width)
             case Noise():
                 return self._noise(port, source, tokens, width)
             case Given() | Itself():
@@ -119,7 +123,7 @@ class PlainRows:
             length = prompts.layout.lengths[row]
             numbers = torch.from_numpy(entry_noise(noise, name, row % prompts.n, position, length))
             out[i, :length] = numbers[:width] * noise.std
-        return out.to(tokens.device, self.stored.pieces.dtype)
+        return out.to(self.stored.pieces.device, self.stored.pieces.dtype)
 
     def _mean(self, port: int, mean: Mean, tokens: Tensor, width: int) -> Tensor:
         """The mean of rows, entry by entry: of patterns what is hidden counts as zero, of scores it does not count."""
@@ -127,13 +131,13 @@ class PlainRows:
         key = (self.block, self.head, port, mean)
         if key not in self.stored.row_means:
             self.stored.row_means[key] = self._means(port, mean, how)
-        return self.stored.row_means[key][torch.tensor(how.of, device=tokens.device)[tokens], :width]
+        classes = torch.tensor(how.of)[tokens.cpu()].to(self.stored.pieces.device)
+        return self.stored.row_means[key][classes, :width]
 
     def _means(self, port: int, mean: Mean, how: Average) -> Tensor:
         """The mean of every class of tokens, `[class, position]`, as wide as the longest prompt."""
         layout = self.stored.prompts.world(mean.world).layout or self.stored.layout
-        every = torch.arange(layout.n_tokens, device=self.stored.pieces.device)
-        rows = self.of_world(port, mean.world, every, max(self.stored.layout.lengths))
+        rows = self.of_world(port, mean.world, torch.arange(layout.n_tokens), max(self.stored.layout.lengths))
         shown = rows != HIDDEN
         total = how.sums(rows.masked_fill(~shown, 0))
         count = how.sums((shown if port == SCORES else torch.ones_like(shown)).to(rows.dtype))

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from patchc.diagnostics import RULES
 from patchc.execute.base import PlainRun, run_world
+from patchc.execute.kept import Found, Kept, NotKept
 from patchc.execute.readout import UNEMBED_ROWS, MetricFunction, Readout
 from patchc.execute.statistics import Numbers
 from patchc.execute.stored import Stored
 from patchc.execute.walk import Walk
 from patchc.ir.experiment import Metric
-from patchc.ir.program import Program
+from patchc.ir.program import Pass, Program
+from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces, Tables
 
 SAME_ENDS = RULES.add("equal-ends", "a normalised metric has the same value at both of its ends", exit=3)
@@ -35,7 +37,8 @@ class Outcome:
 
 @dataclass
 class Sweep:
-    """One experiment's run. Plain runs are shared with other experiments through `runs`."""
+    """One experiment's run. Plain runs are shared with other experiments through `runs`; passes that `kept` has are not
+    run again."""
 
     program: Program
     pieces: Pieces
@@ -43,6 +46,7 @@ class Sweep:
     functions: Mapping[str, MetricFunction] = field(default_factory=dict[str, MetricFunction])
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
+    kept: Kept = field(default_factory=NotKept)
 
     def run(self, progress: Callable[[int], None] | None = None) -> Outcome:
         """Every cell; `progress` is told how many are done."""
@@ -52,14 +56,14 @@ class Sweep:
     def _run(self, progress: Callable[[int], None]) -> Outcome:
         program = self.program
         self._plain_runs()
-        stored = Stored(self.pieces, program.prompts, program.base, self.runs, self.tensors)
+        self.stored = Stored(self.pieces, program.prompts, program.base, self.runs, self.tensors)
         self.readout = Readout(
             self.pieces,
             program.prompts,
             program.ends,
             program.columns,
             self.functions,
-            stored,
+            self.stored,
             self.tables,
         )
         metrics = program.experiment.metrics
@@ -68,14 +72,23 @@ class Sweep:
         done = len(program.no_effect)
         progress(done)
         ends = [(self.readout.at_end(end, program.base), end.tokens) for end in program.ends]
-        for work in program.passes:
-            walk = Walk(program.dag, self.pieces, self.tables, stored, schedule=program.schedule)
-            found = walk.read([program.roots[c] for c in work.cells], ends)
-            silent += [c for c, unfelt in zip(work.cells, walk.unfelt, strict=True) if unfelt]
-            self._measure(work.cells, found, values)
+        for number, work in enumerate(program.passes):
+            found = self.kept.get(number)
+            if found is None:
+                found = self._pass(work, ends)
+                self.kept.put(number, found)
+            silent += found.silent
+            for metric in metrics:
+                values[metric.name][list(work.cells)] = found.values[metric.name]
             done += len(work.cells)
             progress(done)
         return self._outcome(values, tuple(silent))
+
+    def _pass(self, work: Pass, ends: Sequence[tuple[Tensor, Tokens]]) -> Found:
+        walk = Walk(self.program.dag, self.pieces, self.tables, self.stored, schedule=self.program.schedule)
+        at_ends = walk.read([self.program.roots[c] for c in work.cells], ends)
+        silent = tuple(c for c, unfelt in zip(work.cells, walk.unfelt, strict=True) if unfelt)
+        return Found(self._measured(at_ends), silent)
 
     def _plain_runs(self) -> None:
         for world in self.program.worlds:
@@ -89,14 +102,15 @@ class Sweep:
         """`[cell, prompt]`, the base run's number everywhere: what a cell without effect keeps."""
         return self._of_world(metric, self.program.base).repeat(n_cells, 1)
 
-    def _measure(self, cells: Sequence[int], found: list[list[Tensor]], values: dict[str, Tensor]) -> None:
-        """The metrics of a pass's cells, some at a time, from what each has at each end."""
+    def _measured(self, found: list[Tensor]) -> dict[str, Tensor]:
+        """The metrics `[cell, prompt]` of a pass's cells, some at a time, from what they have at each end."""
         step = max(1, UNEMBED_ROWS // max(1, self.program.measured.bit_count()))
-        for first in range(0, len(cells), step):
-            some = slice(first, first + step)
-            read = self.readout.readings([torch.stack(x) for x in zip(*found[some], strict=True)])
+        parts: dict[str, list[Tensor]] = {m.name: [] for m in self.program.experiment.metrics}
+        for first in range(0, len(found[0]), step):
+            read = self.readout.readings([x[first : first + step] for x in found])
             for metric in self.program.experiment.metrics:
-                values[metric.name][list(cells[some])] = self.readout.per_prompt(metric.expression, read)
+                parts[metric.name].append(self.readout.per_prompt(metric.expression, read))
+        return {name: torch.cat(some) for name, some in parts.items()}
 
     def _outcome(self, values: dict[str, Tensor], silent: tuple[int, ...]) -> Outcome:
         metrics = self.program.experiment.metrics

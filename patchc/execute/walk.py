@@ -17,6 +17,7 @@ from patchc.execute.entries import EntryRows
 from patchc.execute.indices import pick, rows, where
 from patchc.execute.packing import packed
 from patchc.execute.stored import Stored
+from patchc.execute.suffix import Suffixes
 from patchc.ir.bits import bits
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
@@ -44,7 +45,7 @@ from patchc.ir.ops import (
 from patchc.ir.program import FULL, Schedule
 from patchc.ir.tokens import Tokens
 from patchc.model.pieces import Pieces, Tables
-from patchc.optimise.demand import demand
+from patchc.optimise.demand import Counts, demand
 
 STORED = (Const, Stream, StoredZ)
 
@@ -63,25 +64,21 @@ class Walk:
     def streams(self, roots: Sequence[VariantId]) -> list[Tensor]:
         """For each root `[measured token, d_model]`: the base run's final stream with the root's difference added."""
         final = self.stored.base_run.stream[-1][rows(self.measured)]
-        return [stream for (stream,) in self.read([(r,) for r in roots], [(final, self.measured)])]
+        (found,) = self.read([(r,) for r in roots], [(final, self.measured)])
+        return list(found)
 
-    def read(self, cells: Sequence[Sequence[VariantId]], ends: Sequence[tuple[Tensor, Tokens]]) -> list[list[Tensor]]:
-        """What each cell has at each end, `[token, width]`: the base run's numbers there, which `ends` gives with the
-        tokens, and the difference of the cell's root."""
-        length = len(self.dag)
-        explicit = [[self.dag.explicit(r) for r in roots] for roots in cells]
-        try:
-            reads = [(r, tokens) for roots in explicit for r, (_, tokens) in zip(roots, ends, strict=True)]
-            self.demand = demand(self.dag, reads, self.schedule)
-            self.values: dict[VariantId, Tensor] = {}
-            self.left = list(self.demand.uses)
-            self.zero: set[VariantId] = set()
-            self._blocks()
-            out = [[self._at_end(r, *end) for r, end in zip(roots, ends, strict=True)] for roots in explicit]
-            self.unfelt = [all(map(self._is_unfelt, roots)) for roots in explicit]
-            return out
-        finally:
-            self.dag.truncate(length)
+    def read(self, cells: Sequence[Sequence[VariantId]], ends: Sequence[tuple[Tensor, Tokens]]) -> list[Tensor]:
+        """What the cells have at each end, `[cell, token, width]`: the base run's numbers there, which `ends` gives
+        with the tokens, and the difference of each cell's root."""
+        reads = [(r, tokens) for roots in cells for r, (_, tokens) in zip(roots, ends, strict=True)]
+        self.demand = demand(self.dag, reads, self.schedule)
+        self.values: dict[VariantId, Tensor] = {}
+        self.left = Counts(self.demand.uses)
+        self.zero: set[VariantId] = set()
+        self._blocks()
+        out = [self._at_end([roots[i] for roots in cells], *end) for i, end in enumerate(ends)]
+        self.unfelt = [all(map(self._is_unfelt, roots)) for roots in cells]
+        return out
 
     def _is_unfelt(self, root: VariantId) -> bool:
         """Whether every value that enters below a root came out as the base run's own. What is computed from such
@@ -101,13 +98,16 @@ class Walk:
             todo.extend(children(op))
         return True
 
-    def _at_end(self, root: VariantId, base: Tensor, tokens: Tokens) -> Tensor:
-        here = self.demand.tokens[root] & tokens
-        if root == EQUAL_TO_BASE or not here:
-            return base
-        out = base.clone()
-        out[where(tokens, here)] += pick(self.value(root), self.demand.tokens[root], here)
-        self.release(root)
+    def _at_end(self, roots: Sequence[VariantId], base: Tensor, tokens: Tokens) -> Tensor:
+        out = base.expand(len(roots), *base.shape).clone()
+        for mine, root in zip(out, roots, strict=True):
+            if not (here := self.demand.tokens[root] & tokens):
+                continue
+            if root in self.finals:
+                mine[where(tokens, here)] = pick(self.finals[root], self.demand.tokens[root], here)
+            else:
+                mine[where(tokens, here)] += pick(self.value(root), self.demand.tokens[root], here)
+                self.release(root)
         return out
 
     # ---- values that need no model
@@ -139,7 +139,9 @@ class Walk:
                 return self._add(parts, tokens)
             case Scale(factor, x):
                 return factor * self._add([(tokens, x)], tokens)
-            case Core() | Out() | Tokenwise() | Run() | Masked() | Projected() | HeadZ() | Entries() | Neurons() as op:
+            case Run():
+                return self.finals[i] - self.stored.base_run.stream[-1][rows(tokens)]
+            case Core() | Out() | Tokenwise() | Masked() | Projected() | HeadZ() | Entries() | Neurons() as op:
                 raise AssertionError(f"variant {i} was read before its block ran: {op}")
 
     def _add(self, parts: Sequence[tuple[Tokens, VariantId]], tokens: Tokens) -> Tensor:
@@ -176,30 +178,27 @@ class Walk:
 
     # ---- the model's nodes
     def _blocks(self) -> None:
-        by_block = self._by_block()
-        for index, block in enumerate(self.dag.graph.blocks):
-            variants = by_block.get(index, [])
-            if not variants:
-                continue
-            if block.kind is BlockKind.MLP:
-                self._mlps(index, variants)
-            else:
-                self._attention(index, variants)
+        by_block, suffixes = self._by_block(), Suffixes(self)
+        for rank, blocks in enumerate(suffixes.blocks):
+            for index, block in blocks:
+                if variants := by_block.get(index):
+                    (self._mlps if block.kind is BlockKind.MLP else self._attention)(index, variants)
+            suffixes.advance(rank)
+        self.finals = dict(suffixes.finals())
 
     def _by_block(self) -> dict[int, list[VariantId]]:
         """The demanded outputs of each block."""
         out: dict[int, list[VariantId]] = {}
-        for i, op in enumerate(self.dag.ops):
-            if self.demand.tokens[i]:
-                match op:
-                    case Tokenwise(block) | Projected(block) | Entries(block) | Neurons(block):
-                        out.setdefault(block, []).append(i)
-                    case Out(core) | HeadZ(core):
-                        core_op = self.dag.ops[core]
-                        assert isinstance(core_op, Core)
-                        out.setdefault(core_op.block, []).append(i)
-                    case _:
-                        pass
+        for i in reversed(self.demand.tokens):
+            match self.dag.ops[i]:
+                case Tokenwise(block) | Projected(block) | Entries(block) | Neurons(block):
+                    out.setdefault(block, []).append(i)
+                case Out(core) | HeadZ(core):
+                    op = self.dag.ops[core]
+                    assert isinstance(op, Core)
+                    out.setdefault(op.block, []).append(i)
+                case _:
+                    pass
         return out
 
     def _mlps(self, index: int, variants: list[VariantId]) -> None:

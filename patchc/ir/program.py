@@ -37,8 +37,8 @@ class End:
 class Schedule:
     """How a pass computes its variants; every choice gives the same numbers. `backward`: only tokens that something
     measured reads; `heads`: only heads that some variant reads; `deltas`: attention on the base run's q, k and v is not
-    computed again where only scores or patterns are set; `rows`: token rows of one matrix product (0: one product a
-    variant)."""
+    computed again where only scores or patterns are set; `rows`: token rows of one matrix product (0: nothing is
+    packed)."""
 
     backward: bool = True
     heads: bool = True
@@ -54,14 +54,16 @@ NAIVE = Schedule(backward=False, heads=False, deltas=False, rows=0)
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A model's FLOPs: of an MLP a token row (by block), of a q, k or v projection and of W_O a head row, of attention
-    a (query, key, head) triple, of the unembedding a logit."""
+    """A model's costs. In FLOPs: of an MLP a token row (by block), of a q, k or v projection and of W_O a head row, of
+    attention a (query, key, head) triple, of the unembedding a logit."""
 
     mlp: dict[int, int]
     projection: int
     write: int
     triple: int
     logit: int
+    copied: int = 0
+    """Bytes of weights that are held a second time, beside the model's own tensors."""
 
 
 @dataclass(frozen=True, slots=True)

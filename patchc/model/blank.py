@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from patchc.ir.graph import ResidualGraph
 from patchc.model.configs import config_context, config_layers, dtype_named, native_model
 from patchc.model.export import export
 from patchc.model.folders import BAD_CONFIG, first_line, is_native, silent_transformers
+from patchc.model.outline_cache import Facts
 from patchc.model.pieces import TracedPieces
 from patchc.model.prove import count_layers, is_causal
+from patchc.model.rates import rates
 from patchc.model.trace import trace
 
 UNFILLED = {torch.empty, torch.empty_like, torch.rand, torch.rand_like, torch.randn, torch.randn_like}
 """What weights are made with before they are read from a file; tables of positions and masks are made otherwise."""
 
 
-def blank_graph(folder: Path, config: dict[str, Any], dtype: str | None, attention: str | None) -> ResidualGraph:
-    """The residual graph of the model in `folder`, which `load` would give, without a name and without its weights.
+def blank_facts(folder: Path, config: dict[str, Any], dtype: str | None, attention: str | None) -> Facts:
+    """The residual graph of the model in `folder`, which `load` would give, without a name and without its weights, and
+    what its parts cost.
 
     `causal` is False where it could only be told from weights (a mask that is learned). Without a dtype in the options
     or the config it is float32. Errors: `model-config`, `model-option`, `model-not-understood`.
@@ -40,7 +42,8 @@ def blank_graph(folder: Path, config: dict[str, Any], dtype: str | None, attenti
         structure = trace(export(module, blank=True))
         pieces = TracedPieces(structure, structure.graph("", config_context(module), causal=False))
         count_layers(pieces, config_layers(module))
-        return replace(pieces.graph, causal=_is_surely_causal(pieces))
+        graph = replace(pieces.graph, causal=_is_surely_causal(pieces))
+        return Facts(graph, rates(pieces), pieces.dtype.itemsize)
 
 
 def _is_surely_causal(pieces: TracedPieces) -> bool:

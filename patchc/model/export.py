@@ -32,6 +32,7 @@ from patchc.model.nodes import (
     is_mutable,
     is_tensor,
     need,
+    settle,
     shape_of,
 )
 
@@ -191,6 +192,8 @@ def _canonical(module: fx.GraphModule) -> Exported:
         "the logits are not [batch, pos, vocab]",
         logits,
     )
+    for node in graph.nodes:
+        settle(node)
     return Exported(module, ids, logits, batch, pos)
 
 

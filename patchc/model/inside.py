@@ -13,7 +13,7 @@ from torch import fx
 from patchc.diagnostics import RULES
 from patchc.model.attention import AttentionBlock
 from patchc.model.emit import Emitter
-from patchc.model.nodes import SDPA, A, cone
+from patchc.model.nodes import SDPA, A, cone, dtype_of
 
 NOT_TAKEN_APART = RULES.add(
     "no-inside", "a spec patches or reads something inside a node that the model does not compute that way", exit=3
@@ -49,7 +49,7 @@ def _fused_scores(emitter: Emitter, block: AttentionBlock, query: fx.Node, key: 
     if not isinstance(mask, fx.Node):
         return scores
     shown = emitter.copy(mask)
-    if mask.meta["val"].dtype is torch.bool:
+    if dtype_of(mask) is torch.bool:
         return _hide(emitter, scores, emitter.call(A.logical_not.default, shown))
     scores = emitter.call(A.add.Tensor, scores, shown)
     return _hide(emitter, scores, emitter.call(A.le.Scalar, shown, HIDDEN))

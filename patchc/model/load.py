@@ -17,6 +17,7 @@ from torch import nn
 from patchc.diagnostics import RULES
 from patchc.ir.graph import ResidualGraph
 from patchc.model.configs import BAD_OPTION, config_context, config_layers, dtype_named, native_model
+from patchc.model.devices import device_named, refuse_numbers
 from patchc.model.export import export
 from patchc.model.folders import (
     BAD_CONFIG,
@@ -29,6 +30,7 @@ from patchc.model.folders import (
     silent_transformers,
 )
 from patchc.model.pieces import TracedPieces
+from patchc.model.placed import refuse_placement
 from patchc.model.prove import is_causal, prove, prove_insides, prove_parts
 from patchc.model.state import (
     CHANGED,
@@ -39,6 +41,7 @@ from patchc.model.state import (
     untouched,
 )
 from patchc.model.trace import trace
+from patchc.model.trace_cache import keep_trace, read_trace, trace_key
 
 BAD_WEIGHTS = RULES.add("model-weights", "a model directory's weights are missing, incomplete or damaged", exit=3)
 
@@ -57,11 +60,20 @@ class LoadedModel:
     bos: bool | None
     content: str
 
+    @property
+    def element(self) -> int:
+        """The bytes of a number in the model's dtype."""
+        return self.pieces.dtype.itemsize
+
     def check_unchanged(self) -> None:
         """Raise `model-changed` or `model-has-hooks` where it is no longer the module that was traced."""
         refuse_hooks(self.eager)
-        same = content_fingerprint(self.eager) == self.content
-        if not same:
+        refuse_placement(self.eager)
+        device = next(self.eager.parameters()).device
+        if device != self.pieces.device:
+            moved = f"{self.name} was moved from {self.pieces.device} to {device} after it was traced"
+            raise CHANGED.error(moved, fix="load the model again")
+        if content_fingerprint(self.eager) != self.content:
             raise CHANGED.error(
                 f"the weights of {self.name} were changed after it was traced", fix="load the model again"
             )
@@ -92,7 +104,8 @@ def load(
 
     `model`: the name of a built-in model, a model directory (relative to `base`), a hub id, or a module,
     which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
-    Errors: `model-not-found`, `model-config`, `model-weights`, `nan-in-weights`, `model-has-hooks`,
+    Errors: `model-not-found`, `model-config`, `model-weights`, `model-option`, `model-numbers`, `nan-in-weights`,
+    `model-has-hooks`, `model-placement`, `model-wrapped`, `quantised-weights`,
     `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
     with silent_transformers():
         if isinstance(model, nn.Module):
@@ -101,23 +114,24 @@ def load(
             raise NOT_FOUND.error(f"a model is a name, a path or a torch.nn.Module, not a {type(model).__name__}")
         else:
             source = _named(model, _Options(dtype_named(dtype), revision, attention), base or Path())
-            source = replace(source, module=source.module.to(_device(device)))
+            source = replace(source, module=source.module.to(device_named(device)))
     source = replace(source, tokenizer=tokenizer if tokenizer is not None else source.tokenizer)
     return _traced(source, bos)
 
 
 def _traced(source: _Source, bos: bool | None) -> LoadedModel:
     module = source.module
+    refuse_placement(module)
     refuse_hooks(module)
-    refuse_non_finite(module)
+    refuse_numbers(module)
     content = content_fingerprint(module)
     with torch.inference_mode(False), untouched(module):
-        structure = trace(export(module))
-        pieces = TracedPieces(structure, structure.graph(source.name, config_context(module), causal=False))
-        prove(pieces, module, config_layers(module))
-        pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
-        prove_parts(pieces)
-        prove_insides(pieces)
+        key = trace_key(module, content)
+        pieces = None if key is None else read_trace(key, module, source.name)
+        if pieces is None:
+            pieces = _proved(module, source.name)
+            if key is not None:
+                keep_trace(key, pieces, module)
     fingerprint = content if source.folder is None else files_fingerprint(source.folder)
     return LoadedModel(
         source.name,
@@ -129,6 +143,18 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         bos,
         content,
     )
+
+
+def _proved(module: nn.Module, name: str) -> TracedPieces:
+    """The pieces of a module in eval mode, traced and proved."""
+    refuse_non_finite(module)
+    structure = trace(export(module))
+    pieces = TracedPieces(structure, structure.graph(name, config_context(module), causal=False))
+    prove(pieces, module, config_layers(module))
+    pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
+    prove_parts(pieces)
+    prove_insides(pieces)
+    return pieces
 
 
 # ---- modules
@@ -215,15 +241,3 @@ def _complete(folder: Path, info: dict[str, Any]) -> None:
         if names := sorted(str(n) for n in info.get(key) or ()):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise BAD_WEIGHTS.error(f"the weights in {folder} {what} `{names[0]}`{more}")
-
-
-# ---- options
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        found = torch.device(device or "cpu")
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise BAD_OPTION.error(f'device "{device}" cannot be used: {first_line(error)}') from None
-    return found

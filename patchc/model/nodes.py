@@ -76,6 +76,8 @@ def op_name(node: fx.Node) -> str:
 
 def path_of(node: fx.Node) -> str:
     """Dotted path of the innermost module that made the node; empty at the top."""
+    if "path" in node.meta:
+        return node.meta["path"]
     stack: list[Any] = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return ""
@@ -85,12 +87,29 @@ def path_of(node: fx.Node) -> str:
 
 def shape_of(node: object) -> tuple[str, ...]:
     """Symbolic shape as strings; comparing SymInts directly could install guards."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(node, fx.Node):
+        return ()
+    if "shape" in node.meta:
+        return node.meta["shape"]
+    value = node.meta.get("val")
     return tuple(str(d) for d in value.shape) if isinstance(value, Tensor) else ()
 
 
 def is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+    return "shape" in node.meta or isinstance(node.meta.get("val"), Tensor)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of a node that is a tensor."""
+    return node.meta["dtype"] if "dtype" in node.meta else node.meta["val"].dtype
+
+
+def settle(node: fx.Node) -> None:
+    """Keep of what export says of a node what this stage reads, as plain data: shape, dtype and path."""
+    told: dict[str, Any] = {"path": path_of(node)}
+    if is_tensor(node):
+        told |= {"shape": shape_of(node), "dtype": dtype_of(node)}
+    node.meta = told
 
 
 def is_mutable(node: fx.Node) -> bool:

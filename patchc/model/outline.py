@@ -1,4 +1,4 @@
-"""A model without its weights: the names and numbers of its nodes, and its tokenizer. Enough to resolve specs.
+"""A model without its weights: the names, numbers and costs of its nodes, and its tokenizer. Enough to plan specs.
 
 From `config.json` and the tokenizer's files alone. What has been traced before is read from the disk, without torch;
 `load` gives the model itself, and proves what it gives.
@@ -11,21 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from patchc.ir.graph import ResidualGraph
+from patchc.ir.program import Rates
 from patchc.model.folders import model_folder, read_config, shared_tokenizer
-from patchc.model.outline_cache import cache_key, keep_graph, read_graph
+from patchc.model.outline_cache import Facts, cache_key, keep_facts, read_facts
 
 
 @dataclass(frozen=True)
 class Outline:
     """What `LoadedModel` says of a model as far as no weights are needed. The tokenizer is shared: not to be changed.
 
-    `bos`: whether texts get a beginning-of-sequence token, None where the tokenizer decides.
+    `element`: the bytes of a number in its dtype; `bos`: whether texts get a beginning-of-sequence token, None where
+    the tokenizer decides.
     """
 
     name: str
     graph: ResidualGraph
+    rates: Rates
+    element: int
     tokenizer: Any | None
     bos: bool | None = None
+
+    def with_tokenizer(self, tokenizer: Any) -> Outline:
+        """The same model with another tokenizer."""
+        return replace(self, tokenizer=tokenizer)
 
 
 def outline(
@@ -40,21 +48,22 @@ def outline(
     """The outline of a built-in model, a model directory (relative to `base`) or a hub id; weights are never read, and
     of a hub model only the small files are fetched.
 
-    The graph is the one that `load` gives, but that nothing was run to prove it; see `blank.blank_graph`. Raises
+    The graph is the one that `load` gives, but that nothing was run to prove it; see `blank.blank_facts`. Raises
     `PatchcError`: `model-not-found`, `model-config`, `model-option`, `model-not-understood`.
     """
     folder = model_folder(model, base or Path(), revision, weights=False)
     config = read_config(folder)
-    graph = _graph(folder, config, dtype, attention)
-    return Outline(str(model), replace(graph, model=str(model)), shared_tokenizer(folder), bos)
+    facts = _facts(folder, config, dtype, attention)
+    graph = replace(facts.graph, model=str(model))
+    return Outline(str(model), graph, facts.rates, facts.element, shared_tokenizer(folder), bos)
 
 
-def _graph(folder: Path, config: dict[str, Any], dtype: str | None, attention: str | None) -> ResidualGraph:
+def _facts(folder: Path, config: dict[str, Any], dtype: str | None, attention: str | None) -> Facts:
     key = cache_key(config, dtype, attention)
-    graph = read_graph(key)
-    if graph is None:
-        from patchc.model.blank import blank_graph  # torch is not needed where the graph is known
+    facts = read_facts(key)
+    if facts is None:
+        from patchc.model.blank import blank_facts  # torch is not needed where they are known
 
-        graph = blank_graph(folder, config, dtype, attention)
-        keep_graph(key, graph)
-    return graph
+        facts = blank_facts(folder, config, dtype, attention)
+        keep_facts(key, facts)
+    return facts

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from patchc.model.attention import AttentionBlock, Port
 from patchc.model.emit import Emitter, Region, Statics, region, spans
 from patchc.model.inside import emit_scores
-from patchc.model.nodes import A, evaluate, is_pointwise, need
+from patchc.model.nodes import A, evaluate, is_pointwise, need, path_of
 from patchc.model.outputs import Neurons
 from patchc.model.trace import Layer, Structure
 
@@ -40,6 +40,11 @@ class Matrix:
         return _cut(self.weight, spans(first, size), 1)
 
 
+def _memory(x: Tensor) -> int:
+    """Equal for tensors that share their memory; unlike an address, told apart where there are no values."""
+    return x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
 def _cut(x: Tensor, runs: Sequence[tuple[int, int]], dim: int) -> Tensor:
     parts = [x.narrow(dim, start, length) for start, length in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
@@ -51,6 +56,8 @@ class Parts:
 
     structure: Structure
     statics: Statics
+    copied: dict[str, int] = field(default_factory=dict[str, int])
+    """Bytes that parts hold beside the model's own tensors, by the module whose weights they are made of."""
 
     @cached_property
     def weights(self) -> SimpleNamespace:
@@ -66,7 +73,18 @@ class Parts:
         """A value that depends on weights alone, detached from them."""
         with torch.no_grad():
             value = evaluate(node, {}, self.structure.exported.module)
-        return value.detach()
+        return self.held(value.detach(), node)
+
+    def held(self, value: Tensor, node: fx.Node) -> Tensor:
+        """`value`, noted in `copied` unless it is a view of the model's own tensors."""
+        if _memory(value) not in self._memories:
+            place = path_of(node) or str(node.target)
+            self.copied[place] = self.copied.get(place, 0) + value.numel() * value.element_size()
+        return value
+
+    @cached_property
+    def _memories(self) -> frozenset[int]:
+        return frozenset(map(_memory, vars(self.weights).values()))
 
     def matrix(self, linear: fx.Node) -> Matrix:
         """The weight and bias of a linear operation."""
@@ -135,7 +153,7 @@ class AttentionParts:
         self.output = parts.matrix(self.block.out)
         self.scale = scale_of(parts, self.block.scales)
         bias = self.output.bias
-        self.bias = bias if bias is None or self.scale is None else bias * self.scale
+        self.bias = bias if bias is None or self.scale is None else parts.held(bias * self.scale, self.block.out)
 
     def _prepare(self, parts: Parts, port: Port, index: int) -> Region | None:
         if port.prepared is port.head:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
 from patchc.model.attention import AttentionBlock, Port
 from patchc.model.emit import Emitter, Region, Statics, region, spans, statics_region
 from patchc.model.inside import emit_scores
-from patchc.model.nodes import A, need
+from patchc.model.nodes import A, need, shape_of
 from patchc.model.trace import Layer, Structure
 
 
@@ -24,8 +25,12 @@ class PieceModules:
 
     statics(ids [b, s]) -> tuple
     embed(ids) -> [b, s, D];  pos_embed(ids) -> [b or 1, s, D]
-    layer{l}_q, _k, _v(x [b, s, D]) -> [b, s, heads or key/value heads, d], before rotary and the like
+    layer{l}_norm(x [b, s, D]) -> y [b, s, D]        what q, k and v read; one each, `layer{l}_norm_q` and so on, where
+                                                     they read different things; none where they read the stream itself
+    layer{l}_q, _k, _v(y) -> [b, s, heads or key/value heads, d], before rotary and the like
+    layer{l}_q_by_head, _k_, _v_(y [heads, b, s, D]) -> [b, s, heads, d], of an input for each query head
     layer{l}_attend(q, k, v) -> z [b, s, heads, d]   from those, k and v repeated to one per query head
+    layer{l}_attn(z) -> [b, s, D], all that attention adds, its bias included
     layer{l}_write(z) -> [b, s, heads, D]            layer{l}_attn_bias() -> [D], where there is one
     layer{l}_scores(q, k) -> [b, heads, query, key]  minus infinity where the mask hides
     layer{l}_mix(pattern, v) -> z [b, s, heads, d]   a pattern [b, heads, query, key] applied to values
@@ -37,6 +42,11 @@ class PieceModules:
 
     modules: dict[str, fx.GraphModule]
     static_args: dict[str, tuple[int, ...]]
+
+    def norm(self, layer: int, port: str) -> str | None:
+        """The name of the module that gives what a port reads; None where it reads the stream itself."""
+        names = (f"layer{layer}_norm", f"layer{layer}_norm_{port}")
+        return next((name for name in names if name in self.modules), None)
 
 
 def piece_modules(structure: Structure, statics: Statics) -> PieceModules:
@@ -68,14 +78,15 @@ def _embedding(structure: Structure, statics: Statics, node: fx.Node, name: str)
 
 def _layer(structure: Structure, statics: Statics, layer: Layer, name: str) -> dict[str, Region]:
     block = layer.attention
-    out = {
-        port_name: _projection(structure, statics, layer, port, f"{name}{port_name.upper()}")
-        for port_name, port in zip("qkv", block.ports, strict=True)
-    }
+    out = _norms(structure, statics, layer, name)
+    for port_name, port in zip("qkv", block.ports, strict=True):
+        out[port_name] = _projection(structure, statics, layer, port, f"{name}{port_name.upper()}")
+        out[f"{port_name}_by_head"] = _by_head(structure, statics, block, port, f"{name}{port_name.upper()}ByHead")
     out["attend"] = _attend(structure, statics, block, f"{name}Attend")
     out["scores"] = _scores(structure, statics, block, f"{name}Scores")
     out["mix"] = _mix(structure, statics, block, f"{name}Mix")
-    out["write"] = _write(structure, statics, block, f"{name}Write")
+    out["write"] = write_module(structure, statics, block, f"{name}Write")
+    out["attn"] = _whole_output(structure, statics, block, f"{name}Attn")
     if len(block.out.args) > 2:
         out["attn_bias"] = _bias(structure, statics, block, f"{name}AttnBias")
     if layer.mlp is not None and layer.mlp_entry is not None:
@@ -83,16 +94,55 @@ def _layer(structure: Structure, statics: Statics, layer: Layer, name: str) -> d
     return out
 
 
+def _norms(structure: Structure, statics: Statics, layer: Layer, name: str) -> dict[str, Region]:
+    """What stands between the stream and each port; one for all where they read the same."""
+    sources = [port.linear.args[0] for port in layer.attention.ports]
+    shared = len(set(sources)) == 1
+    names = ("norm",) if shared else ("norm_q", "norm_k", "norm_v")
+    return {
+        n: region(structure, statics, source, [("x", layer.entry)], f"{name}{n.title().replace('_', '')}")
+        for n, source in zip(names, sources, strict=False)
+        if isinstance(source, fx.Node) and source is not layer.entry
+    }
+
+
 def _projection(structure: Structure, statics: Statics, layer: Layer, port: Port, name: str) -> Region:
-    source, weight, *bias = port.linear.args
-    assert isinstance(source, fx.Node)
-    assert isinstance(weight, fx.Node)
-    emitter = Emitter(structure, statics, ["x"], [(source, [layer.entry])])
-    emitter.bind(layer.entry, emitter.inputs[0])
-    x, d_head = emitter.copy(source), layer.attention.d_head
-    rows = [_cut(emitter, emitter.copy(w), port.first, d_head, 0) for w in (weight, *bias) if isinstance(w, fx.Node)]
-    projected = emitter.call(A.linear.default, x, *rows)
+    emitter = Emitter(structure, statics, ["y"])
+    d_head = layer.attention.d_head
+    rows = [_cut(emitter, emitter.copy(w), port.first, d_head, 0) for w in _weights(port)]
+    projected = emitter.call(A.linear.default, emitter.inputs[0], *rows)
     return emitter.finish(emitter.call(A.unflatten.int, projected, -1, [len(port.first), d_head]), name)
+
+
+def _weights(port: Port) -> list[fx.Node]:
+    """A projection's weight, and its bias if it has one."""
+    return [w for w in port.linear.args[1:] if isinstance(w, fx.Node)]
+
+
+def _by_head(structure: Structure, statics: Statics, block: AttentionBlock, port: Port, name: str) -> Region:
+    """k = key/value head, g = query head among those that share it, d = d_head, m = d_model."""
+    emitter = Emitter(structure, statics, ["y"])
+    n = len(port.first)
+    y = emitter.call(A.unflatten.int, emitter.inputs[0], 0, [n, block.n_heads // n])
+    weight, *bias = (_parts(emitter, emitter.copy(w), port.first, block.d_head, w) for w in _weights(port))
+    out = emitter.call(A.einsum.default, "kgbsm,kdm->bskgd", [y, weight])
+    if bias:
+        out = emitter.call(A.add.Tensor, out, emitter.call(A.unsqueeze.default, bias[0], 1))
+    return emitter.finish(emitter.call(A.flatten.using_ints, out, 2, 3), name)
+
+
+def _parts(emitter: Emitter, x: fx.Node, first: Sequence[int], size: int, old: fx.Node) -> fx.Node:
+    """The parts of `size` rows that start at `first`, `[part, row, ...]`: a view where they stand at equal
+    distances."""
+    n_rows = int(shape_of(old)[0])
+    step = first[1] - first[0] if len(first) > 1 else size
+    offset = first[0] % step if step > 0 else 0
+    regular = step > 0 and all(b - a == step for a, b in pairwise(first))
+    if regular and n_rows % step == 0 and offset + size <= step:
+        x = emitter.call(A.unflatten.int, x, 0, [n_rows // step, step])
+        x = emitter.call(A.narrow.default, x, 0, first[0] // step, len(first))
+        return emitter.call(A.narrow.default, x, 1, offset, size)
+    return emitter.call(A.unflatten.int, _cut(emitter, x, first, size, 0), 0, [len(first), size])
 
 
 def _cut(emitter: Emitter, x: fx.Node, first: Sequence[int], size: int, dim: int) -> fx.Node:
@@ -131,14 +181,30 @@ def _prepared(emitter: Emitter, port: Port, given: fx.Node) -> fx.Node:
     return emitter.copy(port.prepared)
 
 
-def _write(structure: Structure, statics: Statics, block: AttentionBlock, name: str) -> Region:
+def write_module(
+    structure: Structure, statics: Statics, block: AttentionBlock, name: str, heads: Sequence[int] | None = None
+) -> Region:
+    """z [b, s, heads, d] -> [b, s, heads, D]: what each of some heads writes (None: of all)."""
     emitter = Emitter(structure, statics, ["z"])
+    columns = block.columns if heads is None else [block.columns[h] for h in heads]
+    by_head = emitter.call(A.unflatten.int, _columns(emitter, block, columns), 0, [len(columns), block.d_head])
+    written = emitter.call(A.einsum.default, "bshd,hdm->bshm", [emitter.inputs[0], by_head])
+    return emitter.finish(_scaled(emitter, block, written), name)
+
+
+def _columns(emitter: Emitter, block: AttentionBlock, columns: Sequence[int]) -> fx.Node:
+    """The rows of the transposed output weight that read the heads at these columns."""
     weight = block.out.args[1]
     assert isinstance(weight, fx.Node)
-    columns = _cut(emitter, emitter.copy(weight), block.columns, block.d_head, 1)
-    by_head = emitter.call(A.unflatten.int, emitter.call(A.t.default, columns), 0, [block.n_heads, block.d_head])
-    heads = emitter.call(A.einsum.default, "bshd,hdm->bshm", [emitter.inputs[0], by_head])
-    return emitter.finish(_scaled(emitter, block, heads), name)
+    return emitter.call(A.t.default, _cut(emitter, emitter.copy(weight), columns, block.d_head, 1))
+
+
+def _whole_output(structure: Structure, statics: Statics, block: AttentionBlock, name: str) -> Region:
+    emitter = Emitter(structure, statics, ["z"])
+    z = emitter.call(A.flatten.using_ints, emitter.inputs[0], 2, 3)
+    weight = emitter.call(A.t.default, _columns(emitter, block, block.columns))
+    bias = [emitter.copy(b) for b in block.out.args[2:] if isinstance(b, fx.Node)]
+    return emitter.finish(_scaled(emitter, block, emitter.call(A.linear.default, z, weight, *bias)), name)
 
 
 def _bias(structure: Structure, statics: Statics, block: AttentionBlock, name: str) -> Region:

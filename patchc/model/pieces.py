@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from patchc.ir.graph import ResidualGraph
+from patchc.ir.graph import PORTS, ResidualGraph
 from patchc.ir.tokens import Layout
 from patchc.model.emit import Statics, statics_region
 from patchc.model.inside import NOT_TAKEN_APART
-from patchc.model.nodes import need, shape_of
+from patchc.model.nodes import dtype_of, need, shape_of
 from patchc.model.parts import AttentionParts, NeuronParts, Parts, Unembedding
-from patchc.model.piece_modules import PieceModules, piece_modules
+from patchc.model.piece_modules import PieceModules, piece_modules, write_module
 from patchc.model.trace import Structure
 
 
@@ -149,7 +149,7 @@ class TracedPieces:
         self.structure, self.graph = structure, graph
         self.statics = Statics(structure)
         self._parts = Parts(structure, self.statics)
-        self.dtype: torch.dtype = structure.embed.meta["val"].dtype
+        self.dtype: torch.dtype = dtype_of(structure.embed)
         self.device: torch.device = next(structure.exported.module.parameters()).device
         self._embeddings = [self._parts.embedding(n) for n in structure.embeddings]
         self._attention = [AttentionParts(self._parts, x, i) for i, x in enumerate(structure.layers)]
@@ -170,6 +170,12 @@ class TracedPieces:
         """Every weight that the pieces read, by its name in their modules: views of the model's own, detached."""
         return vars(self._parts.weights)
 
+    @property
+    def copied(self) -> dict[str, int]:
+        """Bytes of weights that the pieces hold beside the model's own tensors, by the module they belong to. What a
+        call gathers and gives back, as the rows of heads that do not stand together, is none of it."""
+        return dict(self._parts.copied)
+
     # ---- as modules
     @cached_property
     def _modules(self) -> PieceModules:
@@ -184,6 +190,15 @@ class TracedPieces:
     def static_args(self) -> dict[str, tuple[int, ...]]:
         """Which members of what `modules["statics"]` returns follow a module's own arguments."""
         return self._modules.static_args
+
+    def norm_module(self, layer: int, port: int) -> str | None:
+        """The name of the module that gives what a head's q, k or v reads; None where it reads the stream itself."""
+        return self._modules.norm(layer, PORTS[port])
+
+    def write_module(self, layer: int, heads: Sequence[int]) -> fx.GraphModule:
+        """z [b, s, some heads, d] -> [b, s, those heads, D], what each writes."""
+        block = self.structure.layers[layer].attention
+        return write_module(self.structure, self.statics, block, f"Layer{layer}Write", heads).module
 
     # ---- tables
     def tables(self, layout: Layout) -> Tables:
@@ -238,6 +253,7 @@ class TracedPieces:
         prepare = attention.prepares[port]
         if prepare is None:
             return r
+        tokens = tokens.to(self.device)
         statics = [tables.rows[n].index_select(self._pos_axis(n), tokens) for n in prepare.statics]
         x = r[None] if attention.block.ports[port].heads_last else r.transpose(0, 1)[None]
         return self._parts.run(prepare.module, x, *statics)[0].transpose(0, 1)

@@ -1,4 +1,5 @@
-"""What a model's pieces cost, in FLOPs a row: what the plan multiplies its counts by. No weight's value matters."""
+"""What a model's pieces cost: FLOPs a row, which the plan multiplies its counts by, and copies of weights. No weight's
+value matters."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchc.ir.graph import BlockKind
 from patchc.ir.program import Rates
-from patchc.model.pieces import Pieces
+from patchc.model.pieces import Pieces, TracedPieces
 
 
-def rates(pieces: Pieces) -> Rates:
+def rates(pieces: TracedPieces) -> Rates:
     """An MLP is counted by running one row of zeros through it; the others follow from the graph's widths."""
     graph = pieces.graph
     mlp = {
@@ -19,7 +20,8 @@ def rates(pieces: Pieces) -> Rates:
         if block.kind is BlockKind.MLP and block.layer is not None
     }
     projection = 2 * graph.d_model * graph.d_head
-    return Rates(mlp, projection, projection, 4 * graph.d_head, 2 * graph.d_model)
+    copied = sum(pieces.copied.values())
+    return Rates(mlp, projection, projection, 4 * graph.d_head, 2 * graph.d_model, copied)
 
 
 def _flops_of_mlp(pieces: Pieces, layer: int) -> int:

@@ -10,7 +10,6 @@ from patchc.ir.program import NAIVE, End, Pass, Program
 from patchc.ir.verify import program_faults
 from patchc.lower import Lowered
 from patchc.optimise import reads
-from patchc.optimise.cut import DEFAULT_BUDGET
 from patchc.optimise.passes import PASSES
 
 verifying = False
@@ -22,7 +21,7 @@ def optimise(
     prompts: Prompts,
     lowered: Lowered,
     ends: tuple[End, ...],
-    budget: int = DEFAULT_BUDGET,
+    budget: int,
     element: int = 4,
     without: Set[str] = frozenset(),
 ) -> Program:

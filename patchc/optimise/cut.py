@@ -1,11 +1,11 @@
-"""Cuts the cells of an experiment into passes by a memory budget, in the order in which they are given.
+"""Cuts the cells of an experiment into passes, in the order in which they are given: as many cells as keep the matrix
+products full, within a memory budget.
 
 What a pass holds is estimated from its rows.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from patchc.ir.dag import Dag
@@ -13,10 +13,12 @@ from patchc.ir.ops import VariantId
 from patchc.ir.program import FULL, Pass, Schedule
 from patchc.ir.tokens import Tokens
 from patchc.optimise.demand import demand
-from patchc.optimise.rows import bytes_of, reachable, rows_of
+from patchc.optimise.memory import bytes_of
+from patchc.optimise.rows import Rows, reachable
 
-DEFAULT_BUDGET = 2 << 30
-"""Bytes that a pass may hold beyond the model."""
+ENOUGH = 3840
+"""Token rows that the widest block of a pass has, however large the budget: products are full with a quarter of them,
+cells save nothing by sharing more, and what a killed run loses is a pass."""
 
 
 def cut(
@@ -29,25 +31,25 @@ def cut(
     schedule: Schedule = FULL,
 ) -> tuple[Pass, ...]:
     """`roots[cell]` are read at the tokens of `measured`; `cells` are the numbers of the cells that need a pass;
-    `element` is the bytes of one number."""
+    `budget` is the bytes that a pass may hold beyond the model, `element` those of one number."""
     needs = demand(dag, (read for c in cells for read in zip(roots[c], measured, strict=True)), schedule)
+    count, n_blocks = Rows(dag), len(dag.graph.blocks)
     passes: list[Pass] = []
     chosen: list[int] = []
-    rows: Counter[int] = Counter()
+    rows = [0] * n_blocks
     seen: set[VariantId] = set()
     for c in cells:
-        more = rows_of(dag, needs, reachable(dag, needs, roots[c], seen))
-        if chosen and bytes_of(dag, rows + more, element) > budget:
-            passes.append(_pass(dag, chosen, rows, element))
-            chosen, rows, seen = [], Counter(), set()
-            more = rows_of(dag, needs, reachable(dag, needs, roots[c], seen))
+        before = rows.copy()
+        count.add(rows, needs, reachable(dag, needs, roots[c], seen))
+        if chosen and (max(rows) > ENOUGH or bytes_of(dag.graph, max(rows), element) > budget):
+            passes.append(_pass(dag, chosen, before, element))
+            chosen, rows, seen = [], [0] * n_blocks, set()
+            count.add(rows, needs, reachable(dag, needs, roots[c], seen))
         chosen.append(c)
-        rows += more
     if chosen:
         passes.append(_pass(dag, chosen, rows, element))
     return tuple(passes)
 
 
-def _pass(dag: Dag, cells: list[int], rows: Counter[int], element: int) -> Pass:
-    by_block = tuple(rows[i] for i in range(len(dag.graph.blocks)))
-    return Pass(tuple(cells), by_block, bytes_of(dag, rows, element))
+def _pass(dag: Dag, cells: list[int], rows: list[int], element: int) -> Pass:
+    return Pass(tuple(cells), tuple(rows), bytes_of(dag.graph, max(rows), element))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from patchc.ir.dag import Dag
 from patchc.ir.ops import (
@@ -32,14 +33,21 @@ from patchc.ir.program import FULL, Schedule
 from patchc.ir.tokens import Tokens
 
 
+class Counts(dict[VariantId, int]):
+    """Numbers, or bits, by variant: 0 where there is none."""
+
+    def __missing__(self, key: VariantId) -> int:
+        return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """`tokens[i]`: where variant i is computed (it differs from the base run there, and someone reads it). `uses[i]`:
-    how many readers it has. `heads[core]`: bits of the heads read. `projections[block]`: for (input, port) the heads
-    and tokens to project."""
+    """`tokens[i]`: where variant i is computed (it differs from the base run there, and someone reads it), the last
+    variant first. `uses[i]`: how many readers it has. `heads[core]`: bits of the heads read. `projections[block]`: for
+    (input, port) the heads and tokens to project. Only what is demanded stands in them."""
 
-    tokens: list[Tokens]
-    uses: list[int]
+    tokens: Counts = field(default_factory=Counts)
+    uses: Counts = field(default_factory=Counts)
     schedule: Schedule = FULL
     heads: dict[VariantId, int] = field(default_factory=dict[VariantId, int])
     projections: dict[int, dict[tuple[VariantId, int], tuple[int, Tokens]]] = field(
@@ -50,70 +58,74 @@ class Demand:
 def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]], schedule: Schedule = FULL) -> Demand:
     """What `roots`, each read at its tokens, need. A `Run` is asked for its input only: expand it first to see
     inside."""
-    out = Demand([0] * len(dag), [0] * len(dag), schedule)
-    top = 0
+    out = Demand(schedule=schedule)
+    waiting: list[int] = []
     for root, tokens in roots:
-        _ask(dag, out, root, tokens)
-        top = max(top, root)
-    for i in range(top, 0, -1):
-        if out.tokens[i]:
-            _ask_children(dag, out, i)
+        _ask(dag, out, waiting, root, tokens)
+    while waiting:  # children have lower numbers: when a variant is taken, all its readers have asked
+        _ask_children(dag, out, waiting, -heappop(waiting))
     return out
 
 
-def _ask(dag: Dag, out: Demand, variant: VariantId, tokens: Tokens) -> None:
-    if here := tokens & dag.changed[variant]:
+def _ask(dag: Dag, out: Demand, waiting: list[int], variant: VariantId, tokens: Tokens) -> None:
+    changed = dag.changed[variant]
+    if here := tokens & changed if out.schedule.backward else changed:
+        if variant not in out.tokens:
+            heappush(waiting, -variant)
         out.tokens[variant] |= here
-        out.uses[variant] += 1
-    if not out.schedule.backward:
-        out.tokens[variant] = dag.changed[variant]
+        out.uses[variant] += bool(tokens & changed)
 
 
-def _ask_children(dag: Dag, out: Demand, i: VariantId) -> None:
+def _ask_children(dag: Dag, out: Demand, waiting: list[int], i: VariantId) -> None:
     tokens = out.tokens[i]
     match dag.ops[i]:
         case Sum(parts):
             for p in parts:
-                _ask(dag, out, p, tokens)
+                _ask(dag, out, waiting, p, tokens)
         case Tokenwise(_, x) | Scale(_, x) | Projected(_, _, _, x) | Neurons(_, x):
-            _ask(dag, out, x, tokens)
+            _ask(dag, out, waiting, x, tokens)
         case Entries(_, _, _, q, k):
-            _ask(dag, out, q, tokens)
-            _ask(dag, out, k, dag.layout.whole(tokens))
+            _ask(dag, out, waiting, q, tokens)
+            _ask(dag, out, waiting, k, dag.layout.whole(tokens))
         case HeadZ(core, head):
-            _ask(dag, out, core, tokens)
+            _ask(dag, out, waiting, core, tokens)
             out.heads[core] = out.heads.get(core, 0) | 1 << head
         case Mix(parts):
             for here, p in parts:
-                _ask(dag, out, p, here & tokens)
+                _ask(dag, out, waiting, p, here & tokens)
         case Out(core, heads):
-            _ask(dag, out, core, tokens)
+            _ask(dag, out, waiting, core, tokens)
             out.heads[core] = out.heads.get(core, 0) | heads
         case Core() as core:
             if not out.schedule.heads:
                 out.heads[i] = (1 << dag.graph.n_heads) - 1
             for port in range(3):
-                _ask_projection(dag, out, core.block, core.input(port), port, tokens, out.heads[i])
+                _ask_projection(dag, out, waiting, core, port, tokens, out.heads[i])
         case Run(rank, x):
-            _ask(dag, out, x, dag.reach(tokens) if dag.attends_from(rank) else tokens)
+            _ask(dag, out, waiting, x, dag.reach(tokens) if dag.attends_from(rank) else tokens)
         case Masked(x, starts):
-            _ask(dag, out, x, tokens)
+            _ask(dag, out, waiting, x, tokens)
             for _, here, value in starts:
-                _ask(dag, out, value, here & tokens)
+                _ask(dag, out, waiting, value, here & tokens)
         case Const() | Stream() | StoredZ():
             pass
 
 
-def _ask_projection(dag: Dag, out: Demand, block: int, x: VariantId, port: int, tokens: Tokens, heads: int) -> None:
+def _ask_projection(
+    dag: Dag, out: Demand, waiting: list[int], core: Core, port: int, tokens: Tokens, heads: int
+) -> None:
     """A projection of one input counts as one reader, however many cores share it."""
+    x = core.input(port)
     needed = dag.changed[x]
     if out.schedule.backward:
         needed &= tokens if port == 0 else dag.reach(tokens)
     if not needed:
         return
-    at_block = out.projections.setdefault(block, {})
+    at_block = out.projections.setdefault(core.block, {})
     known_heads, known_tokens = at_block.get((x, port), (0, 0))
     if not any((x, p) in at_block for p in range(3)):
         out.uses[x] += 1
+    if x not in out.tokens:
+        heappush(waiting, -x)
     out.tokens[x] |= needed
     at_block[x, port] = known_heads | heads, known_tokens | needed

@@ -11,7 +11,7 @@ from patchc.ir.dag import Dag
 from patchc.ir.ops import Op, VariantId
 from patchc.ir.program import Program
 from patchc.optimise.demand import Demand, demand
-from patchc.optimise.rows import reachable, rows_of
+from patchc.optimise.rows import Rows, reachable
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Facts:
 
     def asked(self) -> Iterator[tuple[VariantId, Op]]:
         """The variants that some cell asks for."""
-        return ((i, op) for i, op in enumerate(self.dag.ops) if self.needs.tokens[i])
+        return ((i, self.dag.ops[i]) for i in self.needs.tokens)
 
     @property
     def variants(self) -> int:
-        return sum(bool(tokens) for tokens in self.needs.tokens)
+        return len(self.needs.tokens)
 
     @property
     def alone(self) -> int:
@@ -55,10 +55,12 @@ class Facts:
     @cached_property
     def _alone(self) -> tuple[int, int]:
         variants = blocks = 0
+        rows = Rows(self.dag)
         for roots in self.live:
-            mine = reachable(self.dag, self.needs, roots, set())
+            mine, counts = reachable(self.dag, self.needs, roots, set()), [0] * len(self.dag.graph.blocks)
+            rows.add(counts, self.needs, mine)
             variants += len(mine)
-            blocks += sum(n > 0 for n in rows_of(self.dag, self.needs, mine).values())
+            blocks += sum(n > 0 for n in counts)
         return variants, blocks
 
     @cached_property

@@ -44,6 +44,13 @@ def plain_run_bytes(graph: ResidualGraph, tokens: int, element: int) -> int:
     return total * tokens * element
 
 
+def bytes_of(graph: ResidualGraph, rows: int, element: int) -> int:
+    """About what a pass holds whose widest block has so many token rows: streams below and above it, q, k, v and z, and
+    one product's neurons."""
+    heads = graph.n_heads * graph.d_head
+    return (rows * (3 * graph.d_model + 5 * heads) + ROWS * 2 * graph.d_mlp) * element
+
+
 @dataclass
 class Live:
     """Bytes alive at each block, by when each value is made and when its last reader has run."""
@@ -102,9 +109,7 @@ class Live:
         for root in roots:
             first[root] = last[root] = end
         made: dict[VariantId, int] = {}
-        for i in range(len(self.dag.ops) - 1, 0, -1):
-            if not needs.tokens[i]:
-                continue
+        for i in needs.tokens:
             own = self._block(i)
             made[i] = first.get(i, end) if own is None else own
             for child in children(self.dag.ops[i]):
@@ -128,8 +133,8 @@ class Live:
 
     # ---- suffixes
     def _add_suffixes(self, live: list[int], needs: Demand) -> None:
-        for i, op in enumerate(self.dag.ops):
-            if isinstance(op, Run) and needs.tokens[i]:
+        for i in needs.tokens:
+            if isinstance(op := self.dag.ops[i], Run):
                 for block, size in enumerate(self._suffix(op.rank, self.dag.changed[op.input], needs.tokens[i])):
                     live[block] += size
 

@@ -31,6 +31,8 @@ class Cost:
     unfused: int
     """A forward pass a cell, each a lean one: the metrics' columns at their positions only."""
     bytes: int
+    copied: int
+    """Bytes of weights held a second time beside the model's, from loading on."""
 
     @property
     def flops(self) -> int:
@@ -165,4 +167,5 @@ def _cost(program: Program, rates: Rates) -> Cost:
         len(program.roots) * (plain + logits * rates.logit),
         len(program.worlds) * plain_run_bytes(graph, prompts.layout.n_tokens, element)
         + max(peak, readout_bytes(cells * program.measured.bit_count(), columns, element)),
+        rates.copied,
     )

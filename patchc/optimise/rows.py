@@ -1,12 +1,12 @@
-"""Counts, before anything runs, the token rows that each block computes for a cell, and the memory of holding them.
+"""Counts, before anything runs, the token rows that each block computes for some variants.
 
-Exact where the DAG is explicit; a `Run` is counted as the plain model on its changed tokens.
+Exact: a `Run` is counted as the plain model on its changed tokens, as far as they are read.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
@@ -21,7 +21,7 @@ def reachable(dag: Dag, demand: Demand, roots: Sequence[VariantId], seen: set[Va
     todo = list(roots)
     while todo:
         i = todo.pop()
-        if i in seen or not (demand.tokens[i] or isinstance(dag.ops[i], Core)):
+        if i in seen or not demand.tokens[i]:
             continue
         seen.add(i)
         out.append(i)
@@ -29,38 +29,51 @@ def reachable(dag: Dag, demand: Demand, roots: Sequence[VariantId], seen: set[Va
     return out
 
 
-def rows_of(dag: Dag, demand: Demand, variants: list[VariantId]) -> Counter[int]:
-    """Token rows by block."""
-    out: Counter[int] = Counter()
-    for i in variants:
-        match dag.ops[i]:
-            case Core(block) | Projected(block) | Neurons(block):
-                out[block] += demand.tokens[i].bit_count()
-            case Tokenwise(block, x, replaced):
-                out[block] += demand.tokens[i].bit_count() if x or not replaced else 0
-            case Run(rank, x):
-                out += run_rows(dag, rank, dag.changed[x], demand.tokens[i])
-            case _:
-                pass
-    return out
+@dataclass
+class Rows:
+    """Counts rows of variants of one DAG, block by block."""
 
+    dag: Dag
+    _runs: dict[tuple[int, Tokens, Tokens], list[int]] = field(
+        default_factory=dict[tuple[int, Tokens, Tokens], list[int]]
+    )
 
-def run_rows(dag: Dag, rank: int, changed: Tokens, demanded: Tokens) -> Counter[int]:
-    """Rows of the plain model from `rank` up: what has changed by then and can still reach what is demanded."""
-    out: Counter[int] = Counter()
-    ranks = [[(i, b) for i, b in enumerate(dag.graph.blocks) if b.rank == r] for r in range(rank, dag.graph.top)]
-    moves = [any(b.kind is BlockKind.ATTENTION for _, b in blocks) for blocks in ranks]
-    below = [changed]
-    for attends in moves:
-        below.append(dag.spread(below[-1]) if attends else below[-1])
-    for blocks, attends, here in zip(reversed(ranks), reversed(moves), reversed(below[:-1]), strict=True):
-        for i, b in blocks:
-            out[i] = ((dag.spread(here) if b.kind is BlockKind.ATTENTION else here) & demanded).bit_count()
-        demanded = dag.reach(demanded) if attends else demanded
-    return out
+    def add(self, counts: list[int], demand: Demand, variants: Sequence[VariantId]) -> None:
+        """Adds the rows of some variants to those counted so far."""
+        for i in variants:
+            match self.dag.ops[i]:
+                case Core(block) | Projected(block) | Neurons(block):
+                    counts[block] += demand.tokens[i].bit_count()
+                case Tokenwise(block, x, replaced):
+                    counts[block] += demand.tokens[i].bit_count() if x or not replaced else 0
+                case Run(rank, x):
+                    for block, n in enumerate(self.of_run(rank, self.dag.changed[x], demand.tokens[i]), 1):
+                        counts[-block] += n
+                case _:
+                    pass
 
+    def of_run(self, rank: int, changed: Tokens, demanded: Tokens) -> list[int]:
+        """Rows of the plain model from `rank` up, the last block first: what has changed by then and can still reach
+        what is demanded."""
+        key = (rank, changed, demanded)
+        if key not in self._runs:
+            self._runs[key] = self._counted(*key)
+        return self._runs[key]
 
-def bytes_of(dag: Dag, rows: Counter[int], element: int) -> int:
-    """Memory that a pass holds at most: the widest block's rows as stream values, projections and attention."""
-    widest = max(rows.values(), default=0)
-    return widest * dag.graph.d_model * element * 12
+    def _counted(self, rank: int, changed: Tokens, demanded: Tokens) -> list[int]:
+        dag = self.dag
+        blocks = [b for b in dag.graph.blocks if b.rank >= rank]
+        below = {rank: changed}
+        for r in range(rank, dag.graph.top):
+            attends = any(b.rank == r and b.kind is BlockKind.ATTENTION for b in blocks)
+            below[r + 1] = dag.spread(below[r]) if attends else below[r]
+        out: list[int] = []
+        asked, above = demanded, dag.graph.top
+        for b in reversed(blocks):
+            if b.rank < above:  # blocks side by side are asked for the same
+                demanded, above = asked, b.rank
+            attends = b.kind is BlockKind.ATTENTION
+            here = dag.spread(below[b.rank]) if attends else below[b.rank]
+            out.append((here & demanded).bit_count())
+            asked |= dag.reach(demanded) if attends else 0
+        return out

@@ -65,9 +65,8 @@ class Counter:
         for block, asked in needs.projections.items():
             for (_, port), (heads, tokens) in asked.items():
                 self._add(out.queries if port == 0 else out.keys, block, self._heads(heads, port) * tokens.bit_count())
-        for i, op in enumerate(self.dag.ops):
-            if needs.tokens[i]:
-                self._add_variant(out, op, i, needs)
+        for i in needs.tokens:
+            self._add_variant(out, self.dag.ops[i], i, needs)
         return out
 
     def _add_variant(self, out: Work, op: object, i: int, needs: Demand) -> None:

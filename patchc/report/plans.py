@@ -65,6 +65,7 @@ def _cost(plan: Plan, measured: Analysis | None) -> Branch:
         f" {_flops(cost.unembedding)} in the unembedding" + _beside(measured and _flops(measured.flops)),
         f"{_flops(cost.unfused)} with a lean forward pass a cell{times}",
         f"{_bytes(cost.bytes)} at most beside the model" + _beside(measured and _bytes(measured.bytes)),
+        f"{_bytes(cost.copied)} of weights copied" if cost.copied else "no weights are copied: parts are views of them",
     ]
     return "cost", leaves
 

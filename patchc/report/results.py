@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from patchc.diagnostics import RULES, Report, Span
+from patchc.ir.check import Check
 from patchc.ir.experiment import Dim, Experiment, PromptDim
 from patchc.report import files, markup
 from patchc.report.cells import cell_name
@@ -29,16 +30,6 @@ NON_FINITE = RULES.add("non-finite", "a metric of a run came out infinite or not
 FORMAT_VERSION = 1
 
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """How a check against the hooks backend came out. Differences are in the metrics' own units."""
-
-    cells: int
-    max_abs_diff: float
-    tolerance: float
-    largest_effect: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +192,6 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Plain data: nested lists by dim, None where there is no cell, a bare number for no dims. `intervals` is there
         where a metric has one: its level, and the low and high ends in the shape of `metrics`."""
-        check = self.check
         levels = {m.name: m.interval.level for m in self.experiment.metrics if m.interval is not None}
         intervals = {
             m: {"level": levels[m], "low": _nested(self.low[m]), "high": _nested(self.high[m])} for m in self.low
@@ -215,7 +205,7 @@ class Result:
             "n": self.n,
             "baselines": {m: dict(b) for m, b in self.baselines.items()},
             "passes": self.passes,
-            "check": None if check is None else {"cells": check.cells, "max_abs_diff": check.max_abs_diff},
+            "check": None if self.check is None else self.check.to_json(),
         }
 
     def plot(self, metric: str | None = None, kind: str = "heatmap") -> Figure:

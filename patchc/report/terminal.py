@@ -13,6 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from patchc.ir.check import Check
 from patchc.report.cells import label, number, passes_sentence, strongest, with_error
 from patchc.report.results import Array, Result, Results
 from patchc.report.tables import rows
@@ -77,13 +78,20 @@ def _summary(result: Result) -> Iterator[str]:
     if result.no_effect:
         parts.append(f"{result.no_effect} cell{'s' * (result.no_effect > 1)} without any possible effect")
     yield "; ".join(parts)
-    if (check := result.check) is not None:
-        worst, allowed, effect = (number(x, 2) for x in (check.max_abs_diff, check.tolerance, check.largest_effect))
-        cells = f"{check.cells} cell{'' if check.cells == 1 else 's'}"
-        allowing = f"allowed {allowed}, largest effect {effect}"
-        yield f"checked with hooks: {cells} off by at most {worst} ({allowing})"
+    if result.check is not None:
+        yield _checked(result.check)
     for path in result.files:
         yield f"written: {path}"
+
+
+def _checked(check: Check) -> str:
+    worst, allowed, effect = (number(x, 2) for x in (check.max_abs_diff, check.tolerance, check.largest_effect))
+    cells = f"{check.cells} cell{'' if check.cells == 1 else 's'}"
+    where = "" if check.reference is None else f" in {check.reference}"
+    own = "" if check.own_diff is None else f", hooks in the model's own type by {number(check.own_diff, 2)}"
+    told = "" if check.largest_effect > check.tolerance else ", which rounding may hide"
+    allowing = f"allowed {allowed}, largest effect {effect}{told}"
+    return f"checked with hooks{where}: {cells} off by at most {worst}{own} ({allowing})"
 
 
 # ---- the strongest cells

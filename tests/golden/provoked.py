@@ -6,6 +6,7 @@ The hooks backend's own are here too: a spec never gets as far, because the comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,11 @@ from torch import fx, nn
 
 import patchc
 from patchc import cli
-from patchc.codegen import saved
 from patchc.diagnostics import Diagnostic, PatchcError
 from patchc.execute import check, hook_proof, oracle_metrics
 from patchc.ir.experiment import FromWorld, Given, Patch, Value
 from patchc.ir.paths import Edges, Seq, Site, Step
-from patchc.model import prove
+from patchc.model import fx_json, prove
 from tests.unit.oracle_models import Fixture, gpt2, head, native, to_logits
 from tests.unit.resolving import Words, errors
 
@@ -64,6 +64,14 @@ def _interrupted(patched: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
     return tuple(found)
 
 
+def _not_resumed(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
+    spec = """data { clean "a b c d a b c" corrupt "a b c d a e c" answer " d" }
+experiment e { for h in head run clean patch node h with corrupt measure logit(answer) }"""
+    Path("kept/0").mkdir(parents=True)
+    Path("kept/0/run.json").write_text('{"format_version": 1, "binding": {}}', encoding="utf-8")
+    return patchc.load("induction-2l").compile(spec, partial="kept").warnings
+
+
 def _trace_differs(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
     pieces: Any = patchc.load("induction-2l").loaded.pieces
     prover = prove.Prover(pieces, patchc.load("induction-2l").loaded.eager)
@@ -105,7 +113,8 @@ def _hooks_edges_from_stream(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
 
 
 def _check_failed(patched: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
-    patched.setattr(check, "_tolerance", lambda *_: -1.0)
+    patched.setattr(check, "TOLERANCE", -1.0)
+    patched.setattr(check, "RATIO", -1.0)
     spec = 'data { clean "a b c" corrupt "a b d" answer " d" }\n'
     spec += "experiment e { run clean patch node head[0, 0] with corrupt measure logit(answer) }"
     return _raised(lambda: patchc.load("induction-2l").compile(spec).run(check=True, progress=False))
@@ -114,13 +123,14 @@ def _check_failed(patched: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
 def _not_saveable(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
     graph = fx.Graph()
     node = graph.call_function(torch.fft.fft, (graph.placeholder("x"),))
-    return _raised(lambda: saved._target_json(node))
+    return _raised(lambda: fx_json._target_json(node))
 
 
 PROVOKED: dict[str, Provoke] = {
     "answer-not-as-written": _answer_not_as_written,
     "internal": _internal,
     "interrupted": _interrupted,
+    "not-resumed": _not_resumed,
     "trace-differs": _trace_differs,
     "hooks-model": _hooks_model,
     "hooks-differ": _hooks_differ,

@@ -40,8 +40,8 @@ def read(c: Case, dag: Dag, folded: Folded, *probes: Probe | None, tokens: int |
     at = c.prompts.layout.all if tokens is None else tokens
     chosen = [t for t in range(c.prompts.layout.n_tokens) if at >> t & 1]
     ends = [(base(c, p)[chosen], at) for p in probes]
-    (out,) = Walk(dag, c.toy, c.toy.tables(c.prompts.layout), stored).read([folded.roots], ends)
-    return out
+    found = Walk(dag, c.toy, c.toy.tables(c.prompts.layout), stored).read([folded.roots], ends)
+    return [x[0] for x in found]
 
 
 def base(c: Case, probe: Probe | None, world: str = "clean") -> Tensor:

@@ -281,7 +281,8 @@ def test_files_are_written_when_asked(tmp_path: Path) -> None:
     run(compiled)
     assert [p.name for p in tmp_path.iterdir()] == ["a.patch"]
     result = run(compiled, write=True)["heads"]
-    assert {p.name for p in tmp_path.iterdir()} == {"a.patch", "out.csv", "a.heads.png"}
+    records = {"out.record.json", "a.heads.record.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.patch", "out.csv", "a.heads.png"} | records
     assert result.files == [tmp_path / "out.csv", tmp_path / "a.heads.png"]
 
 
@@ -313,7 +314,18 @@ def test_results_in_other_forms() -> None:
         assert "heads" in page
         assert "data:image/png;base64," in page
     assert list(results) == ["heads"]
-    assert set(results.record) == {"spec", "parameters", "data", "weights", "versions", "seeds"}
+    assert set(results.record) == {
+        "spec",
+        "parameters",
+        "data",
+        "inputs",
+        "model",
+        "weights",
+        "versions",
+        "seeds",
+        "settings",
+        "plan",
+    }
 
 
 # ---- graphs
@@ -378,16 +390,17 @@ def test_a_graph_is_a_part_of_anyones_module() -> None:
 def test_a_graph_reads_like_the_experiment() -> None:
     code = small().compile(HEADS, IDS).graph.code
     assert "def forward(self, clean, corrupt, masks):" in code
-    for word in ("clean_stream_1", "corrupt_heads_0", "self.layer1_mlp", "mask_0", "logits = self.unembed("):
+    for word in ("clean_stream_1", "corrupt_z_0", "self.layer1_mlp", "mask_0", "logits = self.unembed("):
         assert word in code
 
 
 def test_captures_are_what_nodes_write() -> None:
     spec = f"{DIFF}experiment e {{ run clean patch node head[0, 1] with corrupt measure diff }}"
-    graph = small().compile(spec, IDS).graph
+    graph = small().compile(spec, IDS, captures=True).graph
     assert graph.mask_shape == ()
     logits, captures = graph(*IN, torch.tensor(0.0))
     assert {"stream", "mlp[0]", "mlp[1]"} <= set(captures)
+    assert set(small().compile(spec, IDS).graph(*IN, torch.tensor(0.0))[1]) == {"stream"}
     pieces = small().loaded.pieces
     assert torch.allclose(pieces.unembed(captures["stream"].flatten(0, 1)).view_as(logits), logits, atol=1e-5)
 

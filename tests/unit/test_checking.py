@@ -82,7 +82,7 @@ def test_what_is_wrong_with_a_model_is_said_in_each_spec_and_found_once(monkeypa
         raise blank.BAD_CONFIG.error("no model")
 
     monkeypatch.setenv("PATCHC_CACHE", "off")
-    monkeypatch.setattr(blank, "blank_graph", refuse)
+    monkeypatch.setattr(blank, "blank_facts", refuse)
     names = [spec("# a comment", MODEL, DATA, ONE, name="a.patch"), spec(MODEL, DATA, ONE, name="b.patch")]
     found = patchc.check(*names)
     assert [(d.code, d.span and d.span.source.name) for d in found] == [("model-config", n) for n in names]
@@ -145,6 +145,8 @@ def test_places_for_results_are_looked_at(run: Run) -> None:
         assert codes(name) == [code]
         ran = run("check", "--format", "json", name)
         assert (ran.exit, [d["code"] for d in ran.json["diagnostics"]]) == (1, [code])
+    record = spec(MODEL, DATA, HEADS.replace("kl(clean)", 'kl(clean)\n  save "a.csv"\n  save "a.record.json"'))
+    assert codes(record) == ["same-file"]
     twice = spec(MODEL, DATA, HEADS.replace("kl(clean)", 'kl(clean)\n  save "out.csv"\n  save "out.csv"'))
     assert codes(twice) == ["same-file"]
 

@@ -21,6 +21,8 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+RECORD = {"spec", "parameters", "data", "inputs", "model", "weights", "versions", "seeds", "settings", "plan"}
+
 # ---- what works
 
 
@@ -37,7 +39,7 @@ def test_json_is_one_object_with_the_fixed_keys(run: Run) -> None:
     assert ran.out.count("\n") == 1
     assert set(ran.json) == {"format_version", "experiments", "record"}
     assert ran.json["format_version"] == 1
-    assert set(ran.json["record"]) == {"spec", "parameters", "data", "weights", "versions", "seeds"}
+    assert set(ran.json["record"]) == RECORD
     assert list(ran.json["experiments"]) == ["heads", "one"]
     heads, one = ran.json["experiments"].values()
     keys = {"dims", "coords", "metrics", "stderr", "n", "baselines", "passes", "check"}
@@ -46,7 +48,7 @@ def test_json_is_one_object_with_the_fixed_keys(run: Run) -> None:
     assert heads["coords"] == {"layer": [0, 1], "head": [0, 1]}
     assert set(heads["metrics"]) == set(heads["stderr"]) == set(heads["baselines"]) == {"diff", "kl(clean)"}
     assert heads["check"]["cells"] == 2
-    assert set(heads["check"]) == {"cells", "max_abs_diff"}
+    assert set(heads["check"]) == {"cells", "max_abs_diff", "tolerance", "largest_effect"}
     assert one["metrics"]["diff"] == pytest.approx(heads["metrics"]["diff"][0][0], abs=1e-5)  # a bare number
     assert one["stderr"] == {"diff": None}
     assert set(one["baselines"]["diff"]) == {"clean", "corrupt"}
@@ -170,7 +172,8 @@ def test_files_are_written_where_the_spec_stands(run: Run, tmp_path: Path) -> No
     ran = run("run", spec(MODEL, DATA, saved, name="sub/study.patch"))
     assert ran.exit == 0
     files = {"out.json", "out.csv", "out.parquet", "study.heads.png", "picture.svg"}
-    assert {p.name for p in (tmp_path / "sub").iterdir()} == files | {"study.patch"}
+    records = {"out.record.json", "study.heads.record.json", "picture.record.json"}
+    assert {p.name for p in (tmp_path / "sub").iterdir()} == files | records | {"study.patch"}
     assert all(f"written: {Path('sub') / name}" in ran.out for name in files)
     assert (tmp_path / "sub" / "study.heads.png").read_bytes().startswith(b"\x89PNG")
     table = pd.read_parquet("sub/out.parquet")
@@ -191,7 +194,8 @@ def test_a_later_failure_leaves_no_file(run: Run, tmp_path: Path, output: tuple[
 
 
 def test_a_failed_check_leaves_no_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchc.execute.check.TOLERANCE", 0.0)
+    for name in ("TOLERANCE", "RATIO"):
+        monkeypatch.setattr(f"patchc.execute.check.{name}", -1.0)
     expects = SAVING.replace("show heatmap", "expect diff > 1000")
     ran = run("run", "--check=all", spec(MODEL, DATA, expects))
     assert (ran.exit, ran.codes) == (3, ["check-failed"])  # 3 wins over 4

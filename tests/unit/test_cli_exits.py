@@ -212,7 +212,8 @@ def test_an_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr("patchc.pipeline.execute", interrupted)
     ran = run("run", spec(MODEL, DATA, SAVING))
-    assert (ran.exit, ran.out, ran.err.strip()) == (130, "", "error[interrupted]: interrupted")
+    said = "error[interrupted]: interrupted\n  = help: to start it again: `patchc run a.patch`"
+    assert (ran.exit, ran.out, ran.err.strip()) == (130, "", said)
     ran = run("run", "--format", "json", spec(MODEL, DATA, SAVING))
     assert (ran.exit, ran.err.strip()) == (130, "")
     assert [(d["code"], set(d)) for d in ran.json["diagnostics"]] == [("interrupted", DIAGNOSTIC)]

@@ -32,13 +32,21 @@ def run_modules(loaded: LoadedModel, ids: Tensor) -> Tensor:
     if graph.of(Kind.POS_EMBED):
         x = x + call("pos_embed", ids)
     for layer in range(graph.n_layers):
-        q, k, v = (call(f"layer{layer}_{port}", x) for port in "qkv")
+        read = [call(norm, x) if (norm := pieces.norm_module(layer, port)) else x for port in range(3)]
+        q, k, v = (call(f"layer{layer}_{port}", y) for port, y in zip("qkv", read, strict=True))
+        for port, y, whole in zip("qkv", read, (q, k[:, :, shared], v[:, :, shared]), strict=True):
+            by_head = call(f"layer{layer}_{port}_by_head", y.expand(graph.n_heads, *y.shape))
+            assert torch.allclose(by_head, whole, atol=5e-6)
         z = call(f"layer{layer}_attend", q, k[:, :, shared], v[:, :, shared])
         heads = call(f"layer{layer}_write", z)
         assert heads.shape == (*ids.shape, graph.n_heads, graph.d_model)
-        after = x + heads.sum(2)
+        some = pieces.write_module(layer, [2, 0])(z[:, :, [2, 0]])
+        assert torch.allclose(some, heads[:, :, [2, 0]], atol=5e-6)
+        written = heads.sum(2)
         if graph.node(Kind.ATTN_BIAS, layer) is not None:
-            after = after + call(f"layer{layer}_attn_bias")
+            written = written + call(f"layer{layer}_attn_bias")
+        assert torch.allclose(call(f"layer{layer}_attn", z), written, atol=5e-6)
+        after = x + written
         parallel = len({b.rank for b in graph.blocks if b.layer == layer}) == 1
         mlp = graph.node(Kind.MLP, layer) is not None
         x = after + call(f"layer{layer}_mlp", x if parallel else after) if mlp else after

@@ -19,7 +19,7 @@ from patchc.diagnostics import PatchcError
 from patchc.ir.graph import ResidualGraph
 from patchc.model import blank
 from patchc.model import load as loading
-from patchc.model.blank import blank_graph
+from patchc.model.blank import blank_facts
 from patchc.model.load import load
 from patchc.model.outline import outline
 from tests.models import MODELS, gpt2, llama, loaded_model, native
@@ -151,7 +151,7 @@ class Masked(nn.Module):
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_mask_that_is_learned_is_not_taken_to_be_causal(learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blank, "native_model", lambda *_: Masked(learned))
-    graph = blank_graph(Path(), {"format": "patchc-native"}, None, None)
+    graph = blank_facts(Path(), {"format": "patchc-native"}, None, None).graph
     assert graph.causal is not learned
     assert load(Masked(learned)).graph.causal
 
@@ -160,7 +160,7 @@ def test_a_model_that_is_no_decoder_is_refused_as_by_loading(monkeypatch: pytest
     monkeypatch.setattr(blank, "native_model", lambda *_: Model("post-norm stream"))
     said: list[str] = []
     for attempt in (
-        lambda: blank_graph(Path(), {"format": "patchc-native"}, None, None),
+        lambda: blank_facts(Path(), {"format": "patchc-native"}, None, None),
         lambda: load(Model("post-norm stream")),
     ):
         with pytest.raises(PatchcError) as caught:

@@ -11,13 +11,17 @@ from typing import Any
 import platformdirs
 import pytest
 
-from patchc.ir.graph import ResidualGraph, residual_graph
+from patchc.ir.graph import residual_graph
+from patchc.ir.program import Rates
 from patchc.model import blank, outline_cache
+from patchc.model import cache as disk
+from patchc.model.cache import cache_folder
 from patchc.model.outline import outline
-from patchc.model.outline_cache import cache_folder, cache_key, keep_graph, read_graph
+from patchc.model.outline_cache import Facts, cache_key, keep_facts, read_facts
 
 CONFIG = {"model_type": "some-model", "sizes": [1, 2.5, None]}
 GRAPH = residual_graph("", n_layers=2, n_heads=2, d_model=8, d_head=4, d_vocab=9, has_pos_embed=True, n_ctx=8)
+FACTS = Facts(GRAPH, Rates({1: 2, 3: 4}, 5, 6, 7, 8), 4)
 
 
 @pytest.fixture
@@ -33,13 +37,13 @@ def kept(folder: Path) -> list[Path]:
 @pytest.fixture
 def entry(folder: Path) -> Path:
     """The file that a graph is kept in."""
-    keep_graph(cache_key(CONFIG, None, None), GRAPH)
+    keep_facts(cache_key(CONFIG, None, None), FACTS)
     (path,) = kept(folder)
     return path
 
 
 def test_a_graph_is_kept_and_read(entry: Path) -> None:
-    assert read_graph(cache_key(dict(reversed(CONFIG.items())), None, None)) == GRAPH
+    assert read_facts(cache_key(dict(reversed(CONFIG.items())), None, None)) == FACTS
     assert json.loads(entry.read_text())["key"] == cache_key(CONFIG, None, None)
 
 
@@ -59,13 +63,13 @@ PARTS = ("format", "config", "dtype", "attention", "tracer", "patchc", "torch", 
 def test_a_graph_of_anything_else_is_not_taken(part: str) -> None:
     key = cache_key(CONFIG, None, None)
     assert set(PARTS) == (set(key) | set(key["versions"])) - {"versions"}
-    assert read_graph(changed(part)(key)) is None
-    assert read_graph(key) == GRAPH
+    assert read_facts(changed(part)(key)) is None
+    assert read_facts(key) == FACTS
 
 
 def other_number(text: str) -> str:
     content = json.loads(text)
-    content["graph"]["n_ctx"] += 1
+    content["content"]["graph"]["n_ctx"] += 1
     return json.dumps(content)
 
 
@@ -85,23 +89,23 @@ DAMAGE: dict[str, Callable[[str], str]] = {
 def test_a_damaged_file_counts_as_absent(entry: Path, damage: str) -> None:
     key, whole = cache_key(CONFIG, None, None), entry.read_text()
     entry.write_bytes(DAMAGE[damage](whole).encode("utf-8", "surrogateescape"))
-    assert read_graph(key) is None
-    keep_graph(key, GRAPH)
+    assert read_facts(key) is None
+    keep_facts(key, FACTS)
     assert entry.read_text() == whole
 
 
 def test_a_directory_in_its_place(entry: Path) -> None:
     entry.unlink()
     entry.mkdir()
-    keep_graph(cache_key(CONFIG, None, None), GRAPH)
-    assert read_graph(cache_key(CONFIG, None, None)) is None
+    keep_facts(cache_key(CONFIG, None, None), FACTS)
+    assert read_facts(cache_key(CONFIG, None, None)) is None
     assert kept(entry.parent) == []  # nor is a half-written file left
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(folder: Path) -> None:
     folder.write_text("a file")
-    keep_graph(cache_key(CONFIG, None, None), GRAPH)
-    assert read_graph(cache_key(CONFIG, None, None)) is None
+    keep_facts(cache_key(CONFIG, None, None), FACTS)
+    assert read_facts(cache_key(CONFIG, None, None)) is None
     assert folder.read_text() == "a file"
 
 
@@ -110,8 +114,8 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for off in ("0", "off", "OFF"):
         monkeypatch.setenv("PATCHC_CACHE", off)
         assert cache_folder() is None
-        keep_graph(cache_key(CONFIG, None, None), GRAPH)
-        assert read_graph(cache_key(CONFIG, None, None)) is None
+        keep_facts(cache_key(CONFIG, None, None), FACTS)
+        assert read_facts(cache_key(CONFIG, None, None)) is None
     assert kept(tmp_path) == []
     for users in ("", None):
         monkeypatch.delenv("PATCHC_CACHE", raising=False)
@@ -124,15 +128,15 @@ def test_many_at_once(folder: Path) -> None:
     """A reader gets a whole graph or none, never a part."""
     key = cache_key(CONFIG, None, None)
 
-    def work(_: int) -> set[ResidualGraph | None]:
-        found: set[ResidualGraph | None] = set()
+    def work(_: int) -> bool:
+        whole = True
         for _ in range(20):
-            keep_graph(key, GRAPH)
-            found.add(read_graph(key))
-        return found
+            keep_facts(key, FACTS)
+            whole &= read_facts(key) == FACTS
+        return whole
 
     with ThreadPoolExecutor(8) as pool:
-        assert set().union(*pool.map(work, range(8))) == {GRAPH}
+        assert all(pool.map(work, range(8)))
     assert len(kept(folder)) == 1
 
 
@@ -142,11 +146,11 @@ def test_many_at_once(folder: Path) -> None:
 def test_a_model_is_traced_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[Any] = []
 
-    def trace(_: Path, config: dict[str, Any], *__: Any) -> ResidualGraph:
+    def trace(_: Path, config: dict[str, Any], *__: Any) -> Facts:
         traced.append(config["format"])
-        return GRAPH
+        return FACTS
 
-    monkeypatch.setattr(blank, "blank_graph", trace)
+    monkeypatch.setattr(blank, "blank_facts", trace)
     assert outline("induction-2l").graph.model == "induction-2l"
     assert outline("induction-2l") == outline("induction-2l", revision="main")
     assert traced == ["patchc-native"]
@@ -163,8 +167,8 @@ def test_a_checkouts_own_changes_count(monkeypatch: pytest.MonkeyPatch, tmp_path
     for name in ("__init__.py", "model/trace.py", "ir/graph.py", "ir/paths.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("1")
-    monkeypatch.setattr(outline_cache.patchc, "__file__", str(package / "__init__.py"))
-    fresh = outline_cache._tracer.__wrapped__  # type: ignore[attr-defined]
+    monkeypatch.setattr(disk.patchc, "__file__", str(package / "__init__.py"))
+    fresh = disk._tracer.__wrapped__  # type: ignore[attr-defined]
     before = fresh()
     (package / "ir/paths.py").write_text("2")
     assert fresh() == before

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,25 @@ import pytest
 from rich.console import Console
 
 from patchc.diagnostics import PatchcError
-from patchc.ir.experiment import Cell, Constant, Dim, Expect, Experiment, Metric, Prompts, World
+from patchc.ir.experiment import (
+    Cell,
+    Constant,
+    Dim,
+    Expect,
+    Experiment,
+    Measure,
+    Metric,
+    ModelChoice,
+    Prompts,
+    Read,
+    Study,
+    World,
+)
 from patchc.ir.tokens import Layout
 from patchc.report import Check, Result, Results, failed_expects, run_record
 from patchc.report.cells import label, number, strongest
 from patchc.report.files import save_picture
+from patchc.report.record import Course, input_hashes, write_records
 from patchc.report.terminal import print_results, shown
 from patchc.writing import write_whole
 
@@ -64,7 +80,7 @@ def test_json_has_dims_and_null_where_there_is_no_cell() -> None:
         "n": 3,
         "baselines": {"diff": {"clean": 2.0, "corrupt": -1.0}},
         "passes": 2,
-        "check": {"cells": 4, "max_abs_diff": 1e-6},
+        "check": {"cells": 4, "max_abs_diff": 1e-6, "tolerance": 1e-4, "largest_effect": 2.0},
     }
     assert json.loads(json.dumps(made, allow_nan=False)) == made
 
@@ -365,17 +381,53 @@ def test_a_near_miss_shows_enough_digits() -> None:
 # ---- the record
 
 
+def a_study(ids: tuple[int, ...] = (1, 2), answer: int = 3, seeds: tuple[tuple[str, int], ...] = ()) -> Study:
+    metric = Metric("m", Read(Measure.LOGIT, ((answer,),), (1,)))
+    prompts = Prompts(Layout((2,)), (World("clean", (ids,)),))
+    return Study(ModelChoice("toy"), prompts, (experiment(metrics=(metric,)),), seeds=seeds)
+
+
+def a_record(spec: str = "spec", study: Study | None = None, weights: str = "weights") -> dict[str, Any]:
+    more: dict[str, Any] = {"inputs": {}, "settings": {"threads": 1}, "plan": {"heads": (6, 1, 7, 8)}}
+    return run_record(spec, study or a_study(), weights, **more)
+
+
 def test_the_record_changes_with_what_it_records() -> None:
-    prompts = Prompts(Layout((2,)), (World("clean", ((1, 2),)),))
-    other = Prompts(Layout((2,)), (World("clean", ((1, 3),)),))
-    record = run_record("spec", prompts, "weights", (("resample", 0), ("resample", 3)))
-    assert record == run_record("spec", prompts, "weights", (("resample", 0), ("resample", 3)))
-    assert record["spec"] != run_record("spec ", prompts, "weights")["spec"]
-    assert record["data"] != run_record("spec", other, "weights")["data"]
-    assert record["weights"] != run_record("spec", prompts, "weight")["weights"]
+    record = a_record(study=a_study(seeds=(("resample", 0), ("resample", 3))))
+    assert record == a_record(study=a_study(seeds=(("resample", 0), ("resample", 3))))
+    assert record["spec"] != a_record("spec ")["spec"]
+    assert record["data"] != a_record(study=a_study(ids=(1, 3)))["data"]
+    assert record["data"] != a_record(study=a_study(answer=4))["data"]
+    assert record["weights"] != a_record(weights="weight")["weights"]
     assert record["seeds"] == {"resample": [0, 3]}
+    assert record["plan"] == {"heads": {"cells": 6, "passes": 1, "flops": 7, "bytes": 8}}
     assert {"patchc", "torch", "transformers", "transformer-lens", "python"} == set(record["versions"])
     assert json.loads(json.dumps(record)) == record
+
+
+def test_a_record_beside_results_says_which_files_and_when(tmp_path: Path) -> None:
+    made = result()
+    (tmp_path / "sub").mkdir()
+    for name in ("a.csv", "a.json", "sub/b.csv"):
+        made.files.append(made.save(tmp_path / name))
+    times = [datetime(2026, 1, 2, 3, 4, second, tzinfo=UTC) for second in (5, 6)]
+    write_records(Results({"heads": made}, a_record()), "spec", Course(times[0], times[1], 99, {"heads": 2}))
+    assert {p.name for p in tmp_path.rglob("*.record.json")} == {"a.record.json", "b.record.json"}
+    found = json.loads((tmp_path / "a.record.json").read_text())
+    assert list(found["files"]) == ["a.csv", "a.json"]
+    digest = hashlib.sha256((tmp_path / "a.csv").read_bytes()).hexdigest()
+    assert found["files"]["a.csv"] == f"sha256:{digest}"
+    assert (found["started"], found["finished"]) == ("2026-01-02T03:04:05+00:00", "2026-01-02T03:04:06+00:00")
+    assert (found["memory"], found["resumed_passes"], found["spec_text"]) == (99, {"heads": 2}, "spec")
+    assert found["checks"] == {"heads": None}
+    assert found.items() >= a_record().items()
+
+
+def test_files_that_a_spec_names_are_hashed(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("a")
+    (tmp_path / "folder").mkdir()
+    found = input_hashes([tmp_path / "data.csv", tmp_path / "folder"], tmp_path)
+    assert found == {"data.csv": "sha256:" + hashlib.sha256(b"a").hexdigest()}
 
 
 def test_reporting_needs_no_torch() -> None:

@@ -1,0 +1,494 @@
+"""Variants of a masked DAG as graph nodes: streams and what blocks write, whole rather than as differences wherever
+that spares running the base run beside them.
+
+A stream is the one a rank lower and what the blocks between write; what only one reader sees is the stream that all
+read, and its own masks times gaps. b = batch, s = pos.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+from torch import fx
+
+from patchc.codegen.cores import Cores
+from patchc.codegen.gaps import Gap, Gaps, is_sum_of_runs
+from patchc.codegen.inside import Insides
+from patchc.codegen.masks import Masks
+from patchc.codegen.stored import StoredNodes
+from patchc.codegen.worlds import Worlds, aten
+from patchc.ir.bits import bits
+from patchc.ir.dag import Dag
+from patchc.ir.graph import BlockKind
+from patchc.ir.ops import (
+    Const,
+    Core,
+    HeadZ,
+    Masked,
+    Mix,
+    Out,
+    Projected,
+    Scale,
+    StoredZ,
+    Stream,
+    Sum,
+    Tokenwise,
+    VariantId,
+)
+from patchc.ir.tokens import Tokens
+
+Parts = tuple[VariantId, ...]
+Term = tuple[int, Tokens, Gap]
+"""A mask, where it acts, and what it multiplies."""
+
+ELEMENTWISE = 24
+"""A multiplication and an addition of whole arrays cost as much as so many inside a matrix product."""
+COPY = 8
+"""And so many, a copy of one into a bank."""
+
+
+@dataclass
+class Forms:
+    """How many reader inputs were written with masks one by one, and how many by products with a bank."""
+
+    sparse: int = 0
+    dense: int = 0
+
+    def __str__(self) -> str:
+        counts = ((self.sparse, "sparse"), (self.dense, "dense"))
+        return ", ".join(f"{name} at {n} input{'s' * (n > 1)}" for n, name in counts if n) or "sparse"
+
+
+class Variants:
+    """Writes the variants of `dag` among those `read`."""
+
+    def __init__(
+        self, dag: Dag, read: Iterable[VariantId], worlds: Worlds, stored: StoredNodes, masks: Masks, form: str = "cost"
+    ):
+        self.dag, self.graph, self.worlds, self.call = dag, dag.graph, worlds, worlds.call
+        self.stored, self.masks, self.base, self.form = stored, masks, worlds.base, form
+        self.insides = Insides(worlds, dag.values, stored, masks.of, masks.rows)
+        self.cores = Cores(dag, read, worlds, stored, masks, self.insides, self.stream, self.streams)
+        self.gaps = Gaps(dag, worlds, stored, self.cores.z, self.mlp, self.difference)
+        self.forms = Forms()
+        self._differences: dict[VariantId, fx.Node] = {}
+        self._streams: dict[tuple[Parts, int], fx.Node] = {}
+        self._whole: dict[tuple[VariantId, int], fx.Node] = {}
+        self._written: dict[tuple[int, Parts], fx.Node] = {}
+        self._mlps: dict[VariantId, fx.Node] = {}
+        self._homes: dict[VariantId, int | None] = {}
+
+    # ---- streams
+    def stream(self, x: VariantId, rank: int) -> fx.Node:
+        """The stream below `rank` that differs from the base run's by `x`, `[b, s, d_model]`."""
+        if x == 0:
+            return self.worlds.stream(self.base, rank)
+        op = self.dag.ops[x]
+        if self._home(x) is not None or isinstance(op, Sum):
+            return self._summed(op.parts if isinstance(op, Sum) else (x,), rank)
+        if (x, rank) not in self._whole:
+            self._whole[x, rank] = self._of_other_kind(x, rank)
+        return self._whole[x, rank]
+
+    def _of_other_kind(self, x: VariantId, rank: int) -> fx.Node:
+        match self.dag.ops[x]:
+            case Mix(parts):
+                covered = reduce(operator.or_, (tokens for tokens, _ in parts))
+                left = self.dag.layout.all & ~covered
+                out = self.stream(0 if left else parts[0][1], rank)
+                for tokens, p in parts if left else parts[1:]:
+                    gap = self.call(operator.sub, self.stream(p, rank), out)
+                    out = self.call(operator.add, out, self.masks.at(tokens, gap))
+                return out
+            case Masked(own, starts):
+                return self._masked(self.stream(own, rank), starts, rank)
+            case _:
+                return self.call(operator.add, self.stream(0, rank), self._some(x))
+
+    def _masked(self, own: fx.Node, starts: Sequence[tuple[int, Tokens, VariantId]], rank: int) -> fx.Node:
+        """A stream with values in its place, as its masks say; starts of one value together."""
+        together: dict[tuple[int, VariantId], list[tuple[int, Tokens]]] = {}
+        for mask, tokens, x in starts:
+            plain = self._plain(x, rank, tokens)
+            together.setdefault((plain, 0 if plain >= 0 else x), []).append((mask, tokens))
+        out = own
+        for (plain, x), mine in together.items():
+            value = self.stream(x, rank) if plain < 0 else self.stored.stream_of_runs(rank, self.dag.values[plain])
+            gap = self.gaps.less(value, own)
+            table = self.masks.table([mine])
+            if table is not None:
+                out = self.call(operator.add, out, self.call(operator.mul, gap, table))
+                continue
+            for mask, tokens in mine:
+                change = self.masks.at(tokens, self.call(operator.mul, gap, self.masks.of(mask)))
+                out = self.call(operator.add, out, change)
+        return out
+
+    def _plain(self, x: VariantId, rank: int, tokens: Tokens) -> int:
+        """The number of the value, a sum of streams in some runs, that a start puts in place; -1 where it is else."""
+        op = self.dag.ops[x]
+        everywhere = isinstance(op, Stream) and not tokens & self.dag.layout.all & ~op.tokens
+        if isinstance(op, Stream) and everywhere and op.rank == rank and is_sum_of_runs(self.dag.values[op.value]):
+            return op.value
+        return -1
+
+    def _summed(self, parts: Parts, rank: int) -> fx.Node:
+        key = (parts, rank)
+        if key not in self._streams:
+            self._streams[key] = self._private(parts, rank) if self._is_private(parts, rank) else self._on(parts, rank)
+        return self._streams[key]
+
+    def _on(self, parts: Parts, rank: int) -> fx.Node:
+        """The stream below, and what the blocks between write."""
+        here = [p for p in parts if (home := self._home(p)) is not None and self.graph.blocks[home].rank == rank - 1]
+        rest = tuple(p for p in parts if p not in here)
+        if rank == 1:
+            return reduce(
+                lambda x, p: self.call(operator.add, x, self._some(p)), parts, self.worlds.stream(self.base, 1)
+            )
+        if len(rest) > 1:
+            out = self._summed(rest, rank - 1)
+        else:
+            out = self.stream(rest[0] if rest else 0, rank - 1)
+        blocks = [i for i, b in enumerate(self.graph.blocks) if b.rank == rank - 1]
+        for n, i in enumerate(blocks, 1):
+            mine = tuple(p for p in here if self._home(p) == i)
+            name = f"stream_{rank}" if n == len(blocks) else None
+            out = self.call(operator.add, out, self.written(i, mine), name=name)
+        return out
+
+    def _is_private(self, parts: Parts, rank: int) -> bool:
+        """Whether a stream is of one reader: masks stand beside parts of lower blocks, and nothing goes on from it."""
+        if not any(self._is_start(p) for p in parts):
+            return False
+        homes = [self._home(p) for p in parts]
+        if any(home is None for home in homes):
+            return False
+        rest = [p for p, home in zip(parts, homes, strict=True) if home is not None and self._rank(home) < rank - 1]
+        return len(parts) == 1 or len(rest) > 1 or any(self._is_start(p) for p in rest)
+
+    def _rank(self, block: int) -> int:
+        return self.graph.blocks[block].rank
+
+    def _is_start(self, p: VariantId) -> bool:
+        return isinstance(self.dag.ops[p], Masked) and self._home(p) is not None
+
+    def _home(self, x: VariantId) -> int | None:
+        """The block that writes a variant; None of streams."""
+        if x not in self._homes:
+            self._homes[x] = self._block_of(x)
+        return self._homes[x]
+
+    def _block_of(self, x: VariantId) -> int | None:
+        match self.dag.ops[x]:
+            case Const(block) | Tokenwise(block):
+                return block
+            case Out(core, _):
+                op = self.dag.ops[core]
+                assert isinstance(op, Core)
+                return op.block
+            case Scale(_, y):
+                return self._home(y)
+            case Masked(own, starts):
+                return self._common([p for p in (own, *(value for *_, value in starts)) if p])
+            case Sum(parts):
+                return self._common(parts)
+            case _:
+                return None
+
+    def _common(self, parts: Sequence[VariantId]) -> int | None:
+        homes = {self._home(p) for p in parts}
+        return homes.pop() if len(homes) == 1 else None
+
+    # ---- one reader's masks
+    def _private(self, parts: Parts, rank: int) -> fx.Node:
+        """The stream that everyone reads, and masks times gaps."""
+        return (
+            self.call(aten.select.int, self._dense([parts], rank), 0, 0)
+            if self._is_dense([parts])
+            else (self._sparse(parts, rank))
+        )
+
+    def _sparse(self, parts: Parts, rank: int) -> fx.Node:
+        self.forms.sparse += 1
+        out = self._common_stream(parts, rank)
+        for mask, tokens, gap in self._terms(parts):
+            change = self.gaps.of(gap)
+            if change is not None:
+                change = self.masks.at(tokens, self.call(operator.mul, change, self.masks.of(mask)))
+                out = self.call(operator.add, out, change)
+        return out
+
+    def _common_stream(self, parts: Parts, rank: int) -> fx.Node:
+        own = self._own(parts)
+        return self._summed(own, rank) if own else self.worlds.stream(self.base, rank)
+
+    def _own(self, parts: Parts) -> Parts:
+        """What stands there before any mask acts."""
+        found: list[VariantId] = []
+        for p in parts:
+            op = self.dag.ops[p]
+            found.append(op.input if self._is_start(p) and isinstance(op, Masked) else p)
+        return tuple(sorted(p for p in found if p))
+
+    def _terms(self, parts: Parts) -> list[Term]:
+        out: list[Term] = []
+        for p in parts:
+            op = self.dag.ops[p]
+            if self._is_start(p) and isinstance(op, Masked):
+                out += [(mask, tokens, self.gaps.gap(op.input, v, tokens)) for mask, tokens, v in op.starts]
+        return out
+
+    def streams(self, xs: list[VariantId], rank: int) -> fx.Node:
+        """The streams of several variants, `[n, b, s, d_model]`."""
+        parts = [self._parts(x) for x in xs]
+        private = all(some and self._is_private(some, rank) for some in parts)
+        if private and len({self._own(some) for some in parts}) == 1 and self._is_dense(parts):
+            return self._dense(parts, rank)
+        return self.call(aten.stack.default, [self.stream(x, rank) for x in xs], 0)
+
+    def _parts(self, x: VariantId) -> Parts:
+        op = self.dag.ops[x]
+        if isinstance(op, Sum):
+            return op.parts
+        return (x,) if x and self._home(x) is not None else ()
+
+    def _is_dense(self, streams: list[Parts]) -> bool:
+        """Whether a product of all masks with a bank of all gaps costs less than masks one by one; it must be
+        possible: one mask a gap and stream and position."""
+        terms = [self._terms(parts) for parts in streams]
+        gaps = {gap for some in terms for *_, gap in some}
+        sparse = sum(map(len, terms)) * ELEMENTWISE
+        dense = len(streams) * len(gaps) + len(streams) * ELEMENTWISE + len(gaps) * COPY
+        return self.form == "dense" or (self.form == "cost" and dense < sparse)
+
+    def _dense(self, streams: list[Parts], rank: int) -> fx.Node:
+        """`[n, b, s, d_model]` of streams that differ by their masks alone."""
+        terms = [self._terms(parts) for parts in streams]
+        order = self._in_order({gap for some in terms for *_, gap in some})
+        slots: list[list[tuple[int, Tokens]]] = []
+        for some in terms:
+            row: dict[Gap, list[tuple[int, Tokens]]] = {gap: [] for gap in order}
+            for mask, tokens, gap in some:
+                if gap in row:
+                    row[gap].append((mask, tokens))
+            slots += row.values()
+        table = self.masks.table(slots) if order else None
+        if table is None:
+            return self.call(aten.stack.default, [self._sparse(parts, rank) for parts in streams], 0)
+        self.forms.dense += len(streams)
+        own = self._common_stream(streams[0], rank)
+        if self._by_position(slots):
+            return self._product_by_position(own, table, order, len(streams))
+        return self._product(own, table, order, len(streams))
+
+    def _by_position(self, slots: list[list[tuple[int, Tokens]]]) -> bool:
+        every = self.dag.layout.all
+        return any(tokens & every != every for slot in slots for _, tokens in slot)
+
+    def _product(self, own: fx.Node, table: fx.Node, gaps: tuple[Gap, ...], n: int) -> fx.Node:
+        """`own + masks @ gaps`, `[n, b, s, d_model]`."""
+        table = self.call(aten.reshape.default, table, [n, len(gaps)])
+        sizes = [self.call(aten.sym_size.int, own, axis) for axis in range(2)]
+        out, first = self.call(aten.reshape.default, own, [1, -1]), 0
+        for bank, size in self.gaps.banks(gaps, joined=n > 1):
+            some = self.call(aten.narrow.default, table, 1, first, size)
+            out = self.call(aten.addmm.default, out, some, self.call(aten.reshape.default, bank, [size, -1]))
+            first += size
+        return self.call(aten.reshape.default, out, [n, *sizes, self.graph.d_model])
+
+    def _product_by_position(self, own: fx.Node, table: fx.Node, gaps: tuple[Gap, ...], n: int) -> fx.Node:
+        """The same with a mask a position; r = stream, g = gap."""
+        table = self.call(aten.reshape.default, table, [-1, n, len(gaps)])
+        out, first = own, 0
+        for bank, size in self.gaps.banks(gaps, joined=True):
+            some = self.call(aten.narrow.default, table, 2, first, size)
+            out = self.call(operator.add, self.call(aten.einsum.default, "srg,gbsd->rbsd", [some, bank]), out)
+            first += size
+        return out
+
+    def _in_order(self, gaps: set[Gap]) -> tuple[Gap, ...]:
+        """Gaps that are something, by block, then by member."""
+        kept = [g for g in gaps if g.members or self.gaps.of(g) is not None]
+        return tuple(sorted(kept, key=lambda g: (g.block, g.members, g.own, g.value)))
+
+    # ---- what blocks write
+    def written(self, block: int, parts: Parts) -> fx.Node:
+        """All that a block writes where it differs from the base run by `parts`, `[b, s, d_model]`."""
+        if not parts:
+            return self.worlds.written(self.base, block)
+        key = (block, parts)
+        if key not in self._written:
+            self._written[key] = self._block_written(block, parts)
+        return self._written[key]
+
+    def _block_written(self, block: int, parts: Parts) -> fx.Node:
+        if self.graph.blocks[block].kind is BlockKind.ATTENTION:
+            z = self._z_of(block, self._flat(parts))
+            if z is not None:
+                layer = self.graph.blocks[block].layer
+                return self.worlds.module(f"layer{layer}_attn", z, name=f"attn_{layer}")
+        elif len(parts) == 1 and isinstance(self.dag.ops[parts[0]], Tokenwise):
+            return self.mlp(parts[0])
+        elif len(parts) == 1 and self._is_start(parts[0]):
+            out = self.written(block, self._own(parts))
+            for mask, tokens, gap in self._terms(parts):
+                if (change := self.gaps.of(gap)) is not None:
+                    change = self.call(operator.mul, change, self.masks.of(mask))
+                    out = self.call(operator.add, out, self.masks.at(tokens, change))
+            return out
+        return reduce(lambda x, p: self.call(operator.add, x, self._some(p)), parts, self.written(block, ()))
+
+    def _flat(self, parts: Parts) -> Parts:
+        out: list[VariantId] = []
+        for p in parts:
+            op = self.dag.ops[p]
+            out += self._flat(op.parts) if isinstance(op, Sum) else [p]
+        return tuple(out)
+
+    def _z_of(self, block: int, parts: Parts) -> fx.Node | None:
+        """z of a whole block whose heads are run again or masked, each at most once; None where it is not such."""
+        seen, own, starts = 0, dict[fx.Node, int](), dict[int, list[tuple[int, int, Tokens]]]()
+        for p in parts:
+            op, terms = self.dag.ops[p], self._terms((p,))
+            if isinstance(op, Out):
+                heads, z = op.heads, self.cores.z(op.core)
+            elif terms and all(gap.members for *_, gap in terms):
+                heads, z = terms[0][2].members, self.gaps.own_z(terms[0][2])
+                for mask, tokens, gap in terms:
+                    starts.setdefault(gap.value, []).append((gap.members, mask, tokens))
+            else:
+                return None
+            if seen & heads:
+                return None
+            seen |= heads
+            own[z] = own.get(z, 0) | heads
+        left = ((1 << self.graph.n_heads) - 1) & ~seen
+        if left:
+            z = self.worlds.z(self.base, block)
+            own[z] = own.get(z, 0) | left
+        z = self._joined(own)
+        return self._with_starts(block, z, starts)
+
+    def _joined(self, parts: dict[fx.Node, int]) -> fx.Node:
+        """One z of the heads of several."""
+        most = max(parts, key=lambda z: parts[z].bit_count())
+        return reduce(lambda out, z: self.cores.at_heads(out, z, parts[z]), (z for z in parts if z is not most), most)
+
+    def _with_starts(self, block: int, z: fx.Node, starts: dict[int, list[tuple[int, int, Tokens]]]) -> fx.Node | None:
+        """z with masks times gaps, all heads of one value at once."""
+        out = z
+        for value, mine in starts.items():
+            slots: list[list[tuple[int, Tokens]]] = [[] for _ in range(self.graph.n_heads)]
+            for members, mask, tokens in mine:
+                for h in bits(members):
+                    slots[h].append((mask, tokens))
+            table = self.masks.table(slots)
+            if table is None:
+                return None
+            change = self.gaps.less(self.stored.z_of_runs(block, self.dag.values[value]), z)
+            change = self.call(operator.mul, change, self.call(aten.unsqueeze.default, table, -1))
+            out = self.call(operator.add, out, change)
+        return out
+
+    def mlp(self, i: VariantId) -> fx.Node:
+        """What an MLP that is run again writes, `[b, s, d_model]`."""
+        if i not in self._mlps:
+            op = self.dag.ops[i]
+            assert isinstance(op, Tokenwise)
+            layer, rank = self.graph.blocks[op.block].layer, self.graph.blocks[op.block].rank
+            x, name = self.stream(op.input, rank), f"mlp_{layer}"
+            made = (
+                self.insides.mlp(op, x, name) if op.replaced else self.worlds.module(f"layer{layer}_mlp", x, name=name)
+            )
+            self._mlps[i] = made
+        return self._mlps[i]
+
+    # ---- differences from the base run
+    def difference(self, i: VariantId) -> fx.Node | None:
+        """A variant less the base run, `[b, s, d_model]` (what metrics read inside nodes, in its own space); None for
+        nothing."""
+        return self._some(i) if i else None
+
+    def _some(self, i: VariantId) -> fx.Node:
+        if i not in self._differences:
+            self._differences[i] = self._difference(i)
+        return self._differences[i]
+
+    def _difference(self, i: VariantId) -> fx.Node:
+        op = self.dag.ops[i]
+        match op:
+            case Const():
+                return self.masks.at(op.tokens, self._const(i, op))
+            case Stream(rank, value, tokens, block):
+                return self.masks.at(tokens, self.stored.stream(rank, self.dag.values[value], block))
+            case Sum(parts):
+                return reduce(lambda x, y: self.call(operator.add, x, y), map(self._some, parts))
+            case Mix(parts):
+                return reduce(
+                    lambda x, y: self.call(operator.add, x, y), (self.masks.at(t, self._some(p)) for t, p in parts)
+                )
+            case Scale(factor, x):
+                return self.call(operator.mul, self._some(x), factor)
+            case Masked(x, starts):
+                return self._masked_difference(x, starts)
+            case Out(core, heads):
+                block = self._home(i)
+                assert block is not None
+                return self.heads(
+                    block, self.call(operator.sub, self.cores.z(core), self.worlds.z(self.base, block)), heads
+                )
+            case Tokenwise(block):
+                return self.call(operator.sub, self.mlp(i), self.worlds.written(self.base, block))
+            case Projected(block, port, head, x, replaced):
+                now = self.cores.port(block, port, x, replaced)
+                return self._of_head(now, self.worlds.projection(self.base, block, port), head)
+            case HeadZ(core, head):
+                at = self.dag.ops[core]
+                assert isinstance(at, Core)
+                return self._of_head(self.cores.z(core), self.worlds.z(self.base, at.block), head)
+            case StoredZ(block, head, value, tokens):
+                z = self.stored.z(block, 1 << head, self.dag.values[value])
+                return self.masks.at(tokens, self.call(aten.select.int, z, 2, head))
+            case _:
+                raise AssertionError("cores stand in what they write; suffixes and entries are not lowered for graphs")
+
+    def _const(self, i: VariantId, op: Const) -> fx.Node:
+        if self.graph.blocks[op.block].kind is BlockKind.ATTENTION and self.gaps.plain(i, op.tokens):
+            base = self.worlds.z(self.base, op.block)
+            z = self.gaps.less(self.stored.z_of_runs(op.block, self.dag.values[op.value]), base)
+            return self.heads(op.block, z, op.members)
+        return self.stored.node(op.block, op.members, self.dag.values[op.value], op.site)
+
+    def heads(self, block: int, z: fx.Node, heads: int) -> fx.Node:
+        """What some heads of `[b, s, head, d_head]` write together."""
+        written = self.worlds.write(block, self.worlds.some_heads(z, heads), heads)
+        if heads.bit_count() == 1:
+            return self.call(aten.select.int, written, 2, 0)
+        return self.call(aten.sum.dim_IntList, written, [2])
+
+    def _masked_difference(self, x: VariantId, starts: Sequence[tuple[int, Tokens, VariantId]]) -> fx.Node:
+        """`x + sum of mask * (value - x)`."""
+        out = self.difference(x)
+        for mask, tokens, value in starts:
+            gap = self._gap(x, value, tokens)
+            if gap is not None:
+                change = self.masks.at(tokens, self.call(operator.mul, gap, self.masks.of(mask)))
+                out = change if out is None else self.call(operator.add, out, change)
+        assert out is not None
+        return out
+
+    def _gap(self, x: VariantId, value: VariantId, tokens: Tokens) -> fx.Node | None:
+        if isinstance(self.dag.ops[x], HeadZ) or isinstance(self.dag.ops[value], StoredZ):
+            new, own = self.difference(value), self.difference(x)
+            if new is None or own is None:
+                return new if own is None else self.call(operator.neg, own)
+            return self.call(operator.sub, new, own)
+        return self.gaps.of(self.gaps.gap(x, value, tokens))
+
+    def _of_head(self, now: fx.Node, base: fx.Node, head: int) -> fx.Node:
+        """What one head has more than in the base run, of `[b, s, head, d_head]`."""
+        return self.call(aten.select.int, self.call(operator.sub, now, base), 2, head)

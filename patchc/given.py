@@ -1,0 +1,49 @@
+"""What Python gives beside a spec: checked, and brought to where the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from patchc.diagnostics import RULES, Report
+from patchc.ir.experiment import Called, Study
+from patchc.ir.leaves import leaves
+from patchc.model.load import LoadedModel
+
+CALLED_LENGTHS = RULES.add("metric-needs-one-length", "a Python metric needs prompts of one length")
+BAD_TENSOR = RULES.add("bad-tensor", "a tensor given in Python is none, or holds NaN or infinity")
+
+
+def checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors as they were given. Errors: `bad-tensor`."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or not bool(torch.isfinite(value).all()):
+            raise BAD_TENSOR.error(f"tensors[{name!r}] is not a torch.Tensor of finite numbers")
+    return dict(tensors)
+
+
+def all_tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
+    """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file."""
+    out = {name: t.to(model.pieces.device, model.pieces.dtype) for name, t in given.items()}
+    for tensor in study.tensors:
+        if tensor.file is not None:
+            with safe_open(base / tensor.file, framework="pt") as opened:
+                out[tensor.key] = opened.get_tensor(tensor.name).to(model.pieces.device, model.pieces.dtype)
+    return out
+
+
+def check_called(study: Study) -> None:
+    """Raise `metric-needs-one-length` where a Python metric is measured on prompts that differ in length."""
+    if len(set(study.prompts.own_lengths)) == 1:
+        return
+    report = Report()
+    for metric in (m for experiment in study.experiments for m in experiment.metrics):
+        if any(isinstance(leaf, Called) for leaf in leaves(metric.expression)):
+            message = f"`{metric.name}` is a Python function, and the prompts differ in length"
+            report.add(CALLED_LENGTHS.at(metric.span, message))
+    report.raise_errors()
