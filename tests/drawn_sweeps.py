@@ -76,8 +76,19 @@ class Drawn:
         return done.flops(RATES) + logits * RATES.logit, additions
 
 
-def drawn_sweep(rng: Random, budget: int | None = None, kind: type[Toy] = Toy) -> Drawn | None:
-    """None where the compiler refuses what was drawn: a patch without effect, two values at one start."""
+def drawn_sweep(seed: int, budget: int | None = None, kind: type[Toy] = Toy) -> Drawn:
+    """Draws until the compiler takes it: it refuses a patch without effect, and two values at one start."""
+    rng = Random(seed)
+    while True:
+        drawn = _drawn(rng, budget, kind)
+        try:
+            drawn.program()
+        except PatchcError:
+            continue
+        return drawn
+
+
+def _drawn(rng: Random, budget: int | None, kind: type[Toy]) -> Drawn:
     graph = network(rng)
     layout = Layout(tuple(rng.choice([1, 2, 3]) for _ in range(rng.choice([1, 2]))))
     prompts = data(rng, layout)
@@ -87,19 +98,14 @@ def drawn_sweep(rng: Random, budget: int | None = None, kind: type[Toy] = Toy) -
     metrics, tensors = _metrics(rng, draw.probe, layout)
     experiment = Experiment("e", None, "clean", (Dim("i", tuple(range(len(cells)))),), cells, metrics)
     budget = rng.choice([1, 2000, 1 << 30]) if budget is None else budget
-    drawn = Drawn(kind(graph, rng.randrange(1000)), prompts, experiment, tensors, budget)
-    try:
-        drawn.program()
-    except PatchcError:
-        return None
-    return drawn
+    return Drawn(kind(graph, rng.randrange(1000)), prompts, experiment, tensors, budget)
 
 
 def _patches(rng: Random, draw: Draw) -> list[tuple[Patch, ...]]:
-    """Those of each cell: a sweep over nodes or over edges, or anything at all, some of it twice."""
+    """Those of each cell: a sweep over nodes, or what is inside them, or edges; or anything at all, some twice."""
     kind, n = rng.random(), rng.randint(2, 5)
     if kind < 0.3:
-        return [(_anything_behind(draw, _node(rng, draw)),) for _ in range(n)]
+        return [(_anything_behind(draw, draw.start() if draw.inside else _node(rng, draw)),) for _ in range(n)]
     if kind < 0.6:
         return [(_anything_behind(draw, _node(rng, draw), _node(rng, draw)),) for _ in range(n)]
     some = [draw.cell().patches for _ in range(n)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from random import Random
 
 import pytest
 import torch
@@ -12,34 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patchc.ir.dag import Dag
-from patchc.ir.program import Program
 from patchc.optimise.contract import Exactness
 from patchc.optimise.passes import PASSES
-from patchc.optimise.rebuild import read_by, written_into
+from patchc.optimise.rebuild import written_into
 from tests.drawn_sweeps import drawn_sweep
 from tests.toy import Toy
 
 EPS = 1e-9  # float64
 NAMES = [p.name for p in PASSES]
-randoms = st.randoms(use_true_random=False)
+seeds = st.integers(0, 2**32 - 1)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
     assert torch.equal(one.isinf(), other.isinf())
     return bool(((one - other).nan_to_num(nan=0.0).abs() < EPS * (1 + other.abs().nan_to_num(posinf=0.0))).all())
-
-
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
-@given(rng=randoms)
-def test_without_a_pass_the_answers_stay_and_the_cost_grows(name: str, rng: Random) -> None:
-    drawn = drawn_sweep(rng)
-    if drawn is None:
-        return
-    program, other = drawn.program(), drawn.program({name})
-    assert same(drawn.run(program), drawn.run(other))
-    if name not in ("chunks", "late entry"):  # which cut cells otherwise
-        assert all(less <= more for less, more in zip(drawn.cost(program), drawn.cost(other), strict=True))
 
 
 class RowByRow(Toy):
@@ -70,43 +55,50 @@ def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(row) for row in x.split(1)])
 
 
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds)
+def test_without_a_pass_the_answers_stay_and_the_cost_grows(name: str, seed: int) -> None:
+    drawn = drawn_sweep(seed)
+    program, other = drawn.program(), drawn.program({name})
+    assert same(drawn.run(program), drawn.run(other))
+    if name not in ("chunks", "late entry"):  # which cut cells otherwise
+        assert drawn.cost(program)[0] <= drawn.cost(other)[0]
+
+
 @pytest.mark.parametrize("name", [p.name for p in PASSES if p.exactness is Exactness.BITWISE])
-@settings(max_examples=40, deadline=None)
-@given(rng=randoms)
-def test_a_bitwise_pass_changes_no_bit(name: str, rng: Random) -> None:
-    if drawn := drawn_sweep(rng, kind=RowByRow):
-        assert torch.equal(drawn.run(drawn.program()), drawn.run(drawn.program({name})))
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds)
+def test_a_bitwise_pass_changes_no_bit(name: str, seed: int) -> None:
+    drawn = drawn_sweep(seed, kind=RowByRow)
+    assert torch.equal(drawn.run(drawn.program()), drawn.run(drawn.program({name})))
 
 
-@settings(max_examples=60, deadline=None)
-@given(randoms, st.sampled_from([p.name for p in PASSES if p.law]))
-def test_what_a_pass_rewrites_is_what_lowering_writes_at_once(rng: Random, name: str) -> None:
-    """From a DAG lowered without a pass's law, to the variant; but a sum that no other begins with stays whole."""
-    drawn = drawn_sweep(rng)
-    if drawn is None:
-        return
+@pytest.mark.parametrize("name", [p.name for p in PASSES if p.law])
+@settings(max_examples=50, deadline=None)
+@given(seed=seeds)
+def test_what_a_pass_rewrites_is_what_lowering_writes_at_once(name: str, seed: int) -> None:
+    """From a DAG lowered without a pass's law, to the variant; but of streams, the pass shares more than lowering."""
+    drawn = drawn_sweep(seed)
     program, rewritten = drawn.program(), drawn.rewritten({name})
-    dag = Dag(drawn.toy.graph, drawn.prompts.layout)
-    assert drawn.cost(rewritten) == drawn.cost(program)
+    assert same(drawn.run(program), drawn.run(rewritten))
+    (flops, additions), found = drawn.cost(program), drawn.cost(rewritten)
     if name == "shared streams":
-        assert size(rewritten) <= size(program)
+        assert found[0] == flops
+        assert found[1] <= additions
     else:
+        dag = Dag(drawn.toy.graph, drawn.prompts.layout)
         assert written_into(dag, rewritten, {}) == written_into(dag, program, {})
+        assert found == (flops, additions)
 
 
-def size(program: Program) -> int:
-    return len(read_by(program.dag, (root for roots in program.roots for root in roots)))
-
-
-@settings(max_examples=40, deadline=None)
-@given(randoms)
-def test_a_pass_leaves_its_argument_alone_and_has_nothing_to_do_twice(rng: Random) -> None:
-    drawn = drawn_sweep(rng, budget=1 << 30)
-    if drawn is None:
-        return
+@settings(max_examples=25, deadline=None)
+@given(seeds)
+def test_a_pass_leaves_its_argument_alone_and_has_nothing_to_do_twice(seed: int) -> None:
+    drawn = drawn_sweep(seed, budget=1 << 30)
     program = drawn.before_passes(set(NAMES))
     for p in PASSES:
-        before = (program, len(program.dag))
+        before = program, len(program.dag)
         after = p.apply(program)
         assert (program, len(program.dag)) == before
         again = p.apply(after)
@@ -115,14 +107,30 @@ def test_a_pass_leaves_its_argument_alone_and_has_nothing_to_do_twice(rng: Rando
 
 
 @settings(max_examples=60, deadline=None)
-@given(randoms, st.sets(st.sampled_from(NAMES)))
-def test_any_passes_may_be_left_out(rng: Random, names: set[str]) -> None:
-    if drawn := drawn_sweep(rng):
-        assert same(drawn.run(drawn.program()), drawn.run(drawn.program(names)))
+@given(seeds, st.sets(st.sampled_from(NAMES)))
+def test_any_passes_may_be_left_out(seed: int, names: set[str]) -> None:
+    drawn = drawn_sweep(seed)
+    assert same(drawn.run(drawn.program()), drawn.run(drawn.program(names)))
 
 
-@settings(max_examples=40, deadline=None)
-@given(randoms)
-def test_no_pass_at_all(rng: Random) -> None:
-    if drawn := drawn_sweep(rng):
-        assert same(drawn.run(drawn.program()), drawn.run(drawn.program(set(NAMES))))
+@settings(max_examples=25, deadline=None)
+@given(seeds)
+def test_no_pass_at_all(seed: int) -> None:
+    drawn = drawn_sweep(seed)
+    assert same(drawn.run(drawn.program()), drawn.run(drawn.program(set(NAMES))))
+
+
+def test_every_pass_is_of_use_somewhere() -> None:
+    """Tests of what changes nothing prove nothing: in drawn sweeps each pass saves something, or orders cells."""
+    of_use, additions = set[str](), [0, 0]
+    for seed in range(60):
+        drawn = drawn_sweep(seed)
+        program = drawn.program()
+        for name in NAMES:
+            other = drawn.program({name})
+            if drawn.cost(program) != drawn.cost(other) or program.passes != other.passes:
+                of_use.add(name)
+            if name == "shared streams":  # a chain that has no second reader adds no less
+                additions = [n + drawn.cost(p)[1] for n, p in zip(additions, (program, other), strict=True)]
+    assert of_use == set(NAMES) - {"packed rows"}
+    assert additions[0] < additions[1]

@@ -1,8 +1,9 @@
 """Computes a variant only at the tokens that something measured reads: demand goes from the roots down.
 
-Before    mlp[1](v1) on 1,2,3, logits read at 3        After    mlp[1](v1) on 3
-Attention asks for the keys and values of all positions that its queries look at, so demand narrows above a cell's last
-attention, and for everything else in the last layers.
+Before    v2 = mlp[0](v1)                             on 1,2,3        After    on 1,2,3
+          v3 = attention 1(q: base, k: v2, v: base)   on 1,2,3                 on 3
+          v4 = head[1, 0] of v3, logits read at 3     on 1,2,3                 on 3
+Attention reads the keys and values of all positions that its queries see, so below it nothing narrows.
 """
 
 from __future__ import annotations

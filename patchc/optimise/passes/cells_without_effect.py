@@ -1,8 +1,9 @@
 """Drops the cells that provably equal the base run wherever they are measured: they get its numbers.
 
-Before    cells 0 to 3, a position each                    After    cells 1 to 3
-          cell 0 patches position 0, the same in both worlds        cell 0: without effect
-Entries of a pattern above the diagonal are others.
+Before    cells 0, 1, 2, 3: a direct path from each position        After    cell 3
+                                                                             cells 0, 1, 2 are without effect
+Position 0 is the same in both worlds, and only position 3 is measured. Entries of a pattern above the diagonal are
+others.
 """
 
 from __future__ import annotations

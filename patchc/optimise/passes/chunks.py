@@ -1,6 +1,6 @@
-"""Cuts the cells into passes that each keep to the memory budget, in the order in which they stand.
+"""Cuts the cells into passes that keep matrix products full within the memory budget, in the order in which they stand.
 
-Before    one pass of 32,000 cells        After    12 passes of at most 2 GiB
+Before    one pass of cells 0, 1, 2, 3        After    a pass of cells 0, 1, 2 and one of cell 3
 What cells of different passes share is computed once in each.
 """
 
@@ -30,4 +30,7 @@ def remark(facts: Facts) -> tuple[bool, str]:
         return False, f"all cells fit into {size}: one pass"
     over = sum(work.bytes > budget for work in passes)
     alone = f"; {counted(over, 'cell')} alone may hold more" if over else ""
-    return True, f"a pass may hold about {size}: the cells are cut into {len(passes):,}{alone}"
+    return (
+        True,
+        f"the cells are cut into {len(passes):,} passes, of rows enough for full products, within {size}{alone}",
+    )

@@ -1,12 +1,10 @@
-"""Puts the base run in the place of what provably equals it: values that are the base run's own where they enter, and
-nodes that read nothing else. Nothing is computed for them.
+"""Puts the base run in the place of what provably equals it: values that are the run's own where they enter, and nodes
+that read nothing else. Nothing is computed for them.
 
-Before    v1 = stored embed of corrupt  @ 0      After    v1 = stored head[1, 0] of corrupt
-          v2 = attention 1(q: v1, k: v1, v: v1)           root = v1
-          v3 = head[1, 0] of v2
-          v4 = stored head[1, 0] of corrupt
-          root = v3 @ 0 | v4 @ 1,2,3
-Position 0 is the same in both worlds.
+Before    v1 = stored embed pos_embed of corrupt  @ 0                  After    base
+          v2 = attention 0(q: base, k: v1, v: base)
+          v3 = head[0, 0] of v2
+Position 0 is the same in both worlds. Position embeddings are the same at every position, and never stored.
 """
 
 from __future__ import annotations

@@ -1,10 +1,14 @@
 """Gives equal operations on equal variants one number, within a cell and across the cells of a sweep.
 
-Before    v1 = stored head[0, 0] of corrupt             After    v1 = stored head[0, 0] of corrupt
-          v2 = mlp[0](v1)                                        v2 = mlp[0](v1)
-          v3 = stored head[0, 0] of corrupt                      v3 = v1 + v2
-          v4 = mlp[0](v3)                                        two cells, both of v3
-          v5 = v1 + v2, v6 = v3 + v4: a cell each
+Before    v1 = stored head[0, 1] of corrupt                   After    v1 = stored head[0, 1] of corrupt
+          v2 = mlp[0](v1)                                              v2 = mlp[0](v1)
+          v3 = attention 1(q: v2, k: base, v: base)                    v3 = attention 1(q: v2, k: base, v: base)
+          v4 = head[1, 0] of v3                                        v4 = head[1, 0] of v3
+          v5 = stored head[0, 1] of corrupt                            v5 = head[1, 1] of v3
+          v6 = mlp[0](v5)
+          v7 = attention 1(q: v6, k: base, v: base)
+          v8 = head[1, 1] of v7
+One core serves both receivers: which of its heads are computed is demand's matter. Sums may be taken in another order.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@ patched position, are the base run's, and their keys and values come from there.
 
 Before    v1 = stored embed of corrupt  @ all                 After    v1 = stored embed of corrupt  @ 1
           v2 = attention 0(q: v1, k: v1, v: v1)  @ all                 v2 = attention 0(q: v1, k: v1, v: v1)  @ 1,2,3
-The worlds differ at position 1; in a causal model a change spreads to later positions only. Which those are differs by
-prompt.
+          v3 = head[0, 0] of v2  @ all                                 v3 = head[0, 0] of v2  @ 1,2,3
+          v4 = mlp[1](v3)  @ all                                       v4 = mlp[1](v3)  @ 1,2,3
+The worlds differ at position 1; where, differs by prompt. In a causal model a change spreads to later positions only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Takes a head's output from the base run and adds what a patch changes of it, where that needs no attention.
 
-Before    v1 = attention 1 with pattern of heads 0 = corrupt        After    z of the base run + (new - own rows of the
-          attention over the base run's q, k and v                           pattern that are set) times the values
+Before    v1 = attention 1(q: base, k: base, v: base)          After    z of the base run, and (new - own rows of the
+          with pattern of heads 0 = corrupt, computed                   pattern that are set) times the values
 z is linear in the pattern. On changed q, k or v attention is computed anew.
 """
 

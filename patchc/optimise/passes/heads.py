@@ -1,7 +1,7 @@
 """Computes only those heads of an attention block that some variant reads; the block is one value whichever they are.
 
-Before    v2 = attention 1(q: v1, k: base, v: base), all heads        After    the same, head 0
-          v3 = head[1, 0] of v2                                                v3 = head[1, 0] of v2
+Before    v2 = attention 1(q: v1, k: v1, v: v1), heads 0 and 1        After    head 0
+          v3 = head[1, 0] of v2
 """
 
 from __future__ import annotations

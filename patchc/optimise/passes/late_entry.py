@@ -1,7 +1,7 @@
 """Orders cells by the rank at which they enter, so that a pass of late cells never runs an early block, and cells that
 share variants stand together.
 
-Before    cells by layer and position: 0 1 2 3, entering at ranks 3 1 3 1        After    1 3 0 2
+Before    cells 0, 1, 2, 3 that enter in layers 0, 1, 0, 1        After    0, 2, 1, 3
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Packs rows of many variants, cells and positions into one matrix product: a few rows alone run at a fraction of the
 machine's speed.
 
-Before    144 products of 6 rows        After    one product of 864
+Before    v2 = mlp[0](v1), v4 = mlp[0](v3): a product each        After    one product of the rows of both
 More than some 960 rows only cost memory. A product of another shape may take another kernel, which rounds otherwise.
 """
 

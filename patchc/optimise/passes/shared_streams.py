@@ -1,11 +1,10 @@
 """Adds up streams once for all their readers: a sum of writers becomes a chain by rank, where another sum begins alike.
 
-Before    v3 = mlp[0](v1)                        After    v3 = mlp[0](v1)
-          v4 = v1 + v3                                    v4 = v1 + v3
-          v5 = attention 1(q: v4, k: v4, v: v4)           v5 = attention 1(q: v4, k: v4, v: v4)
-          v6 = head[1, 0] head[1, 1] of v5                v6 = head[1, 0] head[1, 1] of v5
-          v7 = v1 + v3 + v6                               v7 = v4 + v6
-So a reader costs one addition a rank in which something is written, not one a writer below it. Sums are taken in
+Before    v3 = v1 + v2                                        After    v3 = v1 + v2
+          v4 = attention 1(q: v3, k: base, v: base)                    v4 = attention 1(q: v3, k: base, v: base)
+          v5 = head[1, 0] of v4                                        v5 = head[1, 0] of v4
+          v6 = v1 + v2 + v5                                            v6 = v3 + v5
+So a reader costs one addition a rank in which something is written, not one a writer below it. Sums may be taken in
 another order.
 """
 
