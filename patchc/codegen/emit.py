@@ -44,6 +44,9 @@ class CompiledGraph(fx.GraphModule):
     starts: tuple[str, ...] = ()
     form: str = ""
 
+    def extra_repr(self) -> str:
+        return f"masks {list(self.mask_shape)}, {self.form}"
+
 
 def compiled_graph(
     cells: MaskedCells,

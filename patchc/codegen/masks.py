@@ -56,7 +56,8 @@ class Masks:
     def _picked(self, numbers: list[int], axes: tuple[int, ...]) -> fx.Node:
         """These masks, `[*axes, -1]`: a slice where they are numbered in order."""
         if numbers[0] >= 0 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-            picked = self.call(aten.narrow.default, self.flat, 0, numbers[0], len(numbers))
+            first, name = numbers[0], f"masks_from_{numbers[0]}"
+            picked = self.call(aten.narrow.default, self.flat, 0, first, len(numbers), name=name)
         else:
             shift = -1 in numbers
             flat = self._with_zero() if shift else self.flat

@@ -16,6 +16,7 @@ from torch import fx
 
 from patchc.codegen.cores import Cores
 from patchc.codegen.gaps import Gap, Gaps, is_sum_of_runs
+from patchc.codegen.homes import Homes, Parts
 from patchc.codegen.inside import Insides
 from patchc.codegen.masks import Masks
 from patchc.codegen.stored import StoredNodes
@@ -39,10 +40,6 @@ from patchc.ir.ops import (
     VariantId,
 )
 from patchc.ir.tokens import Tokens
-
-Parts = tuple[VariantId, ...]
-Term = tuple[int, Tokens, Gap]
-"""A mask, where it acts, and what it multiplies."""
 
 ELEMENTWISE = 24
 """A multiplication and an addition of whole arrays cost as much as so many inside a matrix product."""
@@ -73,13 +70,13 @@ class Variants:
         self.insides = Insides(worlds, dag.values, stored, masks.of, masks.rows)
         self.cores = Cores(dag, read, worlds, stored, masks, self.insides, self.stream, self.streams)
         self.gaps = Gaps(dag, worlds, stored, self.cores.z, self.mlp, self.difference)
+        self.homes = Homes(dag, self.gaps.gap)
         self.forms = Forms()
         self._differences: dict[VariantId, fx.Node] = {}
         self._streams: dict[tuple[Parts, int], fx.Node] = {}
         self._whole: dict[tuple[VariantId, int], fx.Node] = {}
         self._written: dict[tuple[int, Parts], fx.Node] = {}
         self._mlps: dict[VariantId, fx.Node] = {}
-        self._homes: dict[VariantId, int | None] = {}
 
     # ---- streams
     def stream(self, x: VariantId, rank: int) -> fx.Node:
@@ -87,7 +84,7 @@ class Variants:
         if x == 0:
             return self.worlds.stream(self.base, rank)
         op = self.dag.ops[x]
-        if self._home(x) is not None or isinstance(op, Sum):
+        if self.homes.home(x) is not None or isinstance(op, Sum):
             return self._summed(op.parts if isinstance(op, Sum) else (x,), rank)
         if (x, rank) not in self._whole:
             self._whole[x, rank] = self._of_other_kind(x, rank)
@@ -138,12 +135,15 @@ class Variants:
     def _summed(self, parts: Parts, rank: int) -> fx.Node:
         key = (parts, rank)
         if key not in self._streams:
-            self._streams[key] = self._private(parts, rank) if self._is_private(parts, rank) else self._on(parts, rank)
+            self._streams[key] = (
+                self._private(parts, rank) if self.homes.is_private(parts, rank) else self._on(parts, rank)
+            )
         return self._streams[key]
 
     def _on(self, parts: Parts, rank: int) -> fx.Node:
         """The stream below, and what the blocks between write."""
-        here = [p for p in parts if (home := self._home(p)) is not None and self.graph.blocks[home].rank == rank - 1]
+        just_below = {i for i, b in enumerate(self.graph.blocks) if b.rank == rank - 1}
+        here = [p for p in parts if self.homes.home(p) in just_below]
         rest = tuple(p for p in parts if p not in here)
         if rank == 1:
             return reduce(
@@ -153,69 +153,23 @@ class Variants:
             out = self._summed(rest, rank - 1)
         else:
             out = self.stream(rest[0] if rest else 0, rank - 1)
-        blocks = [i for i, b in enumerate(self.graph.blocks) if b.rank == rank - 1]
-        for n, i in enumerate(blocks, 1):
-            mine = tuple(p for p in here if self._home(p) == i)
-            name = f"stream_{rank}" if n == len(blocks) else None
+        for n, i in enumerate(sorted(just_below), 1):
+            mine = tuple(p for p in here if self.homes.home(p) == i)
+            name = f"stream_{rank}" if n == len(just_below) else None
             out = self.call(operator.add, out, self.written(i, mine), name=name)
         return out
-
-    def _is_private(self, parts: Parts, rank: int) -> bool:
-        """Whether a stream is of one reader: masks stand beside parts of lower blocks, and nothing goes on from it."""
-        if not any(self._is_start(p) for p in parts):
-            return False
-        homes = [self._home(p) for p in parts]
-        if any(home is None for home in homes):
-            return False
-        rest = [p for p, home in zip(parts, homes, strict=True) if home is not None and self._rank(home) < rank - 1]
-        return len(parts) == 1 or len(rest) > 1 or any(self._is_start(p) for p in rest)
-
-    def _rank(self, block: int) -> int:
-        return self.graph.blocks[block].rank
-
-    def _is_start(self, p: VariantId) -> bool:
-        return isinstance(self.dag.ops[p], Masked) and self._home(p) is not None
-
-    def _home(self, x: VariantId) -> int | None:
-        """The block that writes a variant; None of streams."""
-        if x not in self._homes:
-            self._homes[x] = self._block_of(x)
-        return self._homes[x]
-
-    def _block_of(self, x: VariantId) -> int | None:
-        match self.dag.ops[x]:
-            case Const(block) | Tokenwise(block):
-                return block
-            case Out(core, _):
-                op = self.dag.ops[core]
-                assert isinstance(op, Core)
-                return op.block
-            case Scale(_, y):
-                return self._home(y)
-            case Masked(own, starts):
-                return self._common([p for p in (own, *(value for *_, value in starts)) if p])
-            case Sum(parts):
-                return self._common(parts)
-            case _:
-                return None
-
-    def _common(self, parts: Sequence[VariantId]) -> int | None:
-        homes = {self._home(p) for p in parts}
-        return homes.pop() if len(homes) == 1 else None
 
     # ---- one reader's masks
     def _private(self, parts: Parts, rank: int) -> fx.Node:
         """The stream that everyone reads, and masks times gaps."""
-        return (
-            self.call(aten.select.int, self._dense([parts], rank), 0, 0)
-            if self._is_dense([parts])
-            else (self._sparse(parts, rank))
-        )
+        if self._is_dense([parts]):
+            return self.call(aten.select.int, self._dense([parts], rank), 0, 0)
+        return self._sparse(parts, rank)
 
     def _sparse(self, parts: Parts, rank: int) -> fx.Node:
         self.forms.sparse += 1
         out = self._common_stream(parts, rank)
-        for mask, tokens, gap in self._terms(parts):
+        for mask, tokens, gap in self.homes.terms(parts):
             change = self.gaps.of(gap)
             if change is not None:
                 change = self.masks.at(tokens, self.call(operator.mul, change, self.masks.of(mask)))
@@ -223,43 +177,21 @@ class Variants:
         return out
 
     def _common_stream(self, parts: Parts, rank: int) -> fx.Node:
-        own = self._own(parts)
+        own = self.homes.own(parts)
         return self._summed(own, rank) if own else self.worlds.stream(self.base, rank)
-
-    def _own(self, parts: Parts) -> Parts:
-        """What stands there before any mask acts."""
-        found: list[VariantId] = []
-        for p in parts:
-            op = self.dag.ops[p]
-            found.append(op.input if self._is_start(p) and isinstance(op, Masked) else p)
-        return tuple(sorted(p for p in found if p))
-
-    def _terms(self, parts: Parts) -> list[Term]:
-        out: list[Term] = []
-        for p in parts:
-            op = self.dag.ops[p]
-            if self._is_start(p) and isinstance(op, Masked):
-                out += [(mask, tokens, self.gaps.gap(op.input, v, tokens)) for mask, tokens, v in op.starts]
-        return out
 
     def streams(self, xs: list[VariantId], rank: int) -> fx.Node:
         """The streams of several variants, `[n, b, s, d_model]`."""
-        parts = [self._parts(x) for x in xs]
-        private = all(some and self._is_private(some, rank) for some in parts)
-        if private and len({self._own(some) for some in parts}) == 1 and self._is_dense(parts):
+        parts = [self.homes.parts(x) for x in xs]
+        private = all(some and self.homes.is_private(some, rank) for some in parts)
+        if private and len({self.homes.own(some) for some in parts}) == 1 and self._is_dense(parts):
             return self._dense(parts, rank)
         return self.call(aten.stack.default, [self.stream(x, rank) for x in xs], 0)
-
-    def _parts(self, x: VariantId) -> Parts:
-        op = self.dag.ops[x]
-        if isinstance(op, Sum):
-            return op.parts
-        return (x,) if x and self._home(x) is not None else ()
 
     def _is_dense(self, streams: list[Parts]) -> bool:
         """Whether a product of all masks with a bank of all gaps costs less than masks one by one; it must be
         possible: one mask a gap and stream and position."""
-        terms = [self._terms(parts) for parts in streams]
+        terms = [self.homes.terms(parts) for parts in streams]
         gaps = {gap for some in terms for *_, gap in some}
         sparse = sum(map(len, terms)) * ELEMENTWISE
         dense = len(streams) * len(gaps) + len(streams) * ELEMENTWISE + len(gaps) * COPY
@@ -267,7 +199,7 @@ class Variants:
 
     def _dense(self, streams: list[Parts], rank: int) -> fx.Node:
         """`[n, b, s, d_model]` of streams that differ by their masks alone."""
-        terms = [self._terms(parts) for parts in streams]
+        terms = [self.homes.terms(parts) for parts in streams]
         order = self._in_order({gap for some in terms for *_, gap in some})
         slots: list[list[tuple[int, Tokens]]] = []
         for some in terms:
@@ -327,33 +259,26 @@ class Variants:
 
     def _block_written(self, block: int, parts: Parts) -> fx.Node:
         if self.graph.blocks[block].kind is BlockKind.ATTENTION:
-            z = self._z_of(block, self._flat(parts))
+            z = self._z_of(block, self.homes.flat(parts))
             if z is not None:
                 layer = self.graph.blocks[block].layer
                 return self.worlds.module(f"layer{layer}_attn", z, name=f"attn_{layer}")
         elif len(parts) == 1 and isinstance(self.dag.ops[parts[0]], Tokenwise):
             return self.mlp(parts[0])
-        elif len(parts) == 1 and self._is_start(parts[0]):
-            out = self.written(block, self._own(parts))
-            for mask, tokens, gap in self._terms(parts):
+        elif len(parts) == 1 and self.homes.is_start(parts[0]):
+            out = self.written(block, self.homes.own(parts))
+            for mask, tokens, gap in self.homes.terms(parts):
                 if (change := self.gaps.of(gap)) is not None:
                     change = self.call(operator.mul, change, self.masks.of(mask))
                     out = self.call(operator.add, out, self.masks.at(tokens, change))
             return out
         return reduce(lambda x, p: self.call(operator.add, x, self._some(p)), parts, self.written(block, ()))
 
-    def _flat(self, parts: Parts) -> Parts:
-        out: list[VariantId] = []
-        for p in parts:
-            op = self.dag.ops[p]
-            out += self._flat(op.parts) if isinstance(op, Sum) else [p]
-        return tuple(out)
-
     def _z_of(self, block: int, parts: Parts) -> fx.Node | None:
         """z of a whole block whose heads are run again or masked, each at most once; None where it is not such."""
         seen, own, starts = 0, dict[fx.Node, int](), dict[int, list[tuple[int, int, Tokens]]]()
         for p in parts:
-            op, terms = self.dag.ops[p], self._terms((p,))
+            op, terms = self.dag.ops[p], self.homes.terms((p,))
             if isinstance(op, Out):
                 heads, z = op.heads, self.cores.z(op.core)
             elif terms and all(gap.members for *_, gap in terms):
@@ -436,7 +361,7 @@ class Variants:
             case Masked(x, starts):
                 return self._masked_difference(x, starts)
             case Out(core, heads):
-                block = self._home(i)
+                block = self.homes.home(i)
                 assert block is not None
                 return self.heads(
                     block, self.call(operator.sub, self.cores.z(core), self.worlds.z(self.base, block)), heads

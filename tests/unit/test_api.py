@@ -390,7 +390,7 @@ def test_a_graph_is_a_part_of_anyones_module() -> None:
 def test_a_graph_reads_like_the_experiment() -> None:
     code = small().compile(HEADS, IDS).graph.code
     assert "def forward(self, clean, corrupt, masks):" in code
-    for word in ("clean_stream_1", "corrupt_z_0", "self.layer1_mlp", "mask_0", "logits = self.unembed("):
+    for word in ("clean_stream_1", "corrupt_z_0", "self.layer1_mlp", "masks_from_0", "logits = self.unembed("):
         assert word in code
 
 
