@@ -15,7 +15,9 @@ from patchc.ir.dag import Dag
 from patchc.ir.experiment import Patch
 from patchc.ir.paths import Seq, Star, Step
 from patchc.lower.fold import Fold
-from patchc.optimise.cut import cut
+from patchc.optimise.course import Courses
+from patchc.optimise.demand import demand
+from patchc.optimise.rows import Rows, reachable
 from tests.drawn import VALUES, Case, case
 from tests.property.test_unrolling import plain_runs
 from tests.toy import Toy
@@ -54,6 +56,7 @@ def test_planned_rows_are_the_rows_that_run(rng: Random) -> None:
     measured = rng.getrandbits(c.prompts.layout.n_tokens) & dag.changed[folded.root]
     if folded.faults or not measured:
         return
-    (work,) = cut(dag, [folded.roots], [measured], [0], 1 << 30, 8)
-    planned = {b.layer: work.rows[i] for i, b in enumerate(c.graph.blocks) if b.kind == "mlp" and work.rows[i]}
+    rows, needs = [0] * len(c.graph.blocks), demand(dag, [(folded.root, measured)])
+    Rows(Courses(dag)).add(rows, needs, reachable(dag, needs, folded.roots, set()))
+    planned = {b.layer: rows[i] for i, b in enumerate(c.graph.blocks) if b.kind == "mlp" and rows[i]}
     assert planned == dict(run_rows(c, dag, folded.root, measured))
