@@ -47,7 +47,8 @@ def test_neurons_cost_a_vector_of_the_stream_each() -> None:
         "experiment e { for n in mlp[1].post[*] run clean patch node n @ -1 with corrupt measure logit(answer) as a }"
     )
     (planned,) = model("gpt2-sdpa").compile(spec, data=DATA).plan()
-    assert planned.cost.passes == 2 * 2 * 128 * 32  # two operations a number, of two rows of 128 neurons
+    read = 2 * 11 * 2 * 32 * 128  # neurons of both worlds at all 11 tokens
+    assert planned.cost.passes == read + 2 * 2 * 128 * 32  # two operations a number, of two rows of 128 neurons
     assert planned.variants == {"neurons, stored values": 128}
 
 
