@@ -81,9 +81,8 @@ class Dag:
     def make(self, op: Op, changed: Tokens, low: int) -> VariantId:
         if not changed:
             return EQUAL_TO_BASE
-        found = self._index.get(op)
-        if found is None:
-            found = self._index[op] = len(self.ops)
+        found = self._index.setdefault(op, len(self.ops))
+        if found == len(self.ops):
             self.ops.append(op)
             self.changed.append(changed)
             self.low.append(low)

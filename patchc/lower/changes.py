@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import FromWorld, Itself, Prompts, Value
 from patchc.ir.graph import Kind
@@ -18,6 +20,7 @@ def differing(prompts: Prompts, one: str, other: str) -> Tokens:
     return out
 
 
+@lru_cache(maxsize=1024)  # cells share few values, and every start of every cell asks
 def relative(value: Value, run: str) -> tuple[Value, float]:
     """A value as (the same with `self` read from the base run, the factor of `self`), sources joined and sorted."""
     factors: dict[FromWorld | object, float] = {}
