@@ -39,6 +39,7 @@ class Changes:
 
     def __init__(self, dag: Dag, prompts: Prompts, run: str, any_data: bool = False):
         self.dag, self.run = dag, run
+        self._at_node: dict[tuple[Value, Kind], Tokens] = {}  # one for each value that is patched, which cells share
         self._differing = {w.name: differing(prompts, run, w.name) for w in prompts.worlds if w.layout is None}
         if any_data:
             self._differing = {w: 0 if w == run else dag.layout.all for w in self._differing}
@@ -57,6 +58,12 @@ class Changes:
 
     def at_node(self, value: Value, kind: Kind) -> Tokens:
         """Tokens at which a node of this kind can differ from the base run under `value`."""
+        found = self._at_node.get((value, kind))
+        if found is None:
+            found = self._at_node[value, kind] = self._of_kind(value, kind)
+        return found
+
+    def _of_kind(self, value: Value, kind: Kind) -> Tokens:
         tokens = self._tokens(value)
         match kind:
             case Kind.EMBED:

@@ -43,11 +43,10 @@ class Live:
             rank = automaton.steps[i].rank
             self.stream_at[rank] |= 1 << i
             self._ranks[i] = 1 << rank - 1 if rank else 0
-        self.at = ByRank(self._matching)
-        self.under = ByRank(lambda rank: bitset(i for i, entry in enumerate(self._entry) if entry < rank))
-
-    def _matching(self, rank: int) -> Atoms:
-        return bitset(i for i, ranks in enumerate(self._ranks) if ranks >> rank & 1) & ~self._automaton.stream_atoms
+        # These refer to the lists and not to `self`: a circle of objects a cell would be garbage that stays.
+        ranks, entry, streams = self._ranks, self._entry, automaton.stream_atoms
+        self.at = ByRank(lambda rank: bitset(i for i, here in enumerate(ranks) if here >> rank & 1) & ~streams)
+        self.under = ByRank(lambda rank: bitset(i for i, lowest in enumerate(entry) if lowest < rank))
 
     def ranks(self, c: Atoms) -> Ranks:
         """The ranks at which some of these atoms can match, or put a value into the stream just above."""
