@@ -219,6 +219,8 @@ class Automaton:
 
     def reading(self, tokens: Tokens, atoms: Atoms) -> list[tuple[Tokens, Atoms]]:
         """Reading on with `atoms` at `tokens`; a complement's first step holds only at its own."""
+        if not atoms & self.accepts:
+            return [(tokens, atoms)] if tokens and atoms else []
         out: list[tuple[Tokens, Atoms]] = []
         for i in bits(atoms & self.accepts):
             if self.steps[i].site is Site.OUT and self.steps[i].tokens != EVERYWHERE:

@@ -69,6 +69,8 @@ class Fold(Entering):
         ]
         self.first_at = [min(b.first for _, b in blocks) for blocks in self.blocks_at]
         self._ranks_of: dict[int, int] = {}
+        self._leaves: dict[tuple[int, Step, Start], tuple[VariantId, bool]] = {}
+        """Streams that hold one start alone, and whether it bites: at most one for each start of the cells."""
 
     def cell(self, patches: tuple[Patch, ...], ends: Sequence[Probe | None] = (None,)) -> Folded:
         """A cell with these patches, read at each of `ends`; None is the logits."""
@@ -164,8 +166,34 @@ class Fold(Entering):
         ranks = self.live.ranks(c) & (1 << rank) - 1
         top = ranks.bit_length()  # above, nothing more is written before `rank`
         found = self.streams.get((top, c))
-        if found is not None:
-            return found
+        if found is None:
+            found = self.streams[top, c] = self._leaf(rank, top, c) if self._is_leaf(c) else self._added(rank, ranks, c)
+        return found
+
+    def _is_leaf(self, c: Atoms) -> bool:
+        """Whether this is one start alone, with nothing upstream: cells share what it puts into the stream."""
+        if c & (c - 1) or not c & self.automaton.start_atoms:
+            return False
+        return not self.automaton.before[c.bit_length() - 1] and self.masked is None
+
+    def _leaf(self, rank: int, top: int, c: Atoms) -> VariantId:
+        i = c.bit_length() - 1
+        start = self.automaton.starts[i]
+        key = (top, self.automaton.steps[i], start)
+        found = self._leaves.get(key)
+        if found is None:
+            known = start.patch in self.biting
+            x = self._added(rank, self.live.ranks(c) & (1 << rank) - 1, c)
+            if known:
+                return x  # whether this start bites as well does not show
+            found = self._leaves[key] = x, start.patch in self.biting
+        x, bites = found
+        if bites:
+            self.biting.add(start.patch)
+        return x
+
+    def _added(self, rank: int, ranks: int, c: Atoms) -> VariantId:
+        """What is written at `ranks` as `c` sees it, from the lowest up."""
         x = self._enter_stream(EQUAL_TO_BASE, 0, c)
         first = (ranks & -ranks).bit_length() - 1
         for r in bits(ranks):
@@ -179,7 +207,6 @@ class Fold(Entering):
                     x = self.dag.sum([x, *self._written_at(r, c)])
                 above = self.streams[key] = self._enter_stream(x, r + 1, c)
             x = above
-        self.streams[top, c] = x
         return x
 
     def _private_stream(self, reader: Reader, c: Atoms) -> VariantId:
@@ -314,6 +341,8 @@ class Fold(Entering):
 
     def _by_token(self, parts: list[tuple[Tokens, Atoms]], read: Callable[[Atoms], VariantId]) -> VariantId:
         """What a port reads: one stream, or a mix of streams by token where steps name positions."""
+        if not parts:
+            return EQUAL_TO_BASE
         if all(tokens == EVERYWHERE for tokens, _ in parts):
             c = 0
             for _, atoms in parts:
