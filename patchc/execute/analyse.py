@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def grown_memory(device: torch.device) -> Generator[list[int]]:
         yield grown
         grown[0] = torch.cuda.max_memory_allocated(device) - before
         return
+    _give_back()
     before, stop = _resident(), threading.Event()
 
     def watch() -> None:
@@ -78,6 +80,13 @@ def grown_memory(device: torch.device) -> Generator[list[int]]:
     finally:
         stop.set()
         thread.join()
+
+
+def _give_back() -> None:
+    """Let the C library return what was freed before: memory that is taken from there again would not show."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident() -> int:

@@ -66,6 +66,8 @@ class Rates:
     """Bytes of weights that are held a second time, beside the model's own tensors."""
     down: int = 0
     """FLOPs of an MLP's output matrix, a token row."""
+    prepared: bool = True
+    """Whether something is done to q, k or v before attention takes them (rotary, a norm)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from patchc.ir.graph_json import graph_from_json, graph_to_json
 from patchc.ir.program import Rates
 from patchc.model.cache import keep_entry, makers, read_entry
 
-FORMAT = 3
+FORMAT = 4
 KIND = "outlines"
 
 
@@ -47,6 +47,6 @@ def keep_facts(key: dict[str, Any], facts: Facts) -> None:
 
 
 def _facts(content: dict[str, Any]) -> Facts:
-    mlp, *others = content["rates"]
-    rates = Rates({int(b): int(n) for b, n in mlp}, *map(int, others))
+    mlp, *others, prepared = content["rates"]
+    rates = Rates({int(b): int(n) for b, n in mlp}, *map(int, others), prepared=bool(prepared))
     return Facts(graph_from_json(content["graph"]), rates, int(content["element"]))

@@ -258,6 +258,11 @@ class TracedPieces:
         x = r[None] if attention.block.ports[port].heads_last else r.transpose(0, 1)[None]
         return self._parts.run(prepare.module, x, *statics)[0].transpose(0, 1)
 
+    @property
+    def prepares(self) -> bool:
+        """Whether attention takes q, k or v otherwise than as they are projected."""
+        return any(p is not None for a in self._attention for p in a.prepares)
+
     def kv_head(self, head: int) -> int:
         return self.structure.layers[0].attention.kv_head[head]
 

@@ -22,7 +22,7 @@ def rates(pieces: TracedPieces) -> Rates:
     projection = 2 * graph.d_model * graph.d_head
     copied = sum(pieces.copied.values())
     down = 2 * graph.d_model * graph.d_mlp
-    return Rates(mlp, projection, projection, 4 * graph.d_head, 2 * graph.d_model, copied, down)
+    return Rates(mlp, projection, projection, 4 * graph.d_head, 2 * graph.d_model, copied, down, pieces.prepares)
 
 
 def _flops_of_mlp(pieces: Pieces, layer: int) -> int:

@@ -14,8 +14,8 @@ from patchc.optimise.demand import demand
 from patchc.optimise.memory import bytes_of, plain_run_bytes
 from patchc.optimise.rows import Rows, reachable
 
-ENOUGH = 3840
-"""Token rows that the widest block of a pass has, however large the budget: products are full with a quarter of them,
+ENOUGH = 1920
+"""Token rows that the widest block of a pass has, however large the budget: products are full with half of them,
 cells save nothing by sharing more, and what a killed run loses is a pass."""
 
 

@@ -28,7 +28,7 @@ from patchc.ir.ops import (
 )
 from patchc.ir.program import FULL, Schedule
 from patchc.ir.tokens import Tokens
-from patchc.optimise.course import Courses
+from patchc.optimise.course import Courses, Stage
 from patchc.optimise.demand import Demand, demand
 
 ROWS = 1200
@@ -37,13 +37,13 @@ GATHERED = 4096
 """Token rows of queries, keys and values, of all heads, that attention gathers at once."""
 
 
-def plain_run_bytes(graph: ResidualGraph, tokens: int, element: int) -> int:
-    """What one world's plain run keeps: embeddings, the stream below each rank, q, k, v as projected and as attention
-    takes them, z, MLP outputs."""
+def plain_run_bytes(graph: ResidualGraph, tokens: int, element: int, prepared: bool = True) -> int:
+    """What one world's plain run keeps: embeddings, the stream below each rank, q, k, v, z, MLP outputs; with
+    `prepared` q, k and v both as projected and as attention takes them."""
     heads, kv = graph.n_heads * graph.d_head, graph.n_kv_heads * graph.d_head
     total = (graph.blocks[0].size + graph.top + 1) * graph.d_model
     for block in graph.blocks[1:]:
-        total += graph.d_model if block.kind is BlockKind.MLP else 2 * (heads + 2 * kv) + heads
+        total += graph.d_model if block.kind is BlockKind.MLP else (1 + prepared) * (heads + 2 * kv) + heads
     return total * tokens * element
 
 
@@ -53,6 +53,17 @@ def bytes_of(graph: ResidualGraph, rows: int, element: int) -> int:
     heads = graph.n_heads * graph.d_head
     scratch = max(ROWS * (2 * graph.d_model + 2 * graph.d_mlp), 2 * GATHERED * heads)
     return (rows * (3 * graph.d_model + 5 * heads) + min(scratch, 4 * rows * (graph.d_mlp + graph.d_model))) * element
+
+
+@dataclass(frozen=True, slots=True)
+class Through:
+    """Rows of suffixes at one block: those that come in, that ask and that go out (see `Stage`), and those of queries,
+    keys and values that attention gathers for one call."""
+
+    incoming: int = 0
+    asking: int = 0
+    outgoing: int = 0
+    gathered: int = 0
 
 
 @dataclass
@@ -142,33 +153,45 @@ class Live:
         suffixes, front = self._suffix_rows(needs), self._front_rows(needs)
         out = [0] * (len(graph.blocks) + 1)
         for index, block in enumerate(graph.blocks):
-            incoming, asking, outgoing = suffixes.get(index, (0, 0, 0))
+            through = suffixes.get(index, Through())
             if block.kind is BlockKind.ATTENTION:
-                out[index] = self._attention(incoming, asking, outgoing) + self._banks(front[index])
+                out[index] = self._attention(through) + self._banks(needs, index, front[index])
             else:
-                held = incoming + (outgoing if self._stands_beside(index) else 0)
-                rows = min(ROWS, max(asking, front[index]))
+                held = through.incoming + (through.outgoing if self._stands_beside(index) else 0)
+                rows = min(ROWS, max(through.asking, front[index]))
                 out[index] = held * graph.d_model + rows * (3 * graph.d_model + 2 * graph.d_mlp)
-        top = suffixes.get(len(graph.blocks) - 1, (0, 0, 0))[2]
-        out[-1] = top * graph.d_model
+        out[-1] = suffixes.get(len(graph.blocks) - 1, Through()).outgoing * graph.d_model
         return [n * self.element for n in out]
 
-    def _suffix_rows(self, needs: Demand) -> dict[int, tuple[int, int, int]]:
-        """By block the rows that come in, that ask and that go out."""
+    def _suffix_rows(self, needs: Demand) -> dict[int, Through]:
+        """What goes through each block."""
         kinds: Counter[tuple[int, Tokens, Tokens]] = Counter()
         for i, tokens in needs.tokens.items():
             if isinstance(op := self.dag.ops[i], Run):
                 kinds[op.rank, self.dag.changed[op.input], tokens] += 1
-        out: dict[int, tuple[int, int, int]] = {}
+        stages: dict[int, Counter[Stage]] = {}
         for kind, n in kinds.items():
             for stage in self.courses.of(*kind):
-                known = out.get(stage.block, (0, 0, 0))
-                sets = (stage.incoming, stage.asking, stage.outgoing)
-                out[stage.block] = tuple(k + n * s.bit_count() for k, s in zip(known, sets, strict=True))  # type: ignore[assignment]
-        return out
+                stages.setdefault(stage.block, Counter())[stage] += n
+        return {block: self._through(alike) for block, alike in stages.items()}
+
+    def _through(self, stages: Counter[Stage]) -> Through:
+        counted = stages.items()
+        return Through(
+            sum(n * s.incoming.bit_count() for s, n in counted),
+            sum(n * s.asking.bit_count() for s, n in counted),
+            sum(n * s.outgoing.bit_count() for s, n in counted),
+            min(GATHERED, max(n * self._gathered(s.outgoing) for s, n in counted)),
+        )
+
+    def _gathered(self, outgoing: Tokens) -> int:
+        """Rows of queries, keys and values of one run."""
+        layout, causal = self.dag.layout, self.dag.graph.causal
+        parts = [(p.bit_count(), p.bit_length() if causal else layout.lengths[i]) for i, p in layout.split(outgoing)]
+        return sum(queries + 2 * keys for queries, keys in parts)
 
     def _front_rows(self, needs: Demand) -> list[int]:
-        """By block the rows of everything that is no suffix: of attention its rows of keys, queries and values."""
+        """By block the rows of everything that is no suffix."""
         out = [0] * len(self.dag.graph.blocks)
         for i, tokens in needs.tokens.items():
             match self.dag.ops[i]:
@@ -180,22 +203,27 @@ class Live:
                     pass
         return out
 
-    def _attention(self, incoming: int, asking: int, outgoing: int) -> int:
+    def _attention(self, through: Through) -> int:
         """Numbers that suffixes hold: streams below and above, q, k and v; then the norm's output, or z and what is
         gathered for one call."""
         graph = self.dag.graph
         heads, kv = graph.n_heads * graph.d_head, graph.n_kv_heads * graph.d_head
-        held = (incoming + outgoing) * graph.d_model + asking * heads + incoming * 2 * kv
-        copied = asking * graph.d_model if asking != incoming else 0
-        return held + copied + max(incoming * graph.d_model, outgoing * heads + 2 * min(GATHERED, 5 * outgoing) * heads)
+        held = (
+            (through.incoming + through.outgoing) * graph.d_model + through.asking * heads + through.incoming * 2 * kv
+        )
+        copied = through.asking * graph.d_model if through.asking != through.incoming else 0
+        calls = through.outgoing * heads + through.gathered * 3 * heads // 2
+        return held + copied + max(through.incoming * graph.d_model, calls)
 
-    def _banks(self, rows: int) -> int:
+    def _banks(self, needs: Demand, block: int, rows: int) -> int:
         """The base run's rows of all ports in one piece with those that variants project, and what is gathered."""
         graph = self.dag.graph
-        heads, kv = graph.n_heads * graph.d_head, graph.n_kv_heads * graph.d_head
         if not rows:
             return 0
-        return (self.dag.layout.n_tokens + rows) * (heads + 2 * kv) + 2 * min(GATHERED, 3 * rows) * heads
+        projected = sum(h.bit_count() * t.bit_count() for h, t in needs.projections.get(block, {}).values())
+        base = self.dag.layout.n_tokens * (graph.n_heads + 2 * graph.n_kv_heads) if projected else 0
+        gathered = 2 * min(GATHERED * graph.n_heads, 3 * projected) if projected else 0
+        return (base + projected + gathered) * graph.d_head
 
     def _stands_beside(self, index: int) -> bool:
         """Whether a block shares its rank with attention."""

@@ -166,7 +166,7 @@ def _cost(program: Program, rates: Rates) -> Cost:
         len(program.worlds) * plain,
         (cells + len(program.worlds)) * logits * rates.logit,
         len(program.roots) * (plain + logits * rates.logit),
-        len(program.worlds) * plain_run_bytes(graph, prompts.layout.n_tokens, element)
+        len(program.worlds) * plain_run_bytes(graph, prompts.layout.n_tokens, element, rates.prepared)
         + max(peak, readout_bytes(cells * program.measured.bit_count(), columns, element)),
         rates.copied,
     )
