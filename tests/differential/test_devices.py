@@ -152,28 +152,6 @@ def test_a_device_that_cannot_be_used_is_named(device: str, message: str) -> Non
     assert f'device "{device}" cannot be used: {message}' in diagnostic.message
 
 
-def _in_parts(kind: str, to: Any) -> torch.nn.Module:
-    module: Any = MODELS[kind]()
-    module.transformer.h[1].to(to)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (lambda: MODELS["gpt2-sdpa"]().to("meta"), "is on the device `meta`"),
-        (lambda: _in_parts("gpt2-sdpa", "meta"), "`transformer.h.1.ln_1.weight` is on the device `meta`"),
-        (lambda: _in_parts("gpt2-sdpa", torch.float8_e4m3fn), "is of type float8_e4m3fn"),
-    ],
-)
-def test_weights_that_cannot_be_computed_with_are_named(module: Any, message: str) -> None:
-    with pytest.raises(patchc.PatchcError) as caught:
-        patchc.load(module())
-    (diagnostic,) = caught.value.diagnostics
-    assert diagnostic.code == "model-numbers"
-    assert message in diagnostic.message
-
-
 # ---- a device that there is
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
