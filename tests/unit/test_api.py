@@ -115,6 +115,7 @@ def test_edited_weights_are_noticed_at_each_step() -> None:
 
 
 def test_a_second_spec_does_not_trace_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHC_CACHE", "off")  # another test may have traced this model
     traced: list[object] = []
     trace = loading.trace
     monkeypatch.setattr(loading, "trace", lambda exported: traced.append(exported) or trace(exported))
