@@ -8,7 +8,9 @@ What a spec says is in `parse` and `resolve`; what a model is, in `model`; every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+import gc
+from collections.abc import Callable, Generator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +71,20 @@ class Described(Protocol):
     def element(self) -> int: ...
 
 
+@contextmanager
+def without_collection() -> Generator[None]:
+    """Planning makes many objects that stay and no cycles: looking for garbage among them would take most of the
+    time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@without_collection()
 def to_study(
     tree: Spec, source: Source, model: Described, choice: ModelChoice | None, base: Path, given: Given
 ) -> tuple[Study, tuple[Diagnostic, ...]]:
@@ -89,6 +105,7 @@ def to_study(
     return resolved.study, resolved.warnings
 
 
+@without_collection()
 def to_programs(study: Study, model: Described, budget: int) -> tuple[Program, ...]:
     """Every experiment's program, a pass holding at most `budget` bytes; errors of all experiments are raised
     together."""

@@ -20,6 +20,7 @@ from unittest.mock import patch
 from patchc import checking
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Source
 from patchc.diagnostics.render import render, to_json
+from patchc.ir.program import Rates
 from patchc.model.outline import Outline
 from patchc.parse import format_spec
 from tests.golden.harness import HERE as GOLDEN
@@ -199,7 +200,7 @@ NOTHING_SAID = Diagnostic("", "an error without a diagnostic")
 
 def checked(text: str) -> list[Diagnostic]:
     """What `check` says of a text, on a graph without a model."""
-    model = Outline("small", SMALL, Words())
+    model = Outline("small", SMALL, Rates({}, 1, 1, 1, 1), 4, Words())
     with patch.object(checking, "outline", lambda *_, **__: model):
         return checking.check(text if "\n" in text else text + "\n")
 

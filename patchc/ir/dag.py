@@ -83,23 +83,21 @@ class Dag:
 
     def attends_from(self, rank: int) -> bool:
         """Whether attention moves anything between positions at this rank or above."""
-        return any(b.rank >= rank and b.kind is BlockKind.ATTENTION for b in self.graph.blocks)
+        return rank <= self.graph.last_attention
 
     # ---- making values; each returns EQUAL_TO_BASE where nothing can change
     def value(self, value: Value) -> ValueId:
-        if value not in self._value_index:
-            self._value_index[value] = len(self.values)
+        found = self._value_index.setdefault(value, len(self.values))
+        if found == len(self.values):
             self.values.append(value)
-        return self._value_index[value]
+        return found
 
     def make(self, op: Op, changed: Tokens, low: int) -> VariantId:
         if not changed:
             return EQUAL_TO_BASE
-        found = self._index.get(op)
-        if found is None:
-            found = len(self.ops)
-            if self._one_of_a_kind:
-                self._index[op] = found
+        number = len(self.ops)
+        found = self._index.setdefault(op, number) if self._one_of_a_kind else number
+        if found == number:
             self.ops.append(op)
             self.changed.append(changed)
             self.low.append(low)

@@ -140,6 +140,14 @@ class Value:
     """A linear combination of sources; no terms is `zero`."""
 
     terms: tuple[tuple[float, Source], ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+    """Worked out once: every start of every cell is looked up by its value."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.terms))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def uses_self(self) -> bool:

@@ -140,6 +140,11 @@ class ResidualGraph:
         return self.of(Kind.HEAD)
 
     @cached_property
+    def last_attention(self) -> int:
+        """The highest rank at which attention stands; -1 where there is none."""
+        return max((b.rank for b in self.blocks if b.kind is BlockKind.ATTENTION), default=-1)
+
+    @cached_property
     def mlps(self) -> Nodes:
         return self.of(Kind.MLP)
 

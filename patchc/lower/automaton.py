@@ -56,17 +56,24 @@ class Automaton:
         """The atoms at which paths end, with the steps as they are written."""
         for number, patch in enumerate(patches):
             self._add_patch(number, patch)
-        self.plain = bitset(
-            i for i, s in enumerate(self.steps) if s.ports == QKV and s.tokens == EVERYWHERE and s.site is Site.OUT
-        )
-        self.via = bitset(i for i, s in enumerate(self.steps) if s.via is not None)
         self.start_atoms = bitset(self.starts)
-        self.stream_atoms = self._with_site(Site.STREAM)
-        self.attn_out_atoms = self._with_site(Site.ATTN_OUT)
         self.watch_atoms = bitset(self.watches)
+        self._sort_atoms()
 
-    def _with_site(self, site: Site) -> Atoms:
-        return bitset(i for i in self.starts if self.steps[i].site is site)
+    def _sort_atoms(self) -> None:
+        """Atoms by what their steps say."""
+        self.plain = self.via = self.stream_atoms = self.attn_out_atoms = self.read_later = 0
+        for i, step in enumerate(self.steps):
+            atom = 1 << i
+            self.read_later |= self.before[i] & -(2 << i)
+            if step.via is not None:
+                self.via |= atom
+            if step.site is Site.OUT:
+                self.plain |= atom if step.ports == QKV and step.tokens == EVERYWHERE else 0
+            elif step.site is Site.STREAM:
+                self.stream_atoms |= atom & self.start_atoms
+            elif step.site is Site.ATTN_OUT:
+                self.attn_out_atoms |= atom & self.start_atoms
 
     def _add_patch(self, number: int, patch: Patch) -> None:
         first_atom = len(self.steps)
@@ -212,6 +219,8 @@ class Automaton:
 
     def reading(self, tokens: Tokens, atoms: Atoms) -> list[tuple[Tokens, Atoms]]:
         """Reading on with `atoms` at `tokens`; a complement's first step holds only at its own."""
+        if not atoms & self.accepts:
+            return [(tokens, atoms)] if tokens and atoms else []
         out: list[tuple[Tokens, Atoms]] = []
         for i in bits(atoms & self.accepts):
             if self.steps[i].site is Site.OUT and self.steps[i].tokens != EVERYWHERE:

@@ -6,6 +6,7 @@ And the variants that hold such values, at those tokens. Which values enter wher
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from patchc.ir.bits import bits
 from patchc.ir.dag import Dag
@@ -27,6 +28,7 @@ def differing(prompts: Prompts, one: str, other: str) -> Tokens:
     return out
 
 
+@lru_cache(maxsize=1024)  # cells share few values, and every start of every cell asks
 def relative(value: Value, run: str) -> tuple[Value, float]:
     """A value as (the same with `self` read from the base run, the factor of `self`), sources joined and sorted."""
     factors: dict[FromWorld | object, float] = {}
@@ -46,6 +48,7 @@ class Changes:
     def __init__(self, dag: Dag, prompts: Prompts, run: str, any_data: bool = False):
         self.dag, self.run = dag, run
         self._forward, self._drops = Law.FORWARD in dag.laws, Law.BASE in dag.laws
+        self._at_node: dict[tuple[Value, Kind], Tokens] = {}  # one for each value that is patched, which cells share
         self._differing = {w.name: differing(prompts, run, w.name) for w in prompts.worlds if w.layout is None}
         if any_data:
             self._differing = {w: 0 if w == run else dag.layout.all for w in self._differing}
@@ -64,6 +67,12 @@ class Changes:
 
     def at_node(self, value: Value, kind: Kind) -> Tokens:
         """Tokens at which a node of this kind can differ from the base run under `value`."""
+        found = self._at_node.get((value, kind))
+        if found is None:
+            found = self._at_node[value, kind] = self._of_kind(value, kind)
+        return found
+
+    def _of_kind(self, value: Value, kind: Kind) -> Tokens:
         tokens = self._tokens(value)
         match kind:
             case Kind.EMBED:

@@ -19,6 +19,7 @@ from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
 from patchc.lower.automaton import INNER_SITES, Atoms, Automaton, Start
 from patchc.lower.changes import Changes, relative
+from patchc.lower.live import ByRank
 
 TWO_VALUES = RULES.add("two-values", "two patches give one start two different values")
 
@@ -39,7 +40,7 @@ class Entering:
 
     automaton: Automaton
     patches: tuple[Patch, ...]
-    stream_at: list[Atoms]
+    stream_at: ByRank
     biting: set[int]
     faults: list[Diagnostic]
 

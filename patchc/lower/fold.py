@@ -15,7 +15,7 @@ from functools import partial
 
 from patchc.diagnostics import RULES, Diagnostic
 from patchc.ir.bits import bits
-from patchc.ir.dag import NEVER, Dag
+from patchc.ir.dag import Dag
 from patchc.ir.experiment import Patch, Probe, Prompts
 from patchc.ir.graph import Block, BlockKind, Node, Reader
 from patchc.ir.laws import Law
@@ -24,6 +24,7 @@ from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Tokens
 from patchc.lower.automaton import ENTERS, INNER_SITES, PORT_SITES, Atoms, Automaton, Start
 from patchc.lower.entering import Entering, Entry
+from patchc.lower.live import Live
 
 NOWHERE = -1
 """The number of a reader that is no node: no relation of edges names it."""
@@ -67,8 +68,11 @@ class Fold(Entering):
         self.blocks_at = [
             [(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)
         ]
+        self.first_at = [min(b.first for _, b in blocks) for blocks in self.blocks_at]
         self._ranks_of: dict[int, int] = {}
         self._shares = Law.STREAMS in dag.laws
+        self._leaves: dict[tuple[int, Step, Start], tuple[VariantId, bool]] = {}
+        """Streams that hold one start alone, and whether it bites: at most one for each start of the cells."""
 
     def cell(self, patches: tuple[Patch, ...], ends: Sequence[Probe | None] = (None,)) -> Folded:
         """A cell with these patches, read at each of `ends`; None is the logits."""
@@ -85,7 +89,8 @@ class Fold(Entering):
             )
             for i in self.automaton.partial
         ]
-        self._find_live_atoms()
+        self.live = Live(self.automaton, self._ranks)
+        self.at, self.under, self.stream_at = self.live.at, self.live.under, self.live.stream_at
         roots = tuple(self._end(probe) for probe in ends)
         return Folded(roots, frozenset(self.biting), tuple(self.faults))
 
@@ -144,41 +149,7 @@ class Fold(Entering):
         entries = tuple(r for r in sets if r.port >= SCORES)
         return self.dag.entries(node.block, member, INNER_SITES.index(site), projected[0], projected[1], entries)
 
-    # ---- which atoms can make a difference, and where
-    def _find_live_atoms(self) -> None:
-        """`at[r]`: atoms that can match a node of rank r and still lead to a start; `under[r]`: the same below r."""
-        automaton, top = self.automaton, self.graph.top
-        entry = self._entries()
-        self.at: list[Atoms] = [0] * top
-        for i, step in enumerate(automaton.steps):
-            if not automaton.stream_atoms >> i & 1 and entry[i] < top:
-                for r in bits(self._ranks(step.nodes) >> entry[i] << entry[i]):
-                    self.at[r] |= 1 << i
-        self.stream_at: list[Atoms] = [0] * (top + 1)
-        for i in bits(automaton.stream_atoms):
-            self.stream_at[automaton.steps[i].rank] |= 1 << i
-        self.under: list[Atoms] = [self.stream_at[0]]
-        for r in range(top):
-            self.under.append(self.under[-1] | self.at[r] | self.stream_at[r + 1])
-
-    def _entries(self) -> list[int]:
-        """The lowest rank at which each atom can match and a start (or a complement's end) can still be reached."""
-        automaton = self.automaton
-        entry = [NEVER] * len(automaton.steps)
-        for i in bits(automaton.stream_atoms):
-            entry[i] = automaton.steps[i].rank - 1
-        moved = True
-        while moved:
-            moved = False
-            for i, step in enumerate(automaton.steps):
-                ends_here = (automaton.start_atoms | automaton.accepts | automaton.watch_atoms) >> i & 1
-                lowest = 0 if ends_here else 1 + min((entry[j] for j in bits(automaton.before[i])), default=NEVER)
-                ranks = self._ranks(step.nodes) >> lowest if lowest < NEVER else 0
-                first = lowest + (ranks & -ranks).bit_length() - 1 if ranks else NEVER
-                if first < entry[i]:
-                    entry[i], moved = first, True
-        return entry
-
+    # ---- streams
     def _ranks(self, nodes: int) -> int:
         found = self._ranks_of.get(nodes)
         if found is None:
@@ -187,7 +158,6 @@ class Fold(Entering):
             )
         return found
 
-    # ---- streams
     def _read(self, reader: Reader, c: Atoms) -> VariantId:
         return self._private_stream(reader, c) if c & self.automaton.via else self._stream(reader.node.rank, c)
 
@@ -197,13 +167,42 @@ class Fold(Entering):
             return EQUAL_TO_BASE
         if not self._shares:
             return self._flat_stream(rank, c)
-        found = self.streams.get((rank, c))
-        if found is not None:
-            return found
+        ranks = self.live.ranks(c) & (1 << rank) - 1
+        top = ranks.bit_length()  # above, nothing more is written before `rank`
+        found = self.streams.get((top, c))
+        if found is None:
+            found = self.streams[top, c] = self._leaf(rank, top, c) if self._is_leaf(c) else self._added(rank, ranks, c)
+        return found
+
+    def _is_leaf(self, c: Atoms) -> bool:
+        """Whether this is one start alone, with nothing upstream: cells share what it puts into the stream."""
+        if c & (c - 1) or not c & self.automaton.start_atoms:
+            return False
+        return not self.automaton.before[c.bit_length() - 1] and self.masked is None and Law.EQUAL in self.dag.laws
+
+    def _leaf(self, rank: int, top: int, c: Atoms) -> VariantId:
+        i = c.bit_length() - 1
+        start = self.automaton.starts[i]
+        key = (top, self.automaton.steps[i], start)
+        found = self._leaves.get(key)
+        if found is None:
+            known = start.patch in self.biting
+            x = self._added(rank, self.live.ranks(c) & (1 << rank) - 1, c)
+            if known:
+                return x  # whether this start bites as well does not show
+            found = self._leaves[key] = x, start.patch in self.biting
+        x, bites = found
+        if bites:
+            self.biting.add(start.patch)
+        return x
+
+    def _added(self, rank: int, ranks: int, c: Atoms) -> VariantId:
+        """What is written at `ranks` as `c` sees it, from the lowest up."""
         x = self._enter_stream(EQUAL_TO_BASE, 0, c)
-        for r in range(rank):
-            if x and rank == self.graph.top and self._is_plain_from(r, c):
-                x = self.dag.run(r, x)
+        first = (ranks & -ranks).bit_length() - 1
+        for r in bits(ranks):
+            if (rank == self.graph.top if x else r > first) and self._is_plain_from(r, c):
+                x = self.dag.run(r, x)  # where what entered changes nothing, neither does what is above
                 break
             key = (r + 1, c & self.under[r + 1])
             above = self.streams.get(key)
@@ -212,7 +211,6 @@ class Fold(Entering):
                     x = self.dag.sum([x, *self._written_at(r, c)])
                 above = self.streams[key] = self._enter_stream(x, r + 1, c)
             x = above
-        self.streams[rank, c] = x
         return x
 
     def _flat_stream(self, rank: int, c: Atoms) -> VariantId:
@@ -254,7 +252,7 @@ class Fold(Entering):
         """From this rank up every node reads the stream of `c` again: there the model runs as it is."""
         automaton = self.automaton
         special = automaton.via | automaton.watch_atoms | automaton.start_atoms
-        first = min(b.first for _, b in self.blocks_at[rank])
+        first = self.first_at[rank]
         above = self.graph.all >> first
         upstream = 0
         for i in bits(c):
@@ -359,6 +357,8 @@ class Fold(Entering):
 
     def _by_token(self, parts: list[tuple[Tokens, Atoms]], read: Callable[[Atoms], VariantId]) -> VariantId:
         """What a port reads: one stream, or a mix of streams by token where steps name positions."""
+        if not parts:
+            return EQUAL_TO_BASE
         if all(tokens == EVERYWHERE for tokens, _ in parts):
             c = 0
             for _, atoms in parts:

@@ -62,8 +62,13 @@ def demand(dag: Dag, roots: Iterable[tuple[VariantId, Tokens]], schedule: Schedu
     waiting: list[int] = []
     for root, tokens in roots:
         _ask(dag, out, waiting, root, tokens)
+    order: list[VariantId] = []
     while waiting:  # children have lower numbers: when a variant is taken, all its readers have asked
-        _ask_children(dag, out, waiting, -heappop(waiting))
+        order.append(-heappop(waiting))
+        _ask_children(dag, out, waiting, order[-1])
+    tokens = {i: out.tokens[i] for i in order}
+    out.tokens.clear()
+    out.tokens.update(tokens)
     return out
 
 

@@ -68,7 +68,7 @@ class Patches:
         """The paths of a target; None where loop variables make it one that the model has no path for."""
         if node.what is None:
             return self._paths.everything(ends)
-        term = self._sets.term(node.what, env)
+        term = self._sets.once(node.what, env)
         path = self._path(node, term, ends)
         if not self._sets.locals_of(node.what, env):
             self._check(node, term, path, ends)

@@ -67,16 +67,16 @@ def gathered(parts: Iterable[P], make: Callable[[P], T]) -> list[T]:
     """What `make` gives for each part. Raises what is wrong with every one of them, not with the first alone; the same
     words once."""
     out: list[T] = []
-    found: dict[tuple[str, str], Diagnostic] = {}
-    failed = False
+    faults: list[PatchcError] = []
     for part in parts:
         try:
             out.append(make(part))
         except PatchcError as error:
-            failed = True
-            for d in error.diagnostics:
-                found.setdefault((d.code, d.message), d)
-    if failed:
+            faults.append(error)
+    if faults:
+        found: dict[tuple[str, str], Diagnostic] = {}
+        for d in (d for fault in faults for d in fault.diagnostics):
+            found.setdefault((d.code, d.message), d)
         raise PatchcError(found.values())
     return out
 

@@ -82,6 +82,10 @@ class Sets:
             found = self._memo[key] = (self._resolve(node, env), local)
         return found[0]
 
+    def once(self, node: tree.Set, env: Env) -> Term:
+        """The same of an expression that is asked for once with these local names: only its parts are kept."""
+        return self._resolve(node, env) if env else self.term(node, env)
+
     def nodes(self, node: tree.Set, env: Env, what: str = "a set of nodes") -> NodeSet:
         """What an expression stands for, where only nodes will do."""
         term = self.term(node, env)

@@ -114,8 +114,8 @@ def test_edited_weights_are_noticed_at_each_step() -> None:
         assert code_of(caught) == "model-changed"
 
 
-def test_a_second_spec_does_not_trace_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATCHC_CACHE", "off")  # another test may have traced this model
+def test_a_second_spec_does_not_trace_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATCHC_CACHE", str(tmp_path))
     traced: list[object] = []
     trace = loading.trace
     monkeypatch.setattr(loading, "trace", lambda exported: traced.append(exported) or trace(exported))
