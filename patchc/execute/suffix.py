@@ -218,7 +218,7 @@ class Suffixes:
             n = tokens[kind].bit_count()
             mine = flat[first : first + n * len(runs)]
             at = slice(first, first + n * len(runs))
-            self.groups.append(Group(kind, tokens[kind], runs, mine.view(len(runs), n, -1), at))
+            self.groups.append(Group(kind, tokens[kind], runs, mine.view(len(runs), n, flat.shape[1]), at))
             first = at.stop
 
     # ---- a rank with attention, or several blocks side by side
