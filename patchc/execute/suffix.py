@@ -207,7 +207,7 @@ class Suffixes:
         for kind, runs in new.items():
             tokens[kind] = kind[0] & self.needed(kind[1])[rank]
             parts.setdefault(kind, []).append(self.walk.stream_rows(rank, [(x, tokens[kind]) for _, x in runs]))
-            for _, x in runs:
+            for _, x in runs if tokens[kind] else ():  # else nobody has asked for it
                 self.walk.release(x)
             members.setdefault(kind, []).extend(i for i, _ in runs)
         self._lay_out(torch.cat([x for some in parts.values() for x in some]), members, tokens)

@@ -169,7 +169,7 @@ class Walk:
         """The whole stream below `rank` for several variants, each at its tokens: `[rows, d_model]`."""
         deltas = [
             pick(self.value(x), self.demand.tokens[x], tokens)
-            if not tokens & ~self.dag.changed[x]
+            if tokens and not tokens & ~self.dag.changed[x]
             else self._spread_out(x, tokens)
             for x, tokens in parts
         ]
@@ -177,7 +177,7 @@ class Walk:
         return torch.cat(deltas) + self.stored.base_run.stream[rank][at]
 
     def _spread_out(self, x: VariantId, tokens: Tokens) -> Tensor:
-        """A variant's difference at tokens at some of which there is none."""
+        """A variant's difference at tokens at some of which there is none; at no tokens nobody has computed it."""
         out = torch.zeros(tokens.bit_count(), self.dag.graph.d_model, device=self.device, dtype=self.pieces.dtype)
         if here := tokens & self.dag.changed[x]:
             out[where(tokens, here, self.device)] = pick(self.value(x), self.demand.tokens[x], here)
