@@ -95,7 +95,7 @@ def _chosen(choice: ModelChoice, tokenizer: Any | None, base: Path | None) -> Lo
     try:
         return load_model(choice.name, tokenizer=tokenizer, base=base, **options)
     except PatchcError as error:
-        raise PatchcError(d.at(choice.span) for d in error.diagnostics) from None
+        raise error.at(choice.span) from None
 
 
 def load_graph(directory: str | Path, model: str | Path | nn.Module | Model) -> CompiledGraph:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from patchc.diagnostics import Diagnostic, PatchcError, Report, Source, Span
 from patchc.ir.experiment import Experiment, ModelChoice, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.lower import lower
-from patchc.model.outline import Outline, outline
+from patchc.model.outline import Outline, chosen_outline
 from patchc.optimise import reads
 from patchc.parse import parse
 from patchc.resolve import model_choice, resolve
@@ -49,14 +48,12 @@ class _Outlines:
             self._found[key] = self._find(choice, base)
         found = self._found[key]
         if isinstance(found, PatchcError):
-            raise PatchcError(d.at(choice.span) for d in found.diagnostics)
+            raise found.at(choice.span)
         return found
 
     def _find(self, choice: ModelChoice, base: Path) -> Outline | PatchcError:
-        # The option `device` is the run's: a spec may be checked where there is none of its kind.
-        options: dict[str, Any] = {name: value for name, value in choice.options if name != "device"}
         try:
-            return outline(choice.name, base=base, **options)
+            return chosen_outline(choice, base)
         except PatchcError as error:
             return error
 

@@ -17,7 +17,7 @@ from patchc import pipeline
 from patchc.diagnostics import Diagnostic, PatchcError
 from patchc.free_memory import default_budget
 from patchc.ir.experiment import ModelChoice
-from patchc.model.outline import Outline, outline
+from patchc.model.outline import Outline, chosen_outline, outline
 from patchc.optimise.plan import Plan
 from patchc.optimise.plan import plan as plan_program
 from patchc.parse import parse
@@ -63,7 +63,7 @@ def plan(
     tree = parse(source)
     if model is None:
         choice = model_choice(tree, given.parameters)
-        found = chosen_outline(choice, base)
+        found = _asked_for(choice, base)
     else:
         choice, found = ModelChoice(str(model)), outline(model, dtype=dtype, attention=attention)
     if tokenizer is not None:
@@ -75,11 +75,9 @@ def plan(
     return plans
 
 
-def chosen_outline(choice: ModelChoice, base: Path) -> Outline:
-    """The outline of the model that a spec asks for; what is wrong with it is said at its statement."""
-    # The option `device` is the run's: a spec may be planned where there is none of its kind.
-    options: dict[str, Any] = {name: value for name, value in choice.options if name != "device"}
+def _asked_for(choice: ModelChoice, base: Path) -> Outline:
+    """The outline of the model of a spec's statement; what is wrong with it is said there."""
     try:
-        return outline(choice.name, base=base, **options)
+        return chosen_outline(choice, base)
     except PatchcError as error:
-        raise PatchcError(d.at(choice.span) for d in error.diagnostics) from None
+        raise error.at(choice.span) from None

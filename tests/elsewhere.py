@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from patchc.model.load import LoadedModel
 from patchc.model.pieces import TracedPieces
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda", 77)
+"""No machine has as many: what is kept by device is not taken for a real GPU's."""
 
 
 class Elsewhere(Tensor):

@@ -135,6 +135,10 @@ class PatchcError(Exception):
         """The process's exit status: the highest of the errors'."""
         return max((d.exit for d in self.diagnostics if d.is_error), default=1)
 
+    def at(self, span: Span | None) -> PatchcError:
+        """The same, with a place for what had none."""
+        return PatchcError(d.at(span) for d in self.diagnostics)
+
 
 class Report:
     """Collects the diagnostics of a stage, each once, in the order in which they were found."""

@@ -33,7 +33,7 @@ class Attention:
     def __init__(self, walk: Walk, block: int, layer: int):
         self.walk, self.block, self.layer = walk, block, layer
         self.dag, self.pieces, self.demand = walk.dag, walk.pieces, walk.demand
-        self.base = walk.stored.base_run.attention[block]
+        self.base, self.device = walk.stored.base_run.attention[block], walk.device
         self.n_heads = self.dag.graph.n_heads
         self.kv = [self.pieces.kv_head(h) for h in range(self.n_heads)]
 
@@ -45,7 +45,7 @@ class Attention:
         plain = {i for i, op in ops.items() if op.is_base(0, 1, 2)} if self.walk.schedule.deltas else set[VariantId]()
         for i in cores:
             heads = list(bits(self.demand.heads[i]))
-            at = rows(self.demand.tokens[i])
+            at = rows(self.demand.tokens[i], self.device)
             z = self.base.z[at][:, heads]
             out[i] = heads, torch.zeros_like(z) if i in plain else -z
         groups: dict[tuple[int, int, int, tuple[int, ...] | None], list[Item]] = {}
@@ -103,7 +103,7 @@ class Attention:
                     self.layer, port, self.walk.stream_rows(self.dag.graph.blocks[self.block].rank, batch)
                 )
                 raw = self.pieces.project(self.layer, port, y, None if every else columns)
-                at = torch.cat([rows(tokens) for _, tokens in batch])
+                at = torch.cat([rows(tokens, self.device) for _, tokens in batch])
                 ready = self.pieces.prepare(self.layer, port, raw, at, self.walk.tables)
                 sizes = [tokens.bit_count() for _, tokens in batch]
                 for (x, tokens), r, values in zip(batch, raw.split(sizes), ready.split(sizes), strict=True):
@@ -125,18 +125,18 @@ class Attention:
         tokens = (tokens | have) & needed
         heads = list(bits(self.demand.heads[core]))
         own = [h if port == 0 else self.kv[h] for h in heads]
-        values = self.base.raw[port][rows(tokens)][:, own].clone()
+        values = self.base.raw[port][rows(tokens, self.device)][:, own].clone()
         if both := have & tokens:
             changed = pick(computed, have, both)
-            values[where(tokens, both)] = changed[:, [columns.index(c) for c in own]]
+            values[where(tokens, both, self.device)] = changed[:, [columns.index(c) for c in own]]
         for r in replaced:
             here = r.tokens & tokens
             for j, h in enumerate(heads):
                 if here and r.heads >> h & 1:
-                    at = where(tokens, here)
-                    value = self.dag.values[r.value]
-                    values[at, j] = self.walk.stored.projection(self.block, port, h, value, rows(here), values[at, j])
-        ready = self.pieces.prepare(self.layer, port, values, rows(tokens), self.walk.tables)
+                    at, value = where(tokens, here, self.device), self.dag.values[r.value]
+                    asked = rows(here, self.device)
+                    values[at, j] = self.walk.stored.projection(self.block, port, h, value, asked, values[at, j])
+        ready = self.pieces.prepare(self.layer, port, values, rows(tokens, self.device), self.walk.tables)
         bank.add(key, tokens, [-1 - h for h in heads], ready)
 
     # ---- attention
@@ -161,13 +161,13 @@ class Attention:
         out: dict[VariantId, tuple[list[int], Tensor]],
     ) -> None:
         q, k, v = (self.operand(items, ops, banks[port], port) for port in range(3))
-        positions = torch.tensor([item.positions for item in items], device=self.pieces.device)
+        positions = torch.tensor([item.positions for item in items], device=self.device)
         heads = items[0].heads if len(items[0].heads) < self.n_heads and len({i.heads for i in items}) == 1 else None
         z = self.pieces.attend(self.layer, q, k, v, positions, length, self.walk.tables, heads)
         for item, values in zip(items, z, strict=True):
             have, all_rows = out[item.core]
             tokens = sum(1 << p for p in item.positions) << self.dag.layout.offsets[item.prompt]
-            at = where(self.demand.tokens[item.core], tokens)
+            at = where(self.demand.tokens[item.core], tokens, self.device)
             if len(item.heads) == len(have):
                 all_rows[at] += values
             else:
@@ -189,7 +189,7 @@ class Attention:
         if not np.array_equal(base, own):
             is_own = np.stack([rows.own[t] for rows, t in zip(found, at, strict=True)])
             columns = np.where(is_own[:, :, None], own[:, None], base[:, None])
-        return bank.flat()[torch.from_numpy(first[:, :, None] + columns)]
+        return bank.flat()[torch.from_numpy(first[:, :, None] + columns).to(self.device)]
 
     def _tokens(self, item: Item, port: int) -> npt.NDArray[np.int64]:
         """The tokens that an item reads at a port."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from patchc.execute.indices import pick, rows, where
+from patchc.execute.indices import CPU, pick, rows, where
 from patchc.execute.patterns import HIDDEN, PlainRows, pattern_of
 from patchc.ir.bits import bits
 from patchc.ir.ops import PATTERN, SCORES, Entries, VariantId
@@ -32,17 +32,17 @@ class EntryRows:
         for prompt, positions in self.layout.split(tokens):
             here = positions << self.layout.offsets[prompt]
             length = self.layout.lengths[prompt]
-            base = self.plain.of_world(self.op.port, self.walk.stored.base, rows(here), length)
+            base = self.plain.of_world(self.op.port, self.walk.stored.base, rows(here, CPU), length)
             new = self._of_prompt(prompt, here)
             gap = (new - base).masked_fill((new == HIDDEN) & (base == HIDDEN), 0)
-            out[rows_in(tokens, here), :length] = gap
+            out[where(tokens, here, out.device), :length] = gap
         return out
 
     def _of_prompt(self, prompt: int, here: Tokens) -> Tensor:
         """Scores or pattern of some tokens of one prompt, `[n, length]`."""
         length = self.layout.lengths[prompt]
         q, k = self._ready(0, self.op.q, here), self._ready(1, self.op.k, self.layout.prompt(prompt))
-        positions = (rows(here) - self.layout.offsets[prompt])[None].to(self.pieces.device)
+        positions = (rows(here, self.pieces.device) - self.layout.offsets[prompt])[None]
         tables = self.walk.tables
         own = self.pieces.scores(self.layer, q, k, positions, length, tables, [self.op.head])[0, 0]
         scores = self._set(SCORES, own, own > HIDDEN, prompt, here)
@@ -52,11 +52,12 @@ class EntryRows:
 
     def _ready(self, port: int, x: VariantId, tokens: Tokens) -> Tensor:
         """q or k as attention reads them, `[1, n, 1, d_head]`."""
+        at = rows(tokens, self.pieces.device)
         column = self.op.head if port == 0 else self.pieces.kv_head(self.op.head)
-        raw = self.base.raw[port][rows(tokens)][:, column].clone()
+        raw = self.base.raw[port][at][:, column].clone()
         if here := tokens & self.walk.dag.changed[x]:
-            raw[where(tokens, here)] += pick(self.walk.value(x), self.walk.demand.tokens[x], here)
-        return self.pieces.prepare(self.layer, port, raw[:, None], rows(tokens), self.walk.tables)[None]
+            raw[where(tokens, here, raw.device)] += pick(self.walk.value(x), self.walk.demand.tokens[x], here)
+        return self.pieces.prepare(self.layer, port, raw[:, None], at, self.walk.tables)[None]
 
     def _set(self, port: int, own: Tensor, visible: Tensor, prompt: int, here: Tokens) -> Tensor:
         """With values at the entries where they start."""
@@ -65,11 +66,6 @@ class EntryRows:
             if r.port == port and r.tokens & here:
                 asks = torch.tensor([bool(r.tokens >> t & 1) for t in bits(here)], device=own.device)
                 looked_at = torch.tensor([bool(r.sources >> (first + p) & 1) for p in range(length)], device=own.device)
-                new = self.plain.value(port, self.walk.dag.values[r.value], rows(here), own)
+                new = self.plain.value(port, self.walk.dag.values[r.value], rows(here, CPU), own)
                 out = torch.where(asks[:, None] & looked_at & visible, new, out)
         return out
-
-
-def rows_in(have: Tokens, want: Tokens) -> Tensor:
-    """Where the rows of `want` stand among those of `have`, as numbers."""
-    return torch.arange(have.bit_count())[where(have, want)]

@@ -93,7 +93,8 @@ class Inside:
         for item, change in zip(items, z, strict=True):
             heads, rows = out[item.core]
             positions = sum(1 << p for p in item.positions) << self.layout.offsets[item.prompt]
-            rows[where(self.attention.demand.tokens[item.core], positions), heads.index(kind.head)] += change
+            at = where(self.attention.demand.tokens[item.core], positions, self.pieces.device)
+            rows[at, heads.index(kind.head)] += change
 
     def _own_scores(self, kind: Kind, items: list[Item]) -> Tensor:
         """Scores that the variants themselves have, `[item, row, position]`."""

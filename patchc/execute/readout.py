@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from patchc.diagnostics import RULES
-from patchc.execute.indices import rows
+from patchc.execute.indices import CPU, rows
 from patchc.execute.patterns import PlainRows
 from patchc.execute.places import probe_place
 from patchc.execute.statistics import Ends, Numbers, numbers
 from patchc.execute.stored import Stored
+from patchc.ir.bits import bits
 from patchc.ir.experiment import (
     Called,
     Constant,
@@ -70,7 +71,7 @@ class Readout:
     tables: Tables
 
     def __post_init__(self) -> None:
-        self.row_of = {end.probe: {int(t): i for i, t in enumerate(rows(end.tokens))} for end in self.read_at}
+        self.row_of = {end.probe: {t: i for i, t in enumerate(bits(end.tokens))} for end in self.read_at}
         self.places = self.row_of.get(None, {})
         self.column_of = {c: i for i, c in enumerate(self.columns or ())}
         self._log_probs: dict[str, Tensor] = {}
@@ -94,10 +95,11 @@ class Readout:
 
     def at_end(self, end: End, world: str) -> Tensor:
         """What a plain run has at an end, `[token, width]`."""
-        run, probe, at = self.stored.runs[world], end.probe, rows(end.tokens)
+        run, probe = self.stored.runs[world], end.probe
         if probe is not None and probe.site in (Site.SCORES, Site.PATTERN):
-            return self._entries(probe, world, at)
-        return (run.stream[-1] if probe is None else probe_place(self.pieces, probe).read(run))[at]
+            return self._entries(probe, world, rows(end.tokens, CPU))
+        values = run.stream[-1] if probe is None else probe_place(self.pieces, probe).read(run)
+        return values[rows(end.tokens, values.device)]
 
     def _entries(self, probe: Probe, world: str, at: Tensor) -> Tensor:
         node = self.pieces.graph.members(probe.nodes)[0]
@@ -191,7 +193,7 @@ class Readout:
         return (theirs.exp() * (theirs - logits[:, at].log_softmax(-1))).sum(-1).cpu()
 
     def _called(self, name: str, logits: Tensor) -> Tensor:
-        n, at = self.prompts.n, [self.places[int(t)] for t in rows(self.prompts.alone)]
+        n, at = self.prompts.n, [self.places[t] for t in bits(self.prompts.alone)]
         out: list[Tensor] = []
         for cell in logits.to(self.pieces.dtype):
             value = self._result_of(name, cell[at].view(n, self.prompts.own_lengths[0], -1))

@@ -187,7 +187,7 @@ class Stored:
 
     def _spread(self, place: Place) -> float:
         """The standard deviation of a site's numbers in the base run."""
-        own = place.read(self.base_run)[rows(self.prompts.alone)]
+        own = place.read(self.base_run)[rows(self.prompts.alone, self.pieces.device)]
         return float(own.double().std(correction=0))
 
 

@@ -60,7 +60,7 @@ class Alike:
 
 
 @lru_cache(maxsize=4096)
-def alike(layout: Layout, causal: bool, incoming: Tokens, outgoing: Tokens) -> tuple[Alike, ...]:
+def alike(layout: Layout, causal: bool, incoming: Tokens, outgoing: Tokens, device: torch.device) -> tuple[Alike, ...]:
     """How attention reads `incoming` changed tokens to compute `outgoing` ones, prompts of one form together."""
     forms: dict[tuple[int, Tokens, Tokens], list[int]] = {}
     for prompt, asked in layout.split(outgoing):
@@ -79,24 +79,24 @@ def alike(layout: Layout, causal: bool, incoming: Tokens, outgoing: Tokens) -> t
             Alike(
                 length,
                 n_keys,
-                torch.tensor([list(range(o, o + n_keys)) for o in at]),
-                torch.tensor(queries),
-                torch.tensor(changed, dtype=torch.long),
-                _places(incoming, [[o + p for p in changed] for o in at]),
-                _places(outgoing, [[o + p for p in queries] for o in at]),
-                _places(both, [[o + p for p in twice] for o in at]),
-                torch.tensor([queries.index(q) for q in twice], dtype=torch.long),
+                torch.tensor([list(range(o, o + n_keys)) for o in at], device=device),
+                torch.tensor(queries, device=device),
+                torch.tensor(changed, dtype=torch.long, device=device),
+                _places(incoming, [[o + p for p in changed] for o in at], device),
+                _places(outgoing, [[o + p for p in queries] for o in at], device),
+                _places(both, [[o + p for p in twice] for o in at], device),
+                torch.tensor([queries.index(q) for q in twice], dtype=torch.long, device=device),
             )
         )
     return tuple(out)
 
 
-def _places(have: Tokens, tokens: list[list[int]]) -> Tensor | None:
+def _places(have: Tokens, tokens: list[list[int]], device: torch.device) -> Tensor | None:
     """Where tokens stand among the rows of a set; None where they are all of it, in order."""
     places = [[(have & ((1 << t) - 1)).bit_count() for t in row] for row in tokens]
     flat = [place for row in places for place in row]
     whole = bool(flat) and flat == list(range(have.bit_count()))
-    return None if whole else torch.tensor(places, dtype=torch.long)
+    return None if whole else torch.tensor(places, dtype=torch.long, device=device)
 
 
 @dataclass(eq=False)
@@ -156,14 +156,14 @@ class Suffixes:
     def __post_init__(self) -> None:
         dag = self.walk.dag
         self.graph, self.pieces, self.base = dag.graph, self.walk.pieces, self.walk.stored.base_run
-        self.rows = self.walk.schedule.rows
+        self.rows, self.device = self.walk.schedule.rows, self.walk.device
         self.entering: dict[int, list[VariantId]] = {}
         self._needed: dict[Tokens, list[Tokens]] = {}
         for i in self.walk.demand.tokens:
             if isinstance(op := dag.ops[i], Run):
                 self.entering.setdefault(op.rank, []).append(i)
         self.blocks = [[(i, b) for i, b in enumerate(self.graph.blocks) if b.rank == r] for r in range(self.graph.top)]
-        self.group_of = torch.tensor([self.pieces.kv_head(h) for h in range(self.graph.n_heads)])
+        self.group_of = torch.tensor([self.pieces.kv_head(h) for h in range(self.graph.n_heads)], device=self.device)
 
     # ---- which tokens
     def needed(self, demanded: Tokens) -> list[Tokens]:
@@ -207,7 +207,7 @@ class Suffixes:
         for kind, runs in new.items():
             tokens[kind] = kind[0] & self.needed(kind[1])[rank]
             parts.setdefault(kind, []).append(self.walk.stream_rows(rank, [(x, tokens[kind]) for _, x in runs]))
-            for _, x in runs:
+            for _, x in runs if tokens[kind] else ():  # else nobody has asked for it
                 self.walk.release(x)
             members.setdefault(kind, []).extend(i for i, _ in runs)
         self._lay_out(torch.cat([x for some in parts.values() for x in some]), members, tokens)
@@ -218,7 +218,7 @@ class Suffixes:
             n = tokens[kind].bit_count()
             mine = flat[first : first + n * len(runs)]
             at = slice(first, first + n * len(runs))
-            self.groups.append(Group(kind, tokens[kind], runs, mine.view(len(runs), n, -1), at))
+            self.groups.append(Group(kind, tokens[kind], runs, mine.view(len(runs), n, flat.shape[1]), at))
             first = at.stop
 
     # ---- a rank with attention, or several blocks side by side
@@ -245,7 +245,7 @@ class Suffixes:
         """The incoming rows of tokens that go out: those that have changed themselves."""
         if all(not m.group.tokens & ~m.tokens for m in moves) and [m.group for m in moves] == self.groups:
             return self.flat
-        return torch.cat([m.group.x[:, where(m.group.tokens, m.own)].flatten(0, 1) for m in moves])
+        return torch.cat([m.group.x[:, where(m.group.tokens, m.own, self.device)].flatten(0, 1) for m in moves])
 
     def _residual(self, rank: int, moves: Sequence[Move], flat: Tensor) -> None:
         """What was below: a run's own, or the base run's."""
@@ -253,9 +253,9 @@ class Suffixes:
         for m in moves:
             out = m.view(flat)
             if m.rest:
-                out[:, where(m.tokens, m.rest)] = stream[rows(m.rest)]
+                out[:, where(m.tokens, m.rest, self.device)] = stream[rows(m.rest, self.device)]
             if m.own:
-                out[:, where(m.tokens, m.own)] = m.group.x[:, where(m.group.tokens, m.own)]
+                out[:, where(m.tokens, m.own, self.device)] = m.group.x[:, where(m.group.tokens, m.own, self.device)]
 
     def _mlp(self, index: int, asking: Tensor, moves: Sequence[Move], flat: Tensor) -> None:
         """Adds an MLP that reads what was below the rank."""
@@ -263,9 +263,9 @@ class Suffixes:
         for m in moves:
             out = m.view(flat)
             if m.rest:
-                out[:, where(m.tokens, m.rest)] += self.base.mlp[index][rows(m.rest)]
+                out[:, where(m.tokens, m.rest, self.device)] += self.base.mlp[index][rows(m.rest, self.device)]
             if m.own:
-                out[:, where(m.tokens, m.own)] += m.asked(written)
+                out[:, where(m.tokens, m.own, self.device)] += m.asked(written)
 
     # ---- attention
     def _attention(self, index: int, asking: Tensor, moves: Sequence[Move], flat: Tensor) -> None:
@@ -279,8 +279,8 @@ class Suffixes:
                 some += bias
 
     def _z(self, index: int, layer: int, asking: Tensor, moves: Sequence[Move], size: int) -> Tensor:
-        at_keys = torch.cat([rows(g.tokens).repeat(len(g.runs)) for g in self.groups])
-        at_queries = torch.cat([rows(m.own).repeat(len(m.group.runs)) for m in moves])
+        at_keys = torch.cat([rows(g.tokens, self.device).repeat(len(g.runs)) for g in self.groups])
+        at_queries = torch.cat([rows(m.own, self.device).repeat(len(m.group.runs)) for m in moves])
         if asking is self.flat and self.pieces.shares_norm(layer):
             q, k, v = self._projected(layer, (0, 1, 2), asking, at_keys)
         else:
@@ -290,7 +290,7 @@ class Suffixes:
         for m in moves:
             n, mine_q, (mine_k, mine_v) = len(m.group.runs), m.asked(q), map(m.group.of, (k, v))
             out = m.view(z)
-            for form in alike(self.walk.dag.layout, self.graph.causal, m.group.tokens, m.tokens):
+            for form in alike(self.walk.dag.layout, self.graph.causal, m.group.tokens, m.tokens, self.device):
                 step = max(1, GATHERED // (len(form.tokens) * (2 * form.n_keys + len(form.queries))))
                 for i in range(0, n, step):
                     some = slice(i, i + step)

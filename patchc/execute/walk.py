@@ -61,9 +61,12 @@ class Walk:
     measured: Tokens = 0
     schedule: Schedule = FULL
 
+    def __post_init__(self) -> None:
+        self.device = self.pieces.device
+
     def streams(self, roots: Sequence[VariantId]) -> list[Tensor]:
         """For each root `[measured token, d_model]`: the base run's final stream with the root's difference added."""
-        final = self.stored.base_run.stream[-1][rows(self.measured)]
+        final = self.stored.base_run.stream[-1][rows(self.measured, self.device)]
         (found,) = self.read([(r,) for r in roots], [(final, self.measured)])
         return list(found)
 
@@ -74,11 +77,17 @@ class Walk:
         self.demand = demand(self.dag, reads, self.schedule)
         self.values: dict[VariantId, Tensor] = {}
         self.left = Counts(self.demand.uses)
-        self.zero: set[VariantId] = set()
+        self.felt: dict[VariantId, Tensor] = {}
         self._blocks()
         out = [self._at_end([roots[i] for roots in cells], *end) for i, end in enumerate(ends)]
+        self.zero = self._zero()
         self.unfelt = [all(map(self._is_unfelt, roots)) for roots in cells]
         return out
+
+    def _zero(self) -> set[VariantId]:
+        """Values that came out as the base run's own; read together, since each reading waits for the device."""
+        felt = torch.stack(list(self.felt.values())).tolist() if self.felt else []
+        return {i for i, is_felt in zip(self.felt, felt, strict=True) if not is_felt}
 
     def _is_unfelt(self, root: VariantId) -> bool:
         """Whether every value that enters below a root came out as the base run's own. What is computed from such
@@ -104,9 +113,9 @@ class Walk:
             if not (here := self.demand.tokens[root] & tokens):
                 continue
             if root in self.finals:
-                mine[where(tokens, here)] = pick(self.finals[root], self.demand.tokens[root], here)
+                mine[where(tokens, here, self.device)] = pick(self.finals[root], self.demand.tokens[root], here)
             else:
-                mine[where(tokens, here)] += pick(self.value(root), self.demand.tokens[root], here)
+                mine[where(tokens, here, self.device)] += pick(self.value(root), self.demand.tokens[root], here)
                 self.release(root)
         return out
 
@@ -115,8 +124,8 @@ class Walk:
         """A variant's difference at its demanded tokens; the reader calls `release` when it is done."""
         if i not in self.values:
             made = self.values[i] = self._make(i)
-            if isinstance(self.dag.ops[i], STORED) and not bool(made.any()):
-                self.zero.add(i)
+            if isinstance(self.dag.ops[i], STORED):
+                self.felt[i] = made.any()
         return self.values[i]
 
     def release(self, i: VariantId) -> None:
@@ -128,11 +137,11 @@ class Walk:
         tokens = self.demand.tokens[i]
         match self.dag.ops[i]:
             case Const(block, members, value, _, site):
-                return self.stored.node(block, members, self.dag.values[value], rows(tokens), site)
+                return self.stored.node(block, members, self.dag.values[value], rows(tokens, self.device), site)
             case Stream(rank, value, _, block):
-                return self.stored.stream(rank, self.dag.values[value], rows(tokens), block)
+                return self.stored.stream(rank, self.dag.values[value], rows(tokens, self.device), block)
             case StoredZ(block, head, value, _):
-                return self.stored.z(block, head, self.dag.values[value], rows(tokens))
+                return self.stored.z(block, head, self.dag.values[value], rows(tokens, self.device))
             case Sum(parts):
                 return self._add([(tokens, p) for p in parts], tokens)
             case Mix(parts):
@@ -140,7 +149,7 @@ class Walk:
             case Scale(factor, x):
                 return factor * self._add([(tokens, x)], tokens)
             case Run():
-                return self.finals[i] - self.stored.base_run.stream[-1][rows(tokens)]
+                return self.finals[i] - self.stored.base_run.stream[-1][rows(tokens, self.device)]
             case Core() | Out() | Tokenwise() | Masked() | Projected() | HeadZ() | Entries() | Neurons() as op:
                 raise AssertionError(f"variant {i} was read before its block ran: {op}")
 
@@ -151,7 +160,7 @@ class Walk:
             if here := some & tokens & self.dag.changed[p]:
                 value = self.value(p)
                 out = value.new_zeros(tokens.bit_count(), value.shape[1]) if out is None else out
-                out[where(tokens, here)] += pick(value, self.demand.tokens[p], here)
+                out[where(tokens, here, self.device)] += pick(value, self.demand.tokens[p], here)
                 self.release(p)
         assert out is not None, "a variant is asked for where it changes something"
         return out
@@ -160,20 +169,18 @@ class Walk:
         """The whole stream below `rank` for several variants, each at its tokens: `[rows, d_model]`."""
         deltas = [
             pick(self.value(x), self.demand.tokens[x], tokens)
-            if not tokens & ~self.dag.changed[x]
+            if tokens and not tokens & ~self.dag.changed[x]
             else self._spread_out(x, tokens)
             for x, tokens in parts
         ]
-        at = torch.cat([rows(tokens) for _, tokens in parts])
+        at = torch.cat([rows(tokens, self.device) for _, tokens in parts])
         return torch.cat(deltas) + self.stored.base_run.stream[rank][at]
 
     def _spread_out(self, x: VariantId, tokens: Tokens) -> Tensor:
-        """A variant's difference at tokens at some of which there is none."""
-        out = torch.zeros(
-            tokens.bit_count(), self.dag.graph.d_model, device=self.pieces.device, dtype=self.pieces.dtype
-        )
+        """A variant's difference at tokens at some of which there is none; at no tokens nobody has computed it."""
+        out = torch.zeros(tokens.bit_count(), self.dag.graph.d_model, device=self.device, dtype=self.pieces.dtype)
         if here := tokens & self.dag.changed[x]:
-            out[where(tokens, here)] = pick(self.value(x), self.demand.tokens[x], here)
+            out[where(tokens, here, self.device)] = pick(self.value(x), self.demand.tokens[x], here)
         return out
 
     # ---- the model's nodes
@@ -221,19 +228,19 @@ class Walk:
     def _run_mlps(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
         """MLPs on changed streams, less what the base run's write."""
         layer = self._layer(index)
-        at = torch.cat([rows(self.demand.tokens[i]) for i, _ in batch])
+        at = torch.cat([rows(self.demand.tokens[i], self.device) for i, _ in batch])
         return self.pieces.mlp(layer, self._inputs(index, batch)) - self.stored.base_run.mlp[index][at]
 
     def _run_neurons(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
         """The same with neurons set."""
         post = self._posts(index, batch)
-        at = torch.cat([rows(self.demand.tokens[i]) for i, _ in batch])
+        at = torch.cat([rows(self.demand.tokens[i], self.device) for i, _ in batch])
         return self.pieces.mlp_down(self._layer(index), post) - self.stored.base_run.mlp[index][at]
 
     def _neurons(self, index: int, i: VariantId, op: Neurons) -> Tensor:
         """Neurons less the base run's, `[n, d_mlp]`."""
         base = self.stored.post(self.stored.base_run, index)
-        return self._posts(index, [(i, op)]) - base[rows(self.demand.tokens[i])]
+        return self._posts(index, [(i, op)]) - base[rows(self.demand.tokens[i], self.device)]
 
     def _posts(self, index: int, batch: Sequence[tuple[VariantId, Tokenwise | Neurons]]) -> Tensor:
         """Neurons on changed streams, with those that are set, `[rows, d_mlp]`."""
@@ -244,8 +251,8 @@ class Walk:
             own = mine.clone()
             for r in op.replaced:
                 if here := r.tokens & self.demand.tokens[i]:
-                    at, columns = where(self.demand.tokens[i], here), list(bits(r.neurons))
-                    value = self.stored.neurons(index, self.dag.values[r.value], rows(here), own[at])
+                    at, columns = where(self.demand.tokens[i], here, self.device), list(bits(r.neurons))
+                    value = self.stored.neurons(index, self.dag.values[r.value], rows(here, self.device), own[at])
                     mine[at] = mine[at].index_copy(1, torch.tensor(columns, device=mine.device), value[:, columns])
         return post
 
@@ -267,14 +274,15 @@ class Walk:
         """What the neurons that a variant sets have more than in the base run, `[token, neuron]`; `known` has the
         differences of whole layers."""
         neurons, demanded = list(bits(op.neurons)), self.demand.tokens[i]
-        out = torch.zeros(demanded.bit_count(), len(neurons), device=self.pieces.device, dtype=self.pieces.dtype)
+        out = torch.zeros(demanded.bit_count(), len(neurons), device=self.device, dtype=self.pieces.dtype)
         for r in op.replaced:
             if here := r.tokens & demanded:
                 if (r.value, here) not in known:
-                    own = self.stored.post(self.stored.base_run, index)[rows(here)]
-                    known[r.value, here] = self.stored.neurons(index, self.dag.values[r.value], rows(here), own) - own
+                    asked, value = rows(here, self.device), self.dag.values[r.value]
+                    own = self.stored.post(self.stored.base_run, index)[asked]
+                    known[r.value, here] = self.stored.neurons(index, value, asked, own) - own
                 mine = [column for column, n in enumerate(neurons) if r.neurons >> n & 1]
-                at = torch.arange(len(out), device=out.device)[where(demanded, here)]
+                at = torch.arange(len(out), device=out.device)[where(demanded, here, self.device)]
                 out[at[:, None], mine] = known[r.value, here][:, [neurons[column] for column in mine]]
         return out
 
@@ -329,17 +337,17 @@ class Walk:
     def _projected(self, layer: int, op: Projected, tokens: Tokens) -> Tensor:
         """A head's q, k or v less the base run's, `[n, d_head]`."""
         column = op.head if op.port == 0 else self.pieces.kv_head(op.head)
-        base = self.stored.base_run.attention[op.block].raw[op.port][rows(tokens)][:, column]
+        base = self.stored.base_run.attention[op.block].raw[op.port][rows(tokens, self.device)][:, column]
         out = base.clone()
         if here := tokens & self.dag.changed[op.input]:
             x = self.stream_rows(self.dag.graph.blocks[op.block].rank, [(op.input, here)])
             self.release(op.input)
             y = self.pieces.norm(layer, op.port, x)
-            out[where(tokens, here)] = self.pieces.project(layer, op.port, y, [column])[:, 0]
+            out[where(tokens, here, self.device)] = self.pieces.project(layer, op.port, y, [column])[:, 0]
         for r in op.replaced:
             if here := tokens & r.tokens:
-                at, value = where(tokens, here), self.dag.values[r.value]
-                out[at] = self.stored.projection(op.block, op.port, op.head, value, rows(here), out[at])
+                at, value = where(tokens, here, self.device), self.dag.values[r.value]
+                out[at] = self.stored.projection(op.block, op.port, op.head, value, rows(here, self.device), out[at])
         return out - base
 
     def _written(

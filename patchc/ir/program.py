@@ -1,7 +1,8 @@
 """A program: the roots of one experiment's cells in one variant DAG, cut into passes. What `execute` runs and `plan`
 prints.
 
-A pass is one walk over the model's blocks; every matrix product in it takes the rows of all its cells.
+A pass of a program is one walk over the model's blocks; every matrix product in it takes the rows of all its cells. A
+pass of the optimiser (`optimise.passes`) is another thing: it makes a program of a program.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from patchc.ir.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Cells (their numbers) that run together, and the estimate by which they were put there."""
+    """Cells (their numbers) that run together in one walk over the blocks, and the estimate by which they were put
+    there. Not a pass of the optimiser, which is an `OptimiserPass`."""
 
     cells: tuple[int, ...]
     rows: tuple[int, ...]

@@ -16,6 +16,10 @@ from patchc.model.folders import BAD_CONFIG
 
 BAD_OPTION = RULES.add("model-option", "an option of the model has a value that does not exist")
 
+DTYPES = {
+    "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+"""The types of numbers that models compute with."""
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
@@ -41,10 +45,9 @@ def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """The dtype of that name. Errors: `model-option`."""
     if not isinstance(dtype, str):
         return dtype
-    names = ("float32", "float64", "bfloat16", "float16")
-    if dtype not in names:
-        raise BAD_OPTION.error(f'no dtype is called "{dtype}"; there are {", ".join(names)}')
-    return getattr(torch, dtype)
+    if dtype not in DTYPES:
+        raise BAD_OPTION.error(f'no dtype is called "{dtype}"; there are {", ".join(DTYPES)}')
+    return DTYPES[dtype]
 
 
 def native_model(folder: Path, config: dict[str, Any]) -> nn.Module:

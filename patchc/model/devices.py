@@ -1,22 +1,14 @@
-"""Which devices and types of numbers a model may be on and of; what is refused is named.
+"""The device that is asked for by name, and whether there is one.
 
-Options are read here; a module is left where it is.
+Where a module that is given stands is for `placed`.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from patchc.diagnostics import RULES, PatchcError
+from patchc.diagnostics import PatchcError
 from patchc.model.configs import BAD_OPTION
-from patchc.model.state import tensors
-
-BAD_NUMBERS = RULES.add(
-    "model-numbers", "a module's weights are of a type or on devices that patchc does not work with"
-)
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def device_named(device: str | torch.device | None) -> torch.device:
@@ -40,23 +32,3 @@ def _unusable(device: str | torch.device | None, why: str) -> PatchcError:
 
 def _here() -> list[str]:
     return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-
-
-def refuse_numbers(model: nn.Module) -> None:
-    """Raise `model-numbers` for weights on several devices or on none, and for types of numbers that are not computed
-    with."""
-    placed = dict[str, str]()
-    for name, tensor in tensors(model):
-        placed.setdefault(str(tensor.device), name)
-        if tensor.device.type == "meta":
-            raise BAD_NUMBERS.error(f"`{name}` is on the device `meta`: it has a shape and no numbers")
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
-            known = ", ".join(_name(d) for d in DTYPES)
-            raise BAD_NUMBERS.error(f"`{name}` is of type {_name(tensor.dtype)}; patchc computes with {known}")
-    if len(placed) > 1:
-        where = " and ".join(f"`{name}` on {device}" for device, name in list(placed.items())[:2])
-        raise BAD_NUMBERS.error(f"the model is spread over devices: {where}", fix="move it to one: `model.to(device)`")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from torch import nn
 from patchc.diagnostics import RULES
 from patchc.ir.graph import ResidualGraph
 from patchc.model.configs import BAD_OPTION, config_context, config_layers, dtype_named, native_model
-from patchc.model.devices import device_named, refuse_numbers
+from patchc.model.devices import device_named
 from patchc.model.export import export
 from patchc.model.folders import (
     BAD_CONFIG,
@@ -104,7 +104,7 @@ def load(
 
     `model`: the name of a built-in model, a model directory (relative to `base`), a hub id, or a module,
     which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
-    Errors: `model-not-found`, `model-config`, `model-weights`, `model-option`, `model-numbers`, `nan-in-weights`,
+    Errors: `model-not-found`, `model-config`, `model-weights`, `model-option`, `nan-in-weights`,
     `model-has-hooks`, `model-placement`, `model-wrapped`, `quantised-weights`,
     `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
     with silent_transformers():
@@ -123,7 +123,6 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
     module = source.module
     refuse_placement(module)
     refuse_hooks(module)
-    refuse_numbers(module)
     content = content_fingerprint(module)
     with torch.inference_mode(False), untouched(module):
         key = trace_key(module, content)

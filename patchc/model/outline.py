@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from patchc.ir.experiment import ModelChoice
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Rates
 from patchc.model.folders import model_folder, read_config, shared_tokenizer
@@ -56,6 +57,13 @@ def outline(
     facts = _facts(folder, config, dtype, attention)
     graph = replace(facts.graph, model=str(model))
     return Outline(str(model), graph, facts.rates, facts.element, shared_tokenizer(folder), bos)
+
+
+def chosen_outline(choice: ModelChoice, base: Path) -> Outline:
+    """The outline of the model that a spec asks for, errors without a place. The option `device` is the run's: a spec
+    may be checked and planned where there is none of its kind."""
+    options: dict[str, Any] = {name: value for name, value in choice.options if name != "device"}
+    return outline(choice.name, base=base, **options)
 
 
 def _facts(folder: Path, config: dict[str, Any], dtype: str | None, attention: str | None) -> Facts:

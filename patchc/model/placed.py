@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from patchc.diagnostics import RULES, PatchcError
+from patchc.model.configs import DTYPES
+from patchc.model.state import tensors
 
 PLACEMENT = RULES.add("model-placement", "a model's weights are on several devices, or have no values", exit=3)
 WRAPPED = RULES.add("model-wrapped", "a module is wrapped around the model, or the model is compiled", exit=3)
@@ -24,7 +25,6 @@ WRAPPERS = {
     "OptimizedModule": "_orig_mod",
 }
 """Classes that stand around a model, and where they hold it."""
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def refuse_placement(model: nn.Module) -> None:
@@ -33,9 +33,7 @@ def refuse_placement(model: nn.Module) -> None:
     for name, module in model.named_modules():
         _refuse_module(name, module)
     _refuse_dispatched(model)
-    for name, weight in model.named_parameters():
-        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in DTYPES:
-            raise _quantised(name, weight)
+    _refuse_numbers(model)
     _refuse_places(model)
 
 
@@ -62,16 +60,26 @@ def _refuse_dispatched(model: nn.Module) -> None:
     raise PLACEMENT.error(f"{message}; patchc runs a model on one device", fix="load it without `device_map`")
 
 
-def _quantised(name: str, weight: Tensor) -> PatchcError:
-    kind, dtype = type(weight).__name__, str(weight.dtype).removeprefix("torch.")
-    known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-    message = f"weight `{name}` is a {kind} of {dtype}; patchc computes with plain tensors of {known}"
+def _refuse_numbers(model: nn.Module) -> None:
+    """Refuse parameters that are not plain tensors of known types; buffers may be of whole numbers and truth values."""
+    known = DTYPES.values()
+    for name, weight in model.named_parameters():
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in known:
+            raise _quantised("weight", name, weight)
+    for name, buffer in model.named_buffers():
+        if (buffer.is_complex() or buffer.is_floating_point()) and buffer.dtype not in known:
+            raise _quantised("buffer", name, buffer)
+
+
+def _quantised(what: str, name: str, tensor: Tensor) -> PatchcError:
+    kind, dtype = type(tensor).__name__, str(tensor.dtype).removeprefix("torch.")
+    message = f"{what} `{name}` is a {kind} of {dtype}; patchc computes with plain tensors of {', '.join(DTYPES)}"
     return QUANTISED.error(message, fix="load the model without quantisation, with `dtype=torch.float32`")
 
 
 def _refuse_places(model: nn.Module) -> None:
     first: tuple[str, Tensor] | None = None
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in tensors(model):
         if tensor.is_meta:
             raise PLACEMENT.error(f"`{name}` is on the device meta: it has a shape and no values", fix=_FILLED)
         first = first or (name, tensor)

@@ -13,7 +13,7 @@ from patchc.optimise import reads
 from patchc.optimise.passes import PASSES
 
 verifying = False
-"""Whether the rules of `ir.verify` are checked after each pass."""
+"""Whether the rules of `ir.verify` are checked after each pass of the optimiser."""
 
 
 def optimise(
@@ -25,8 +25,8 @@ def optimise(
     element: int = 4,
     without: Set[str] = frozenset(),
 ) -> Program:
-    """The program of an experiment: cells that need a pass, cut by `budget` bytes; `element` is the bytes of a number;
-    `without` names passes to leave out."""
+    """The program of an experiment: cells that have to run, cut by `budget` bytes; `element` is the bytes of a number;
+    `without` names passes of the optimiser to leave out."""
     if unknown := without - {p.name for p in PASSES}:
         raise ValueError(f"no passes {sorted(unknown)}: there are {', '.join(p.name for p in PASSES)}")
     program = replace(naive(experiment, prompts, lowered, ends, budget, element), without=frozenset(without))
@@ -39,8 +39,8 @@ def optimise(
 def naive(
     experiment: Experiment, prompts: Prompts, lowered: Lowered, ends: tuple[End, ...], budget: int, element: int
 ) -> Program:
-    """The program as it stands before any pass: all cells in one go, everything computed, in the order of the
-    results."""
+    """The program as it stands before any pass of the optimiser: all cells run together, everything is computed, in the
+    order of the results."""
     return Program(
         experiment,
         prompts,
@@ -57,7 +57,7 @@ def naive(
 
 
 def _checked(name: str, before: Program, after: Program) -> Program:
-    """What a pass gave, proved sound where that is asked for."""
+    """What a pass of the optimiser gave, proved sound where that is asked for."""
     if verifying and after is not before:
         found = [f"{fault.rule}: {fault.message}" for fault in program_faults(after)]
         assert not found, f"after {name}: {'; '.join(found)}"

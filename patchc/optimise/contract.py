@@ -1,4 +1,7 @@
-"""What a pass of the optimiser is: a pure function of a program, a remark on what it did, and how exact it is."""
+"""What a pass of the optimiser is: a pure function of a program, a remark on what it did, and how exact it is.
+
+`ir.program.Pass` is another thing: cells that run together.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Cuts the cells of an experiment into passes, in the order in which they are given: as many cells as keep the matrix
-products full, within a memory budget.
+"""Cuts the cells of an experiment into passes (`ir.program.Pass`), in the order in which they are given: as many cells
+as keep the matrix products full, within a memory budget.
 
 What a pass holds is estimated from its rows.
 """

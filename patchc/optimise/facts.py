@@ -1,5 +1,5 @@
-"""What remarks on a finished program are made of: counts that several passes share, each taken when it is first asked
-for."""
+"""What remarks on a finished program are made of: counts that several of the optimiser's passes share, each taken when
+it is first asked for."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Facts:
 
     @cached_property
     def rows(self) -> int:
-        """Token rows of all blocks in all passes."""
+        """Token rows of all blocks in all passes of the program."""
         return sum(sum(work.rows) for work in self.program.passes)
 
 

@@ -16,7 +16,7 @@ from patchc.api import Compiled, Model
 from patchc.execute.sweep import Outcome
 from patchc.ir.experiment import ModelChoice
 from patchc.model.load import LoadedModel, load
-from tests.elsewhere import Elsewhere, MixedDevicesError, OnDevice, moved
+from tests.elsewhere import DEVICE, Elsewhere, MixedDevicesError, OnDevice, moved
 from tests.models import MODELS
 
 IDS: dict[str, Any] = {
@@ -66,8 +66,9 @@ def outcomes(c: Compiled, model: LoadedModel) -> dict[str, Outcome]:
 def test_sweeps_mix_no_devices(kind: str) -> None:
     c = here(kind)
     want = outcomes(c, c.model.loaded)
-    with OnDevice():
+    with OnDevice() as mode:
         got = outcomes(c, there(kind))
+    assert not mode.copied
     for name, outcome in want.items():
         for metric, numbers in outcome.numbers.items():
             assert type(got[name].numbers[metric].mean) is Tensor  # what is reported is on the CPU
@@ -80,6 +81,8 @@ FEW_AND_MANY = [
         "h in head[0, *] for p in 2..4 run clean patch node h.pattern @ p",
     ),
     ("h in head[0, 0] run clean patch node h.q", "h in head run clean patch node h.q"),
+    ("h in head[0, 0] run clean patch node h", "h in head run clean patch node h"),
+    ("p in 2..3 run clean patch node resid_pre[1] @ p", "p in positions run clean patch node resid_pre[1] @ p"),
 ]
 
 
@@ -113,8 +116,8 @@ def test_graphs_mix_no_devices(kind: str) -> None:
 
 def test_the_pretended_device_refuses_what_a_gpu_refuses() -> None:
     with OnDevice() as mode:
-        x = torch.zeros(3, device="cuda:0")
-        assert x.device == torch.device("cuda", 0)
+        x = torch.zeros(3, device=DEVICE)
+        assert x.device == DEVICE
         assert (x + 1).device == (x + torch.tensor(1.0)).device == x.device
         with pytest.raises(MixedDevicesError):
             x + torch.zeros(3)
@@ -147,28 +150,6 @@ def test_a_device_that_cannot_be_used_is_named(device: str, message: str) -> Non
     (diagnostic,) = caught.value.diagnostics
     assert diagnostic.code == "model-option"
     assert f'device "{device}" cannot be used: {message}' in diagnostic.message
-
-
-def _in_parts(kind: str, to: Any) -> torch.nn.Module:
-    module: Any = MODELS[kind]()
-    module.transformer.h[1].to(to)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (lambda: MODELS["gpt2-sdpa"]().to("meta"), "is on the device `meta`"),
-        (lambda: _in_parts("gpt2-sdpa", "meta"), "`transformer.h.1.ln_1.weight` is on the device `meta`"),
-        (lambda: _in_parts("gpt2-sdpa", torch.float8_e4m3fn), "is of type float8_e4m3fn"),
-    ],
-)
-def test_weights_that_cannot_be_computed_with_are_named(module: Any, message: str) -> None:
-    with pytest.raises(patchc.PatchcError) as caught:
-        patchc.load(module())
-    (diagnostic,) = caught.value.diagnostics
-    assert diagnostic.code == "model-numbers"
-    assert message in diagnostic.message
 
 
 # ---- a device that there is

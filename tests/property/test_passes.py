@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -57,6 +57,8 @@ def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=25, deadline=None)
+@example(seed=10262603)  # a suffix of which no changed token is read
+@example(seed=4039338545)  # the same, and what enters is computed by a block
 @given(seed=seeds)
 def test_without_a_pass_the_answers_stay_and_the_cost_grows(name: str, seed: int) -> None:
     drawn = drawn_sweep(seed)

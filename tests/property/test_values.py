@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patchc.execute.base import PlainRun, run_world
-from patchc.execute.indices import rows
+from patchc.execute.indices import CPU, rows
 from patchc.execute.noise import prompt_noise
 from patchc.execute.stored import Stored
 from patchc.execute.walk import Walk
@@ -106,7 +106,7 @@ def test_a_group_is_a_study_of_its_own(site: str, rng: Random) -> None:
     for over in (False, True):
         grouped = streams(prompts, site, one(Mean("corrupt", over, (1, 0, 1))))
         mine = sum(prompts.layout.prompt(i) for i in some)
-        assert (grouped[rows(mine)] - streams(alone, site, one(Mean("corrupt", over)))).abs().max() < EPS
+        assert (grouped[rows(mine, CPU)] - streams(alone, site, one(Mean("corrupt", over)))).abs().max() < EPS
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -142,7 +142,7 @@ def test_noise_is_the_numbers_of_its_places(site: str, relative: bool) -> None:
     noise = replace(NOISE, relative=relative)
     runs = runs_of(prompts)
     stored = Stored(TOY, prompts, "clean", runs, {})
-    at, block = rows(prompts.layout.all), GRAPH.members(step.nodes)[-1].block
+    at, block = rows(prompts.layout.all, CPU), GRAPH.members(step.nodes)[-1].block
     members = step.nodes >> GRAPH.blocks[block].first
     clean = Value(((1.0, FromWorld("clean")),))
     noisy = Value((*clean.terms, (2.0, noise)))
@@ -188,7 +188,7 @@ def test_answers_that_follow_are_averaged_among_themselves() -> None:
 
     def mean(over_positions: bool) -> Tensor:
         value = one(Mean("corrupt", over_positions))
-        return stored.node(0, 1, value, rows(prompts.layout.all)) + embed
+        return stored.node(0, 1, value, rows(prompts.layout.all, CPU)) + embed
 
     first, follows = embed[[0, 3]].mean(0), embed[[2, 4]].mean(0)
     assert (mean(False) - torch.stack([first, embed[1], follows, first, follows, embed[5]])).abs().max() < EPS

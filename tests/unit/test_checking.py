@@ -15,6 +15,7 @@ import patchc
 from patchc import checking
 from patchc.diagnostics import PatchcError
 from patchc.model import blank, load
+from patchc.model import outline as outlines
 from patchc.resources import builtin_model
 from tests.unit.commands import DATA, HEADS, MODEL, ONE, Run, spec
 
@@ -55,13 +56,13 @@ def test_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_model_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
-    outline = checking.outline
+    outline = outlines.outline
 
     def counted(name: str, **options: Any) -> Any:
         asked.append((name, options))
         return outline(name, **options)
 
-    monkeypatch.setattr(checking, "outline", counted)
+    monkeypatch.setattr(outlines, "outline", counted)
     names = [spec(MODEL, DATA, ONE, name=f"{i}.patch") for i in range(3)]
     other = spec(
         'model "ioi-tiny" device="cuda:7"', 'data { clean "When Mary and" answer " John" }', ALONE, name="o.patch"

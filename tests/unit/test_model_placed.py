@@ -32,6 +32,12 @@ def with_weight(weight: nn.Parameter) -> nn.Module:
     return module
 
 
+def with_buffer(buffer: Tensor) -> nn.Module:
+    module: Any = gpt2()
+    module.transformer.h[1].register_buffer("turns", buffer)
+    return module
+
+
 def on_meta(name: str) -> nn.Module:
     module: Any = gpt2()
     getattr(module.transformer, name).to("meta")
@@ -88,6 +94,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         lambda: with_weight(nn.Parameter(torch.zeros(32, 128).to(torch.float8_e4m3fn), requires_grad=False)),
         "quantised-weights", "is a Parameter of float8_e4m3fn",
     ),
+    "a complex buffer": (
+        lambda: with_buffer(torch.zeros(4, dtype=torch.complex64)),
+        "quantised-weights", "buffer `transformer.h.1.turns` is a Tensor of complex64",
+    ),
 }  # fmt: skip
 
 
@@ -114,7 +124,9 @@ def test_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [gpt2(), llama(), native(), dispatched({"": "cpu"})], ids=["gpt2", "llama", "native", "one device"]
+    "module",
+    [gpt2(), llama(), native(), dispatched({"": "cpu"}), with_buffer(torch.zeros(4, dtype=torch.int8))],
+    ids=["gpt2", "llama", "native", "one device", "a buffer of whole numbers"],
 )
 def test_what_is_accepted(module: nn.Module) -> None:
     refuse_placement(module.train())

@@ -47,7 +47,7 @@ PASSES: tuple[OptimiserPass, ...] = (
 
 
 def remarks(program: Program) -> tuple[Remark, ...]:
-    """What each pass did for a program, in their order."""
+    """What each of the optimiser's passes did for a program, in their order."""
     facts = Facts(program)
     return tuple(
         Remark(p.name, False, "left out") if p.name in program.without else Remark(p.name, *p.remark(facts))

@@ -1,4 +1,4 @@
-"""Cuts the cells into passes that keep matrix products full within the memory budget, in the order in which they stand.
+"""Cuts the cells into passes (`ir.program.Pass`) that keep matrix products full within the budget, in their order.
 
 Before    one pass of cells 0, 1, 2, 3        After    a pass of cells 0, 1, 2 and one of cell 3
 What cells of different passes share is computed once in each.
