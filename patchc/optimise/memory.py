@@ -33,6 +33,8 @@ from patchc.optimise.demand import Demand, demand
 
 ROWS = 1200
 """Token rows that one matrix product takes at most."""
+KEPT = 2
+"""A product's own tensors come and go; the C library gives their memory back late, so about as much again is held."""
 GATHERED = 4096
 """Token rows of queries, keys and values, of all heads, that attention gathers at once."""
 
@@ -51,8 +53,8 @@ def bytes_of(graph: ResidualGraph, rows: int, element: int) -> int:
     """About what a pass holds whose widest block has so many token rows: streams below and above it, q, k, v and z, and
     one block's work."""
     heads = graph.n_heads * graph.d_head
-    scratch = max(ROWS * (2 * graph.d_model + 2 * graph.d_mlp), 2 * GATHERED * heads)
-    return (rows * (3 * graph.d_model + 5 * heads) + min(scratch, 4 * rows * (graph.d_mlp + graph.d_model))) * element
+    product = KEPT * min(ROWS, rows) * (3 * graph.d_model + 2 * graph.d_mlp)
+    return (rows * (3 * graph.d_model + 5 * heads) + product) * element
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ class Live:
             else:
                 held = through.incoming + (through.outgoing if self._stands_beside(index) else 0)
                 rows = min(ROWS, max(through.asking, front[index]))
-                out[index] = held * graph.d_model + rows * (3 * graph.d_model + 2 * graph.d_mlp)
+                out[index] = held * graph.d_model + KEPT * rows * (3 * graph.d_model + 2 * graph.d_mlp)
         out[-1] = suffixes.get(len(graph.blocks) - 1, Through()).outgoing * graph.d_model
         return [n * self.element for n in out]
 
