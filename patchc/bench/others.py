@@ -23,7 +23,7 @@ from patchc.bench.sweeps import METRIC, Bench, by_cell, counted_run
 from patchc.bench.works import EDGES, HEAD_BY_POSITION, SPEC, Work
 
 if TYPE_CHECKING:
-    from patchc.api import Compiled
+    from patchc.api import Compiled, Masks
 
 TURNS = 5
 
@@ -48,27 +48,33 @@ def only_on(shape: Shape, *bounds: Bound) -> tuple[Bound, ...]:
 
 @dataclass(frozen=True, slots=True)
 class GraphWork:
-    """A compiled graph: the spec whose cells it has masks for, how many of them are set, and its cost in eager
+    """A compiled graph of one patched edge: what it has masks for, how many of them are not zero, and its cost in eager
     forwards, at most: those beyond the base run where `beyond`."""
 
     name: str
-    loops: str
-    patch: str
-    masks: int
+    masks: Masks
+    set_masks: float
     limit: float
     beyond: bool = False
 
 
-ONE_EDGE = GraphWork("compiled graph, one edge patched", "for w in input", "edge w -> mlp[0]", 1, 1.15, beyond=True)
+EDGE = "edge head[{}, 0] -> head[{}, 0].q"
+"""Half-way up: what is below is the base run's alone, what is above is run twice."""
+GRAPHS = (
+    GraphWork("compiled graph, nothing patched", "none", 0, 1.05),
+    GraphWork("compiled graph, one edge patched", "cell", 1, 1.15, beyond=True),
+    GraphWork("compiled graph, a mask for every edge", "edge", 1, 2.5),
+)
 
 
 def graph(bench: Bench, work: GraphWork) -> Row:
     """A graph's forward beside the eager model's, in turns, at one thread."""
     worlds = random_worlds(bench.shape, ALL_DIFFERENT)
-    compiled = bench.model.compile(SPEC.format(loops=work.loops, patch=work.patch), data=worlds.columns())
+    middle = bench.shape.n_layers // 2
+    spec = SPEC.format(loops="", patch=EDGE.format(middle - 1, middle))
+    compiled = bench.model.compile(spec, data=worlds.columns(), masks=work.masks)
     made, eager = compiled.graph, bench.model.loaded.eager
-    masks = torch.zeros(made.mask_shape)
-    masks.view(-1)[: work.masks] = 1.0
+    masks = torch.full(made.mask_shape, float(work.set_masks))
     inputs = [getattr(worlds, world) for world in made.worlds]
     turns = [(timed(lambda: made(*inputs, masks))[1], timed(lambda: eager(worlds.corrupt))[1]) for _ in range(TURNS)]
     forward = statistics.median(theirs for _, theirs in turns)
@@ -189,7 +195,7 @@ def budget(bench: Bench, work: Work, memory: int, text: str) -> Row:
 BUDGETS = {"0.5 GiB": 1 << 29, "1 GiB": 1 << 30, "4 GiB": 1 << 32}
 
 OTHERS: tuple[Other, ...] = (
-    *(Other(work.name, "", partial(graph, work=work), quick=True) for work in (ONE_EDGE,)),
+    *(Other(work.name, "", partial(graph, work=work), quick=True) for work in GRAPHS),
     Other("planning all edges", IOI_LIKE, planning, quick=True),
     Other("tracing", "", tracing),
     *(

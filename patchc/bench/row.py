@@ -34,8 +34,9 @@ class Row:
     """One work in one setting.
 
     cpu_s: CPU seconds at one thread, planning included; planning_s: those of planning. wall_s: seconds at all threads.
-    flops: counted; planned_flops: foretold. limit_ratio: CPU seconds over those that the counted FLOPs take at
-    `gflops`, the speed in GFLOP/s of a matrix product measured beside. extra_bytes: the most memory beyond the loaded
+    flops: counted, without worlds_flops, those of the worlds' own runs; planned_flops: foretold, of both together.
+    limit_ratio: CPU seconds over those that all counted FLOPs take at `gflops`, the speed in GFLOP/s of a matrix
+    product measured beside. extra_bytes: the most memory beyond the loaded
     model. max_abs_diff: of the cells that peers computed too, `compared` of them; largest_effect: theirs.
     notes: how it was measured, where that is not plain.
     """
@@ -55,6 +56,7 @@ class Row:
     planning_s: float | None = None
     wall_s: float | None = None
     planned_flops: int | None = None
+    worlds_flops: int = 0
     gflops: float | None = None
     compared: int = 0
     bounds: tuple[Bound, ...] = ()

@@ -49,6 +49,7 @@ def _details(row: Row) -> dict[str, Any]:
         "wall_s": row.wall_s,
         "peers_wall_s": {n: p.wall_s for n, p in row.peers.items()},
         "planned_flops": row.planned_flops,
+        "worlds_flops": row.worlds_flops,
         "gflops": row.gflops,
         "compared": row.compared,
         "bounds": [{**asdict(b), "met": b.met} for b in row.bounds],

@@ -3,7 +3,7 @@
 [before] is the program as it comes to the pass, [after] what it gives, `unchanged` where that reads the same, and
 [remark] what a plan says of it in the end. For passes that rewrite DAGs these are the DAGs, and `lower` has kept every
 law but the pass's own; for others what is computed of [dag], and in which passes. The model and the data are those of
-`test_golden_lower`; a pass of cells may hold 4,400 bytes, of which a plain run takes 3,072.
+`test_golden_lower`; a pass of cells may hold 4,600 bytes, of which a plain run takes 3,072.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from patchc.optimise.passes import PASSES, remarks
 from patchc.parse import parse
 from patchc.resolve import resolve
 
-BUDGET = 4400
+BUDGET = 4600
 SPEC = """
 model "tiny"
 data { clean "The cat sat on" corrupt "The dog sat on" other "The dog cat on" answer " mat" at noun 1 at end -1 }
