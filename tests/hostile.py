@@ -201,7 +201,7 @@ NOTHING_SAID = Diagnostic("", "an error without a diagnostic")
 def checked(text: str) -> list[Diagnostic]:
     """What `check` says of a text, on a graph without a model."""
     model = Outline("small", SMALL, Rates({}, 1, 1, 1, 1), 4, Words())
-    with patch.object(checking, "outline", lambda *_, **__: model):
+    with patch.object(checking, "chosen_outline", lambda *_, **__: model):
         return checking.check(text if "\n" in text else text + "\n")
 
 
