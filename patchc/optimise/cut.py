@@ -24,8 +24,7 @@ def cut(program: Program) -> tuple[Pass, ...]:
     dag, roots = program.dag, program.roots
     needs = demand(dag, program.reads(program.live), program.schedule)
     count, n_blocks = Rows(Courses(dag)), len(dag.graph.blocks)
-    plain = len(program.worlds) * plain_run_bytes(dag.graph, program.prompts.layout.n_tokens, program.element)
-    most = _most_rows(dag.graph, program.budget - plain, program.element)
+    most = _most_rows(dag.graph, program.budget - plain_runs_bytes(program), program.element)
     passes: list[Pass] = []
     chosen: list[int] = []
     rows = [0] * n_blocks
@@ -41,6 +40,11 @@ def cut(program: Program) -> tuple[Pass, ...]:
     if chosen:
         passes.append(_pass(program, chosen, rows))
     return tuple(passes)
+
+
+def plain_runs_bytes(program: Program) -> int:
+    """What the worlds' own runs hold, in every pass."""
+    return len(program.worlds) * plain_run_bytes(program.dag.graph, program.prompts.layout.n_tokens, program.element)
 
 
 def _most_rows(graph: ResidualGraph, budget: int, element: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from patchc.ir.program import Program
-from patchc.optimise.cut import cut
+from patchc.optimise.cut import cut, plain_runs_bytes
 from patchc.optimise.facts import Facts, counted
 
 
@@ -25,10 +25,12 @@ def _size(n: int) -> str:
 
 def remark(facts: Facts) -> tuple[bool, str]:
     budget, passes = facts.program.budget, facts.program.passes
-    size = _size(budget)
+    size, plain = _size(budget), plain_runs_bytes(facts.program)
+    if plain > budget:
+        return len(passes) > 1, f"the worlds' own runs alone hold {_size(plain)}, more than {size}: use fewer prompts"
     if len(passes) <= 1:
         return False, f"all cells fit into {size}: one pass"
-    over = sum(work.bytes > budget for work in passes)
+    over = sum(work.bytes + plain > budget for work in passes)
     alone = f"; {counted(over, 'cell')} alone may hold more" if over else ""
     return (
         True,
