@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Generator
@@ -66,17 +64,8 @@ def product_gflops(repeats: int = 8) -> float:
 
 def with_use(prepare: Callable[[], P], work: Callable[[P], T]) -> tuple[P, T, Used]:
     """What both give, with the FLOPs of `work` counted and the memory of both watched; slower than without."""
-    give_back_memory()
     with grown_memory(torch.device("cpu")) as grown:
         prepared = prepare()
         with counted_flops() as counter:
             found = work(prepared)
     return prepared, found, Used(counter.get_total_flops(), grown[0])
-
-
-def give_back_memory() -> None:
-    """Return what is free in the heap to the system, so that growth shows; where the C library cannot, nothing."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
