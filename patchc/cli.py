@@ -19,7 +19,7 @@ import click
 
 from patchc import __version__
 from patchc.bench import PEERS
-from patchc.commands.bench import FORMS, measure_rows, print_rows
+from patchc.commands.bench import FORMS, measure_rows
 from patchc.commands.options import (
     CHECK,
     FORMAT,
@@ -298,7 +298,7 @@ def _bench(
 ) -> int:
     from patchc.bench.run import Options
 
-    print_rows(measure_rows(Options(quick, rows, peers or PEERS, autocircuit, threads)), form)
+    measure_rows(Options(quick, rows, peers or PEERS, autocircuit, threads), form)
     return Exit.OK
 
 

@@ -21,8 +21,9 @@ NO_SUCH_ROW = RULES.add("no-such-row", "`patchc bench` has no row of that name",
 FORMS = ("text", "json", "markdown")
 
 
-def measure_rows(options: Options) -> list[Row]:
-    """Every row that is asked for. Errors: `no-such-row`."""
+def measure_rows(options: Options, form: str) -> None:
+    """Measures every row that is asked for and prints them; stopped early, those that are done, but as JSON. Errors:
+    `no-such-row`."""
     from patchc.bench.run import rows, steps
 
     if not steps(options):
@@ -31,7 +32,14 @@ def measure_rows(options: Options) -> list[Row]:
             f"no row is called '{options.rows}'; there are: {'; '.join(names)}",
             fix="a part of a name will do: `--rows 'all edges'`",
         )
-    return list(rows(options, lambda text: click.echo(text, err=True)))
+    done: list[Row] = []
+    try:
+        done.extend(rows(options, lambda text: click.echo(text, err=True)))
+    except KeyboardInterrupt:
+        if done and form != "json":  # as JSON there is one object, which says that it was interrupted
+            print_rows(done, form)
+        raise
+    print_rows(done, form)
 
 
 def print_rows(rows: list[Row], form: str) -> None:

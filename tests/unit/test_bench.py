@@ -13,6 +13,7 @@ from rich.console import Console
 
 from patchc import api
 from patchc.bench import PEERS, others, sweeps
+from patchc.bench import run as run_module
 from patchc.bench.measure import product_gflops, with_use
 from patchc.bench.peers.autocircuit import node_name
 from patchc.bench.peers.hooks import Hooks
@@ -24,6 +25,7 @@ from patchc.bench.sweeps import Bench, Effort, Part, measure, spread, strongest
 from patchc.bench.table import COLUMNS, markdown, print_table, to_json
 from patchc.bench.targets import TARGETS, bounds
 from patchc.bench.works import EDGES, HEAD_OUT, PATH, PATTERN, RESID_PRE, WORKS, Work
+from patchc.commands.bench import measure_rows
 from tests.unit.commands import Run
 
 TINY = Shape(n_layers=3, n_heads=2, d_model=16, d_vocab=40, n_ctx=16, prompts=2, length=5, shared=2)
@@ -264,3 +266,16 @@ def test_the_command_prints_one_json_object(run: Run, monkeypatch: pytest.Monkey
     ran = run("bench", "--quick", "--format=json", "--peers", PEERS[0])
     assert ran.exit == 0
     assert len(ran.json["rows"]) == 1
+
+
+def test_a_benchmark_that_is_stopped_prints_the_rows_that_are_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> Iterator[Row]:
+        yield Row("one work", "", 3, 1.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "rows", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        measure_rows(Options(), "markdown")
+    assert "| one work |" in capsys.readouterr().out
