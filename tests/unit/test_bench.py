@@ -262,7 +262,7 @@ def test_a_row_that_there_is_not_is_an_error_that_names_them(run: Run) -> None:
 
 
 def test_the_command_prints_one_json_object(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchc.cli.measure_rows", lambda options: [row()])
+    monkeypatch.setattr(run_module, "rows", lambda *_: [row()])
     ran = run("bench", "--quick", "--format=json", "--peers", PEERS[0])
     assert ran.exit == 0
     assert len(ran.json["rows"]) == 1
