@@ -29,7 +29,7 @@ def remark(facts: Facts) -> tuple[bool, str]:
     if plain > budget:
         return len(passes) > 1, f"the worlds' own runs alone hold {_size(plain)}, more than {size}: use fewer prompts"
     if len(passes) <= 1:
-        return False, f"all cells fit into {size}: one pass"
+        return False, "one pass holds all cells"
     over = sum(work.bytes + plain > budget for work in passes)
     alone = f"; {counted(over, 'cell')} alone may hold more" if over else ""
     return (
