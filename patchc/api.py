@@ -203,6 +203,10 @@ class Compiled:
     # ---- before anything runs
     def plan(self) -> Plans:
         """What each experiment will run."""
+        return self._plans
+
+    @cached_property
+    def _plans(self) -> Plans:
         return Plans(plan(p, self.model.rates) for p in self.programs)
 
     def analyse(self) -> tuple[Analysis, ...]:

@@ -13,13 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from patchc.bench.measure import product_gflops, timed, with_use
 from patchc.bench.row import Bound, Row
 from patchc.bench.shape import ALL_DIFFERENT, GPT2_SMALL, IOI_LIKE, Shape, Worlds, random_worlds
 from patchc.bench.startup import tracing
-from patchc.bench.sweeps import METRIC, Bench, by_cell, counted_run
+from patchc.bench.sweeps import METRIC, Bench, by_cell, counted_run, worst
 from patchc.bench.works import EDGES, HEAD_BY_POSITION, SPEC, Work
 
 if TYPE_CHECKING:
@@ -174,7 +173,8 @@ def budget(bench: Bench, work: Work, memory: int, text: str) -> Row:
     )
     free = bench.model.compile(spec, data=worlds.columns()).run(progress=False, write=False)["sweep"]
     _, seconds = timed(lambda: compiled.run(progress=False, write=False))
-    apart = float(abs(Tensor(result.values[METRIC]) - Tensor(free.values[METRIC])).nan_to_num(0.0).max())
+    values, freely = by_cell(result), by_cell(free)
+    apart = worst(values[cell] - freely[cell] for cell in freely)
     base = free.baselines[METRIC]["corrupt"]
     row = Row(
         f"memory {text}",
@@ -185,7 +185,7 @@ def budget(bench: Bench, work: Work, memory: int, text: str) -> Row:
         flops=used.flops,
         extra_bytes=used.bytes,
         max_abs_diff=apart,
-        largest_effect=max(abs(value - base) for value in by_cell(free).values()),
+        largest_effect=max(abs(value - base) for value in freely.values()),
         bounds=(Bound("MB", used.bytes / 1e6, memory / 1e6), Bound("difference", apart, 1e-5)),
         notes=(f"beside the default budget, in {result.passes} passes and {free.passes}",),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -302,10 +302,15 @@ def _agreement(row: Row, values: dict[Coords, float], sides: Sequence[Side], bas
         return row
     return replace(
         row,
-        max_abs_diff=max(abs(ours - theirs) for ours, theirs in pairs),
+        max_abs_diff=worst(ours - theirs for ours, theirs in pairs),
         largest_effect=max(abs(theirs - base) for _, theirs in pairs),
         compared=len({cell for side in sides for cell in side.values}),
     )
+
+
+def worst(differences: Iterable[float]) -> float:
+    """The largest, by size; infinite where one is no number."""
+    return max((abs(d) if math.isfinite(d) else math.inf for d in differences), default=0.0)
 
 
 def _notes(part: Part, sides: Sequence[Side]) -> list[str]:

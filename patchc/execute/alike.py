@@ -4,6 +4,7 @@ together. What they index is `suffix`'s matter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from patchc.ir.bits import bits
+from patchc.ir.program import GATHERED
 from patchc.ir.tokens import Layout, Tokens
 
 
@@ -42,7 +44,7 @@ class Alike:
         return x.unflatten(1, (len(self.tokens), -1)) if places is None else x[:, places]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def alike(layout: Layout, causal: bool, incoming: Tokens, outgoing: Tokens, device: torch.device) -> tuple[Alike, ...]:
     """How attention reads `incoming` changed tokens to compute `outgoing` ones, prompts of one form together."""
     forms: dict[tuple[int, Tokens, Tokens], list[int]] = {}
@@ -53,7 +55,7 @@ def alike(layout: Layout, causal: bool, incoming: Tokens, outgoing: Tokens, devi
         forms.setdefault((length, mine & ((1 << n_keys) - 1), asked), []).append(prompt)
     out: list[Alike] = []
     both = incoming & outgoing
-    for (length, mine, asked), prompts in forms.items():
+    for (length, mine, asked), prompts in _divided(forms, causal):
         n_keys = asked.bit_length() if causal else length
         queries, changed = list(bits(asked)), list(bits(mine))
         at = [layout.offsets[p] for p in prompts]
@@ -72,6 +74,17 @@ def alike(layout: Layout, causal: bool, incoming: Tokens, outgoing: Tokens, devi
             )
         )
     return tuple(out)
+
+
+def _divided(
+    forms: Mapping[tuple[int, Tokens, Tokens], Sequence[int]], causal: bool
+) -> Iterator[tuple[tuple[int, Tokens, Tokens], Sequence[int]]]:
+    """The prompts of each form, as many at a time as one attention call may gather."""
+    for form, prompts in forms.items():
+        length, _, asked = form
+        rows = asked.bit_count() + 2 * (asked.bit_length() if causal else length)
+        step = max(1, GATHERED // rows)
+        yield from ((form, prompts[i : i + step]) for i in range(0, len(prompts), step))
 
 
 def _places(have: Tokens, tokens: list[list[int]], device: torch.device) -> Tensor | None:

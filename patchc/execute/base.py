@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from patchc.execute.packing import even
 from patchc.ir.experiment import World
 from patchc.ir.graph import BlockKind
+from patchc.ir.program import FULL
 from patchc.ir.tokens import Layout
 from patchc.model.pieces import Pieces, Tables
 
@@ -71,7 +73,7 @@ def run_world(pieces: Pieces, world: World, layout: Layout, tables: Tables) -> P
             bias = pieces.attn_bias(block.layer)
             written = written if bias is None else written + bias
         else:
-            run.mlp[i] = pieces.mlp(block.layer, x)
+            run.mlp[i] = torch.cat([pieces.mlp(block.layer, some) for some in even(x, FULL.rows)])
             written = written + run.mlp[i]
     run.stream.append(run.stream[-1] + written)
     return run

@@ -22,7 +22,7 @@ def rows(tokens: Tokens, device: torch.device) -> Tensor:
     return torch.tensor(list(bits(tokens)), dtype=torch.long, device=device)
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=8192)
 def where(have: Tokens, want: Tokens, device: torch.device) -> Tensor | slice:
     """Where the rows of `want` stand among the rows of `have`, of which it is a subset."""
     places = [(have & ((1 << t) - 1)).bit_count() for t in bits(want)]

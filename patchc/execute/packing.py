@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import TypeVar
 
 from torch import Tensor
@@ -26,5 +27,5 @@ def packed(items: Sequence[tuple[T, int]], most: int) -> Iterator[list[T]]:
 
 def even(x: Tensor, most: int) -> tuple[Tensor, ...]:
     """Rows in pieces of equal size, of about `most` at most."""
-    pieces = max(1, round(len(x) / max(1, most)))
+    pieces = max(1, ceil(len(x) / (1.25 * max(1, most))))
     return x.split(max(1, -(-len(x) // pieces)))

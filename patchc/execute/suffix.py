@@ -18,13 +18,11 @@ from patchc.execute.indices import rows, where
 from patchc.execute.packing import even
 from patchc.ir.graph import Block, BlockKind
 from patchc.ir.ops import Run, VariantId
+from patchc.ir.program import GATHERED
 from patchc.ir.tokens import Tokens
 
 if TYPE_CHECKING:
     from patchc.execute.walk import Walk
-
-GATHERED = 1 << 12
-"""Rows of keys and values, of all heads, that one attention call takes: bounds its memory."""
 
 Kind = tuple[Tokens, Tokens]
 """Where runs have changed, and what is asked of them at the top."""

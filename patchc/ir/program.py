@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Experiment, Probe, Prompts
 from patchc.ir.ops import VariantId
-from patchc.ir.tokens import Tokens
+from patchc.ir.tokens import Layout, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,9 @@ class Schedule:
     deltas: bool = True
     rows: int = 960
 
+
+GATHERED = 4096
+"""Token rows of queries, keys and values, of all heads, that an attention call of suffixes takes: bounds its memory."""
 
 FULL = Schedule()
 """Every choice made."""
@@ -103,6 +106,10 @@ class Program:
     def reads(self, cells: Iterable[int]) -> list[tuple[VariantId, Tokens]]:
         """The roots of some cells, each with the tokens at which it is read."""
         return [(root, end.tokens) for c in cells for root, end in zip(self.roots[c], self.ends, strict=True)]
+
+    def layout_of(self, world: str) -> Layout:
+        """Where a world's tokens stand: among the study's prompts, or its own."""
+        return self.prompts.world(world).layout or self.prompts.layout
 
     @property
     def aligned(self) -> tuple[str, ...]:

@@ -44,7 +44,8 @@ def cut(program: Program) -> tuple[Pass, ...]:
 
 def plain_runs_bytes(program: Program) -> int:
     """What the worlds' own runs hold, in every pass."""
-    return len(program.worlds) * plain_run_bytes(program.dag.graph, program.prompts.layout.n_tokens, program.element)
+    tokens = sum(program.layout_of(world).n_tokens for world in program.worlds)
+    return plain_run_bytes(program.dag.graph, tokens, program.element)
 
 
 def _most_rows(graph: ResidualGraph, budget: int, element: int) -> int:

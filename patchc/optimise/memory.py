@@ -26,7 +26,7 @@ from patchc.ir.ops import (
     VariantId,
     children,
 )
-from patchc.ir.program import FULL, Schedule
+from patchc.ir.program import FULL, GATHERED, Schedule
 from patchc.ir.tokens import Tokens
 from patchc.optimise.course import Courses, Stage
 from patchc.optimise.demand import Demand, demand
@@ -35,8 +35,6 @@ ROWS = 1200
 """Token rows that one matrix product takes at most."""
 KEPT = 2
 """A product's own tensors come and go; the C library gives their memory back late, so about as much again is held."""
-GATHERED = 4096
-"""Token rows of queries, keys and values, of all heads, that attention gathers at once."""
 
 
 def plain_run_bytes(graph: ResidualGraph, tokens: int, element: int, prepared: bool = True) -> int:

@@ -14,6 +14,7 @@ from patchc.ir.graph import BlockKind, ResidualGraph
 from patchc.ir.ops import Const, Core, Entries, HeadZ, Neurons, Out, Projected, Run, StoredZ, Tokenwise, VariantId
 from patchc.ir.paths import Site
 from patchc.ir.program import Program, Rates
+from patchc.ir.tokens import Layout
 from patchc.optimise.contract import Remark
 from patchc.optimise.course import Courses
 from patchc.optimise.memory import Live, plain_run_bytes, readout_bytes
@@ -159,14 +160,21 @@ def _cost(program: Program, rates: Rates) -> Cost:
     graph, prompts = program.dag.graph, program.prompts
     columns = graph.d_vocab if program.columns is None else len(program.columns)
     logits = program.measured.bit_count() * columns
-    plain = counter.plain().flops(rates)
+    layouts = [program.layout_of(world) for world in program.worlds]
+    plain = {layout: _plain_run(program, layout).flops(rates) for layout in {*layouts, prompts.layout}}
+    tokens = sum(layout.n_tokens for layout in layouts)
     cells = sum(len(work.cells) for work in program.passes)
     return Cost(
         done.flops(rates),
-        len(program.worlds) * plain,
-        (cells + len(program.worlds)) * logits * rates.logit,
-        len(program.roots) * (plain + logits * rates.logit),
-        len(program.worlds) * plain_run_bytes(graph, prompts.layout.n_tokens, element, rates.prepared)
+        sum(plain[layout] for layout in layouts),
+        (cells + len(program.aligned)) * logits * rates.logit,
+        len(program.roots) * (plain[prompts.layout] + logits * rates.logit),
+        plain_run_bytes(graph, tokens, element, rates.prepared)
         + max(peak, readout_bytes(cells * program.measured.bit_count(), columns, element)),
         rates.copied,
     )
+
+
+def _plain_run(program: Program, layout: Layout) -> Work:
+    """What a world's own run computes."""
+    return WorkCounter(Courses(Dag(program.dag.graph, layout)), program.base).plain()

@@ -24,6 +24,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 def same(one: Tensor, other: Tensor) -> bool:
     assert torch.equal(one.isinf(), other.isinf())
+    assert torch.equal(one.isnan(), other.isnan())
     return bool(((one - other).nan_to_num(nan=0.0).abs() < EPS * (1 + other.abs().nan_to_num(posinf=0.0))).all())
 
 
