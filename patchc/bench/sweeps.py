@@ -209,10 +209,13 @@ def _sides(bench: Bench, task: Task, values: dict[Coords, float], part: Part) ->
 
 def _opened(bench: Bench, peer: Peer, task: Task, values: dict[Coords, float], part: Part) -> Side:
     """A peer made ready, and the cells that it will run: all, or as many as there is time for."""
-    session = peer.open(task)
-    everywhere = list(values)
-    session.run(everywhere[:1])
-    _, cell_s = session.run(everywhere[:1])
+    session, everywhere = peer.open(task), list(values)
+    try:
+        session.run(everywhere[:1])
+        _, cell_s = session.run(everywhere[:1])
+    except PeerError:
+        session.close()
+        raise
     if not part.sampled and session.fixed_s + cell_s * len(everywhere) <= bench.effort.side_s:
         return Side(peer, session, everywhere)
     count = max(2, round(bench.effort.part_s / max(cell_s, 1e-6)))

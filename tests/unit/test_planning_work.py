@@ -47,7 +47,7 @@ def test_nodes_looked_at_in_a_cell(sweep: str, n_layer: int, monkeypatch: pytest
     compiled = patchc.load(gpt2(n_layer=n_layer)).compile(SPEC.format(loop=loop, patch=patch), DATA)
     cells = compiled.programs[0].experiment.cells
     starts = len({cell.patches[0].path.parts[0] for cell in cells})  # type: ignore[union-attr]
-    assert looked_at <= expected * len(cells) + starts
+    assert starts <= looked_at <= expected * len(cells) + starts
 
 
 def garbage(model: patchc.Model, loop: str) -> tuple[int, int]:

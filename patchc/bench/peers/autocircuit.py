@@ -78,7 +78,11 @@ class AutoCircuitSession:
             text=True,
             encoding="utf-8",
         )
-        self.fixed_s = float(self._answer()["cpu_s"])
+        try:
+            self.fixed_s = float(self._answer()["cpu_s"])
+        except PeerError:
+            self.close()
+            raise
 
     def run(self, cells: Sequence[Coords]) -> tuple[list[float], float]:
         edges = [f"{node_name(str(writer))}->{node_name(str(reader))}" for writer, reader in cells]
