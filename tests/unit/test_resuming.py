@@ -306,6 +306,37 @@ def test_fresh_discards_what_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch
     assert passes_run(made, monkeypatch)[0] == uninterrupted()[1]
 
 
+ABOUT = '{"format_version": 1, "binding": {}}'
+
+
+@pytest.mark.parametrize(
+    ("folder", "about"),
+    [("mine", ABOUT), ("0123456789abcdef", "{}"), ("0123456789abcdef", '{"binding": 7}'), ("link", ABOUT)],
+)
+def test_fresh_leaves_what_is_somebody_elses(path: Path, folder: str, about: str) -> None:
+    place = path.parent / "kept" / folder
+    place.mkdir(parents=True)
+    if folder == "link":
+        place = place.rename(path.parent / "elsewhere")
+        (path.parent / "kept" / "0123456789abcdef").symlink_to(place)
+    (place / "run.json").write_text(about)
+    for name in ("model.safetensors", "0-00000000-00000001.safetensors"):
+        (place / name).write_text("mine")
+    before = sorted(path.parent.rglob("*"))
+    compiled(path, partial=path.parent / "kept", fresh=True)
+    assert sorted(path.parent.rglob("*")) == before
+
+
+def test_fresh_leaves_files_of_other_names_beside_the_kept(path: Path) -> None:
+    stop_after(compiled(path), 5)
+    (about,) = path.parent.glob("a.patch.partial/*/run.json")
+    mine = about.with_name("model.safetensors")
+    mine.write_text("mine")
+    about.with_name(".0-00000000-00000001-0123abcd.safetensors").write_text("half")
+    compiled(path, fresh=True)
+    assert list(about.parent.iterdir()) == [mine]
+
+
 def _damaged(path: Path, how: str) -> None:
     content = path.read_bytes()
     match how:
