@@ -254,6 +254,12 @@ def other_weights() -> Any:
     return module
 
 
+def other_settings() -> Any:
+    module: Any = gpt2(n_layer=2)
+    module.transformer.ln_f.eps = 1e-3
+    return module
+
+
 def _edited(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
@@ -266,6 +272,7 @@ def test_what_differs_is_named_and_nothing_is_mixed(path: Path, monkeypatch: pyt
         "the data": lambda: compiled(path, data),
         "the spec": lambda: (_edited(path, "h @ p with corrupt", "h @ p with zero"), compiled(path))[1],
         "the weights": lambda: patchc.load(other_weights()).compile(path, IDS, memory=MEMORY),
+        "what the model computes": lambda: patchc.load(other_settings()).compile(path, IDS, memory=MEMORY),
     }
     for what, make in others.items():
         made = make()
@@ -295,6 +302,16 @@ def test_the_code_and_the_way_of_computing_count(path: Path, monkeypatch: pytest
     assert compiled(path).warnings[0].message.endswith("what differs: the threads (1 then, 7 now)")
     monkeypatch.setattr("patchc.resuming._code", lambda: "another")
     assert "the code of patchc, the threads" in compiled(path).warnings[0].message
+
+
+def test_threads_that_change_between_compiling_and_running_count(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(compiled(path), 5)
+    made = compiled(path)
+    assert made.warnings == ()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_num_threads", lambda: 7)
+        assert passes_run(made, patched)[0] == uninterrupted()[1]
+    assert kept(path)
 
 
 def test_fresh_discards_what_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
