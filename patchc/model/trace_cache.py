@@ -100,7 +100,8 @@ def computed(exported: Exported, model: nn.Module) -> tuple[str, dict[str, str],
     read = {node.target for node in exported.module.graph.find_nodes(op="get_attr")}
     weights, constants = _attributes(exported.module, model)
     for attribute in {*weights, *constants} - read:
-        weights.pop(attribute, None), constants.pop(attribute, None)
+        weights.pop(attribute, None)
+        constants.pop(attribute, None)
     return exported.module.graph.python_code("self").src, weights, constants
 
 
