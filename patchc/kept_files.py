@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ NOT_KEPT = RULES.add("not-kept", "the finished passes of a run cannot be kept: i
 
 ABOUT = "run.json"
 """What the files of a folder belong to."""
+RUN = re.compile("[0-9a-f]{16}")
+"""The name of a run's folder."""
+KEPT = re.compile(r"(run|\.run-[0-9a-f]{8})\.json|(\d+-\d{8,}-\d{8,}|\.\d+-\d{8,}-\d{8,}-[0-9a-f]{8})\.safetensors")
+"""The names of the files in it, whole or half written."""
 
 
 @dataclass
@@ -199,22 +204,25 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def kept_runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folders of runs in `folder`, the latest first, each with what is written about it."""
+    """The folders of runs in `folder`, the latest first, each with what is written about it. Whatever else stands there
+    is somebody else's."""
     found: list[tuple[float, Path, dict[str, Any]]] = []
     for path in folder.glob(f"*/{ABOUT}"):
         with contextlib.suppress(OSError, ValueError, RecursionError):
+            if not RUN.fullmatch(path.parent.name) or path.parent.is_symlink() or path.is_symlink():
+                continue
             about = json.loads(path.read_bytes())
-            if isinstance(about, dict):
+            if isinstance(about, dict) and isinstance(about.get("binding"), dict):
                 found.append((path.stat().st_mtime, path.parent, about))
     for _, run, about in sorted(found, key=lambda x: x[0], reverse=True):
         yield run, about
 
 
 def discard(run: Path) -> None:
-    """Remove the folder of a run, and the one around it where no other run is kept there. Only what has the names of
+    """Remove the folder of a run, and the one around it where nothing else stands in it. Only what has the names of
     kept files is removed; what cannot be, stays."""
     with contextlib.suppress(OSError):
-        for path in [*run.glob("*.safetensors"), run / ABOUT, *run.glob(".run-*.json")]:
+        for path in [p for p in run.iterdir() if KEPT.fullmatch(p.name)]:
             path.unlink(missing_ok=True)
         run.rmdir()
         run.parent.rmdir()

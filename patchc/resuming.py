@@ -25,6 +25,7 @@ from patchc.ir.printer import print_study
 from patchc.ir.program import Program
 from patchc.kept_files import NOT_KEPT, KeptRun, discard, kept_runs
 from patchc.model.load import LoadedModel
+from patchc.model.trace_cache import computed
 from patchc.report.record import sha256, versions
 from patchc.resolve.parameters import Literal
 
@@ -36,6 +37,7 @@ EVERY = 5.0
 WORDS = {
     "tensors": "the tensors given",
     "weights": "the weights",
+    "model": "what the model computes",
     "code": "the code of patchc",
     "versions": "the versions of the software",
     "plan": "the plan",
@@ -53,18 +55,22 @@ class Origin:
     tensors: Mapping[str, Tensor]
     model: LoadedModel
 
-    @cached_property
+    @property
     def binding(self) -> dict[str, Any]:
-        """What must be the same, to the bit."""
+        """What must be the same, to the bit. Settings are those of the moment: torch's threads may change."""
+        return {**self._hashes, **settings(self.model)}
+
+    @cached_property
+    def _hashes(self) -> dict[str, Any]:
         bare = [replace(e, title=None, expects=(), saves=(), shows=()) for e in self.study.experiments]
         study = replace(self.study, model=ModelChoice(""), experiments=tuple(bare))
         return {
             "study": sha256(print_study(study, self.model.graph, whole=True)),
             "tensors": _hash_of(self.tensors),
             "weights": self.model.content,
+            "model": _computed(self.model),
             "versions": versions(),
             "code": _code(),
-            **settings(self.model),
         }
 
     @cached_property
@@ -167,6 +173,12 @@ def _worded(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], befor
     if name in WORDS:
         return WORDS[name]
     return f"the {name.replace('_', ' ')} ({theirs.get(name)} then, {ours[name]} now)"
+
+
+def _computed(model: LoadedModel) -> str:
+    """What is computed may change while no weight does: by a setting, or by another forward pass."""
+    code, weights, constants = computed(model.pieces.structure.exported, model.eager)
+    return sha256(json.dumps([code, sorted(weights.items()), _hash_of(constants)]))
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:

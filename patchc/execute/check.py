@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from patchc.diagnostics import RULES, PatchcError
 from patchc.execute.hooks import Measured, Oracle
-from patchc.execute.room import room
 from patchc.execute.sweep import Outcome
+from patchc.free_memory import free_memory
 from patchc.ir.check import Check
 from patchc.ir.experiment import Experiment, Metric, Prompts
 from patchc.ir.graph import ResidualGraph
@@ -281,4 +281,4 @@ def _has_room(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a copy of the model in `dtype` fits beside what is there, made by way of a copy in its own."""
     parameter = next(model.parameters())
     size = sum(p.numel() for p in model.parameters()) * (dtype.itemsize + parameter.element_size())
-    return size <= room(parameter.device)
+    return size <= free_memory(parameter.device)

@@ -11,9 +11,9 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +24,16 @@ from patchc.model.cache import digest
 
 PACKAGES = ("torch", "transformers", "transformer_lens")
 """Libraries whose versions say what their code is."""
-BESIDE = ("huggingface_hub", "safetensors", "accelerate", "packaging", "tqdm", "jaxtyping", "einops")
+BESIDE = (
+    "huggingface_hub",
+    "safetensors",
+    "accelerate",
+    "packaging",
+    "tqdm",
+    "jaxtyping",
+    "einops",
+    "typing_extensions",
+)
 """Packages whose functions those import, and compute nothing with."""
 MEANT_ELSEWHERE = frozenset(
     "_name_or_path name_or_path _commit_hash training _is_hf_initialized generation_config".split()
@@ -46,6 +55,7 @@ def identity(model: nn.Module) -> str | None:
     try:
         for kind in {type(part) for _, part in parts}:
             _check_class(kind)
+        _check_functions(v for space in (torch, nn.functional, Tensor) for v in list(vars(space).values()))
         teller = _Teller({id(part): name for name, part in reversed(parts)})
         return digest([[name, teller.part(part)] for name, part in parts])
     except (_NotTellableError, RecursionError):
@@ -77,16 +87,48 @@ def _registered(module: ModuleType) -> Iterator[Any]:
 
 def _check_functions(values: Iterable[Any]) -> None:
     for value in values:
-        function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-        if isinstance(function, FunctionType) and not _is_theirs(function.__code__.co_filename):
-            raise _NotTellableError(function)
+        for function in _within(value):
+            if isinstance(function, FunctionType):
+                known = _is_theirs(function)
+            else:
+                known = not callable(function) or isinstance(function, type) or _root(type(function)) in _known()
+            if not known:
+                raise _NotTellableError(function)
+
+
+def _within(value: Any) -> Iterator[Any]:
+    """A value, and what it calls where it is put around something: a property, a method, a decorated function."""
+    yield value
+    names = ("fget", "__func__", "func", "__wrapped__")
+    if isinstance(value, property | staticmethod | classmethod | MethodType | partial | cached_property | FunctionType):
+        for name in names:
+            if (inside := getattr(value, name, None)) is not None:
+                yield from _within(inside)
+
+
+def _is_theirs(function: FunctionType) -> bool:
+    """Whether a function is one of the libraries' or of Python's. `<` starts the names of code without a file: a
+    library's, as `dataclass` writes it, or what somebody types."""
+    file = function.__code__.co_filename
+    if file.startswith("<"):
+        return str(function.__globals__.get("__name__")).split(".")[0] in _known()
+    return _is_their_file(file)
 
 
 @cache
-def _is_theirs(file: str) -> bool:
-    """Whether a file is one of the libraries' or of Python's; `<` starts the names of code that `dataclass` writes."""
+def _is_their_file(file: str) -> bool:
     stdlib = sysconfig.get_path("stdlib")
-    return file.startswith((*_folders(), "<")) or (file.startswith(stdlib) and "-packages" not in file)
+    return file.startswith(_folders()) or (file.startswith(stdlib) and "-packages" not in file)
+
+
+@cache
+def _known() -> frozenset[str]:
+    """The packages whose code is what their versions say."""
+    return frozenset({*PACKAGES, *BESIDE, "builtins", *sys.stdlib_module_names} - {"__main__"})
+
+
+def _root(kind: type) -> str:
+    return kind.__module__.split(".")[0]
 
 
 def _folders() -> tuple[str, ...]:

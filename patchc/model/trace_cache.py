@@ -93,6 +93,18 @@ def _attributes(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, str
     return weights, constants
 
 
+def computed(exported: Exported, model: nn.Module) -> tuple[str, dict[str, str], dict[str, Tensor]]:
+    """What a graph computes, whether it was traced or read: its code, and what that reads, the model's weights by
+    their names in the model, and constants."""
+    # A module's own code may be from before its graph was made canonical, and it may hold what nothing reads.
+    read = {node.target for node in exported.module.graph.find_nodes(op="get_attr")}
+    weights, constants = _attributes(exported.module, model)
+    for attribute in {*weights, *constants} - read:
+        weights.pop(attribute, None)
+        constants.pop(attribute, None)
+    return exported.module.graph.python_code("self").src, weights, constants
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by each of its names."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}

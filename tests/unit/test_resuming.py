@@ -254,6 +254,12 @@ def other_weights() -> Any:
     return module
 
 
+def other_settings() -> Any:
+    module: Any = gpt2(n_layer=2)
+    module.transformer.ln_f.eps = 1e-3
+    return module
+
+
 def _edited(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
@@ -266,6 +272,7 @@ def test_what_differs_is_named_and_nothing_is_mixed(path: Path, monkeypatch: pyt
         "the data": lambda: compiled(path, data),
         "the spec": lambda: (_edited(path, "h @ p with corrupt", "h @ p with zero"), compiled(path))[1],
         "the weights": lambda: patchc.load(other_weights()).compile(path, IDS, memory=MEMORY),
+        "what the model computes": lambda: patchc.load(other_settings()).compile(path, IDS, memory=MEMORY),
     }
     for what, make in others.items():
         made = make()
@@ -297,6 +304,16 @@ def test_the_code_and_the_way_of_computing_count(path: Path, monkeypatch: pytest
     assert "the code of patchc, the threads" in compiled(path).warnings[0].message
 
 
+def test_threads_that_change_between_compiling_and_running_count(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(compiled(path), 5)
+    made = compiled(path)
+    assert made.warnings == ()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_num_threads", lambda: 7)
+        assert passes_run(made, patched)[0] == uninterrupted()[1]
+    assert kept(path)
+
+
 def test_fresh_discards_what_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after(compiled(path), 5)
     (path.parent / "a.patch.partial" / "mine.txt").write_text("mine")
@@ -304,6 +321,37 @@ def test_fresh_discards_what_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch
     assert not kept(path)
     assert (path.parent / "a.patch.partial" / "mine.txt").exists()
     assert passes_run(made, monkeypatch)[0] == uninterrupted()[1]
+
+
+ABOUT = '{"format_version": 1, "binding": {}}'
+
+
+@pytest.mark.parametrize(
+    ("folder", "about"),
+    [("mine", ABOUT), ("0123456789abcdef", "{}"), ("0123456789abcdef", '{"binding": 7}'), ("link", ABOUT)],
+)
+def test_fresh_leaves_what_is_somebody_elses(path: Path, folder: str, about: str) -> None:
+    place = path.parent / "kept" / folder
+    place.mkdir(parents=True)
+    if folder == "link":
+        place = place.rename(path.parent / "elsewhere")
+        (path.parent / "kept" / "0123456789abcdef").symlink_to(place)
+    (place / "run.json").write_text(about)
+    for name in ("model.safetensors", "0-00000000-00000001.safetensors"):
+        (place / name).write_text("mine")
+    before = sorted(path.parent.rglob("*"))
+    compiled(path, partial=path.parent / "kept", fresh=True)
+    assert sorted(path.parent.rglob("*")) == before
+
+
+def test_fresh_leaves_files_of_other_names_beside_the_kept(path: Path) -> None:
+    stop_after(compiled(path), 5)
+    (about,) = path.parent.glob("a.patch.partial/*/run.json")
+    mine = about.with_name("model.safetensors")
+    mine.write_text("mine")
+    about.with_name(".0-00000000-00000001-0123abcd.safetensors").write_text("half")
+    compiled(path, fresh=True)
+    assert list(about.parent.iterdir()) == [mine]
 
 
 def _damaged(path: Path, how: str) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from patchc.model.pieces import TracedPieces
 from patchc.model.prove import Prover
 from patchc.model.state import content_fingerprint
 from patchc.model.trace import trace
-from patchc.model.trace_cache import keep_trace, read_trace, trace_key
+from patchc.model.trace_cache import computed, keep_trace, read_trace, trace_key
 from tests.models import MODELS, gpt2, llama, loaded_model
 from tests.unit.test_model_refusals import Model
 
@@ -63,6 +64,9 @@ def test_what_is_kept_is_what_was_proved(kind: str) -> None:
     assert torch.equal(composed(pieces, fresh.eager), composed(fresh.pieces, fresh.eager))
     ours, theirs = (p.modules for p in (pieces, fresh.pieces))
     assert {name: m.code for name, m in ours.items()} == {name: m.code for name, m in theirs.items()}
+    again, told = (computed(p.structure.exported, fresh.eager) for p in (pieces, fresh.pieces))
+    assert again[:2] == told[:2]
+    assert again[2].keys() == told[2].keys()
     own = {t.data_ptr() for t in (*fresh.eager.parameters(), *fresh.eager.buffers())}
     assert all(t.data_ptr() in own for t in pieces.weights.values() if t.numel() > 1)
 
@@ -158,6 +162,50 @@ def test_a_librarys_function_that_was_replaced(folder: Path, monkeypatch: pytest
         assert identity(module) is None
     module.setting = lambda x: x
     assert identity(module) is None
+
+
+def typed(name: str = "<stdin>") -> Any:
+    """A function that was typed, not read from a file."""
+    made: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile("def forward(self, x): return x", name, "exec"), made)
+    return made["forward"]
+
+
+class Called:
+    """An object that can be called."""
+
+    def __call__(self, *_: Any) -> None: ...
+
+
+PUT: dict[str, Callable[[], Any]] = {
+    "typed": typed,
+    "in a notebook": lambda: typed("<ipython-input-1>"),
+    "a function of one's own behind torch's decorator": lambda: torch.no_grad()(typed()),
+    "a property": lambda: property(typed()),
+    "a static method of torch's decorator": lambda: staticmethod(torch.no_grad()(typed())),
+    "a partial function": lambda: partial(typed()),
+    "an object": Called,
+}
+
+
+@pytest.mark.parametrize("put", PUT)
+def test_code_put_in_a_librarys_class(put: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    module = llama()
+    assert identity(module) is not None
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", PUT[put]())
+    assert identity(module) is None
+
+
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "gelu", "linear"])
+@pytest.mark.parametrize("put", PUT)
+def test_a_function_of_torchs_that_was_replaced(put: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = gpt2()
+    monkeypatch.setattr(nn.functional, name, PUT[put]())
+    assert identity(module) is None
+    monkeypatch.undo()
+    assert identity(module) is not None
 
 
 # ---- damaged entries
