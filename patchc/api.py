@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from patchc import pipeline
-from patchc.codegen.emit import CompiledGraph
+from patchc.codegen.emit import BAD_MASKS, CompiledGraph
 from patchc.diagnostics import RULES, Diagnostic, PatchcError, Source
 from patchc.execute.analyse import Analysis, analyse
 from patchc.execute.base import PlainRun
@@ -52,7 +52,6 @@ from patchc.resuming import EVERY, Origin, Resuming, resuming
 from patchc.spec import read_spec
 
 SEVERAL_EXPERIMENTS = RULES.add("several-experiments", "one graph was asked for, and the spec has several experiments")
-BAD_MASKS = RULES.add("bad-masks", "masks were asked for of a kind that graphs do not have")
 
 Masks = Literal["cell", "none", "node", "edge", "node by position", "edge by position"]
 """What a compiled graph has masks for."""

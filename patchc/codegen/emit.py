@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from patchc.codegen.masks import Masks
 from patchc.codegen.stored import StoredNodes
 from patchc.codegen.variants import Variants
 from patchc.codegen.worlds import Worlds
+from patchc.diagnostics import RULES
 from patchc.ir.bits import bits
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Probe
@@ -26,6 +28,9 @@ from patchc.model.pieces import TracedPieces
 
 NOT_CAPTURED = (Site.SCORES, Site.PATTERN, Site.POST)
 """What metrics read inside nodes that a graph has no capture of."""
+
+
+BAD_MASKS = RULES.add("bad-masks", "masks of a kind, or of a shape, that a graph does not have")
 
 
 class CompiledGraph(fx.GraphModule):
@@ -44,8 +49,23 @@ class CompiledGraph(fx.GraphModule):
     starts: tuple[str, ...] = ()
     form: str = ""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_forward_pre_hook(_check_masks)
+
     def extra_repr(self) -> str:
         return f"masks {list(self.mask_shape)}, {self.form}"
+
+
+def _check_masks(graph: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Masks of another shape would be read in another order: refused. Error: `bad-masks`."""
+    assert isinstance(graph, CompiledGraph)
+    masks = inputs[len(graph.worlds)] if len(inputs) > len(graph.worlds) else None
+    if masks is None:  # given by name, or not at all: what is wrong with it shows
+        return
+    if not isinstance(masks, Tensor) or tuple(masks.shape) != graph.mask_shape or not masks.is_floating_point():
+        given = f"{masks.dtype} {list(masks.shape)}" if isinstance(masks, Tensor) else f"a {type(masks).__name__}"
+        raise BAD_MASKS.error(f"its masks are floating point, of shape {list(graph.mask_shape)}, not {given}")
 
 
 def compiled_graph(

@@ -256,3 +256,15 @@ def test_masks_of_one_run_need_one_value() -> None:
     with pytest.raises(PatchcError) as caught:
         _ = small().compile(two, TEXTS, masks="edge").graph
     assert caught.value.diagnostics[0].code == "masks-need-one-value"
+
+
+@pytest.mark.parametrize("form", ["cell", "edge", "edge by position"])
+def test_masks_of_another_shape_are_refused(form: str) -> None:
+    graph = small().compile(ONE, TEXTS, masks=form).graph  # type: ignore[arg-type]
+    ids = [torch.tensor(TEXTS[world]) for world in graph.worlds]
+    right = torch.zeros(graph.mask_shape)
+    graph(*ids, right)
+    for wrong in (torch.zeros(2, *graph.mask_shape), torch.zeros(7), right.bool(), 1.0):
+        with pytest.raises(PatchcError) as caught:
+            graph(*ids, wrong)
+        assert caught.value.diagnostics[0].code == "bad-masks"
