@@ -29,6 +29,7 @@ from patchc.model.folders import (
     read_tokenizer,
     silent_transformers,
 )
+from patchc.model.identity import identity
 from patchc.model.pieces import TracedPieces
 from patchc.model.placed import refuse_placement
 from patchc.model.prove import is_causal, prove, prove_insides, prove_parts
@@ -59,6 +60,8 @@ class LoadedModel:
     fingerprint: str
     bos: bool | None
     content: str
+    settings: str | None
+    """Its classes and settings, hashed; None where they may compute anything."""
 
     @property
     def element(self) -> int:
@@ -77,6 +80,9 @@ class LoadedModel:
             raise CHANGED.error(
                 f"the weights of {self.name} were changed after it was traced", fix="load the model again"
             )
+        if identity(self.eager) != self.settings:
+            changed = f"the settings or the code of {self.name} were changed after it was traced"
+            raise CHANGED.error(changed, fix="load the model again")
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         fingerprint,
         bos,
         content,
+        None if key is None else key["module"],
     )
 
 

@@ -192,6 +192,16 @@ def test_a_tensor_is_added() -> None:
     assert result.values["diff"] == pytest.approx(float(diffs(module, "clean").mean()), abs=1e-4)
 
 
+def test_a_given_tensor_is_as_it_was_when_given() -> None:
+    vector = torch.linspace(-2, 2, 32)
+    spec = f'{DIFF}experiment steer {{ run clean patch node mlp[0] with self + tensor("v") measure diff }}'
+    made = small().compile(spec, IDS, tensors={"v": vector})
+    before = run(made)["steer"].values["diff"]
+    vector.zero_()
+    again = run(made, check=True)["steer"].values["diff"]
+    assert again == before
+
+
 def test_a_tensor_that_was_not_given() -> None:
     spec = f'{DIFF}experiment e {{ run clean patch node mlp[0] with tensor("v") measure diff }}'
     with pytest.raises(patchc.PatchcError) as caught:

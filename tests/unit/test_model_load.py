@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,33 @@ def test_edits_after_tracing_are_noticed() -> None:
     with pytest.raises(PatchcError) as caught:
         loaded.check_unchanged()
     assert code_of(caught) == "model-changed"
+
+
+SETTINGS: dict[str, Callable[[Any], object]] = {
+    "a norm's epsilon": lambda m: setattr(m.transformer.ln_f, "eps", 1e-2),
+    "an activation": lambda m: setattr(m.transformer.h[0].mlp, "act", torch.nn.ReLU()),
+    "a class of the user's own": lambda m: setattr(m.transformer.h[0].mlp, "act", type("Mine", (torch.nn.ReLU,), {})()),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_settings_changed_after_tracing_are_noticed(change: str) -> None:
+    module: Any = gpt2()
+    loaded = load(module)
+    SETTINGS[change](module)
+    with pytest.raises(PatchcError, match="the settings or the code of") as caught:
+        loaded.check_unchanged()
+    assert code_of(caught) == "model-changed"
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_using_a_model_does_not_change_it(make: Callable[..., Any]) -> None:
+    module = make("eager")
+    loaded, ids = load(module), torch.tensor([[1, 2, 3]])
+    module(ids, output_hidden_states=True, output_attentions=True)
+    module.generate(ids, max_new_tokens=2, do_sample=False)
+    module.train()
+    loaded.check_unchanged()
 
 
 def test_hooks_after_tracing_are_noticed() -> None:
