@@ -32,6 +32,12 @@ from tests.models import MODELS, gpt2, llama, loaded_model
 from tests.unit.test_model_refusals import Model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded_before() -> None:
+    """So that it does not come into a test's own cache."""
+    loaded_model("gpt2-sdpa")
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATCHC_CACHE", str(tmp_path / "cache"))
