@@ -125,6 +125,7 @@ def _below(rows: Sequence[Row]) -> list[str]:
     m = machine()
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     lines = [f"Measured on {m['processor']}, {m['cores']} cores, {m['system']}, Python {m['python']}; {versions}."]
+    lines.append("GFLOP are a sweep's own, without the worlds' runs; the FLOP limit is of both, as the seconds are.")
     noted = [row for row in rows if row.notes]
     return lines + [f"- {row.title}{', ' if row.setting else ''}{row.setting}: {'; '.join(row.notes)}" for row in noted]
 
