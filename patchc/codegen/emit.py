@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -58,12 +59,13 @@ class CompiledGraph(fx.GraphModule):
 
 
 def _check_masks(graph: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Masks of another shape would be read in another order: refused. Error: `bad-masks`."""
+    """Masks of another shape would be read in another order: refused, but all in one row. Error: `bad-masks`."""
     assert isinstance(graph, CompiledGraph)
     masks = inputs[len(graph.worlds)] if len(inputs) > len(graph.worlds) else None
     if masks is None:  # given by name, or not at all: what is wrong with it shows
         return
-    if not isinstance(masks, Tensor) or tuple(masks.shape) != graph.mask_shape or not masks.is_floating_point():
+    shapes = (graph.mask_shape, (prod(graph.mask_shape),))
+    if not isinstance(masks, Tensor) or tuple(masks.shape) not in shapes or not masks.is_floating_point():
         given = f"{masks.dtype} {list(masks.shape)}" if isinstance(masks, Tensor) else f"a {type(masks).__name__}"
         raise BAD_MASKS.error(f"its masks are floating point, of shape {list(graph.mask_shape)}, not {given}")
 
