@@ -67,8 +67,9 @@ def _interrupted(patched: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
 def _not_resumed(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
     spec = """data { clean "a b c d a b c" corrupt "a b c d a e c" answer " d" }
 experiment e { for h in head run clean patch node h with corrupt measure logit(answer) }"""
-    Path("kept/0").mkdir(parents=True)
-    Path("kept/0/run.json").write_text('{"format_version": 1, "binding": {}}', encoding="utf-8")
+    kept = Path("kept", "0" * 16)
+    kept.mkdir(parents=True)
+    (kept / "run.json").write_text('{"format_version": 1, "binding": {}}', encoding="utf-8")
     return patchc.load("induction-2l").compile(spec, partial="kept").warnings
 
 
