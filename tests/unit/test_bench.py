@@ -256,7 +256,7 @@ def test_missing_peers_are_said_and_threads_are_given_back(monkeypatch: pytest.M
 
 
 def test_a_row_that_there_is_not_is_an_error_that_names_them(run: Run) -> None:
-    ran = run("bench", "--rows", "nothing", "--format", "json")
+    ran = run("bench", "--rows", "no such row", "--format", "json")
     assert ran.exit == 2
     (found,) = ran.json["diagnostics"]
     assert found["code"] == "no-such-row"
