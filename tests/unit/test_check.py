@@ -171,7 +171,7 @@ def test_where_single_precision_is_too_coarse_double_decides(monkeypatch: pytest
 
 
 def test_without_room_for_a_wider_copy_roundings_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "room", lambda _: 0)
+    monkeypatch.setattr(checking, "free_memory", lambda _: 0)
     for dtype in (torch.float32, torch.bfloat16):
         c = compiled("llama-sdpa", dtype)
         found = outcome(c)
