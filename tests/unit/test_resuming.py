@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -296,21 +296,34 @@ def test_words_that_change_no_number_do_not_matter(path: Path, monkeypatch: pyte
     assert passes_run(made, monkeypatch)[0] < uninterrupted()[1]
 
 
-def test_the_code_and_the_way_of_computing_count(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's threads; afterwards they are as before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_code_and_the_way_of_computing_count(
+    path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    threads(1)
     stop_after(compiled(path), 5)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    threads(7)
     assert compiled(path).warnings[0].message.endswith("what differs: the threads (1 then, 7 now)")
     monkeypatch.setattr("patchc.resuming._code", lambda: "another")
     assert "the code of patchc, the threads" in compiled(path).warnings[0].message
 
 
-def test_threads_that_change_between_compiling_and_running_count(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_change_between_compiling_and_running_count(
+    path: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    threads(1)
     stop_after(compiled(path), 5)
     made = compiled(path)
     assert made.warnings == ()
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "get_num_threads", lambda: 7)
-        assert passes_run(made, patched)[0] == uninterrupted()[1]
+    threads(7)
+    assert passes_run(made, monkeypatch)[0] == uninterrupted()[1]
     assert kept(path)
 
 
