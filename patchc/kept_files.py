@@ -33,8 +33,8 @@ ABOUT = "run.json"
 """What the files of a folder belong to."""
 RUN = re.compile("[0-9a-f]{16}")
 """The name of a run's folder."""
-KEPT = re.compile(r"(run|\.run-[0-9a-f]{8})\.json|(\d+-\d{8,}-\d{8,}|\.\d+-\d{8,}-\d{8,}-[0-9a-f]{8})\.safetensors")
-"""The names of the files in it, whole or half written."""
+KEPT = re.compile(r"run\.json|\d+-\d{8,}-\d{8,}\.safetensors|\..+")
+"""The names of the files in it; hidden ones are half written, by patchc or by what it writes with."""
 
 
 @dataclass
