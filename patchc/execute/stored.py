@@ -40,9 +40,7 @@ class Stored:
     base: str
     runs: Mapping[str, PlainRun]
     tensors: Mapping[str, Tensor]
-    row_means: dict[tuple[int, int, int, Mean], Tensor] = field(
-        default_factory=dict[tuple[int, int, int, Mean], Tensor]
-    )
+    row_means: dict[RowMean, Tensor] = field(default_factory=dict[RowMean, Tensor])
     """Means of attention scores and patterns, `[class, longest prompt]`."""
     _averages: dict[Mean, Average] = field(default_factory=dict[Mean, Average])
     _noise: dict[tuple[Noise, str], Tensor] = field(default_factory=dict[tuple[Noise, str], Tensor])
