@@ -327,6 +327,13 @@ def test_threads_that_change_between_compiling_and_running_count(
     assert kept(path)
 
 
+def test_what_was_half_written_goes_with_the_run(path: Path) -> None:
+    stop_after(compiled(path), 5)
+    (kept(path)[0].parent / ".half-written").write_text("half")
+    run(compiled(path))
+    assert not (path.parent / "a.patch.partial").exists()
+
+
 def test_fresh_discards_what_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after(compiled(path), 5)
     (path.parent / "a.patch.partial" / "mine.txt").write_text("mine")
