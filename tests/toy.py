@@ -18,16 +18,16 @@ D_MODEL, D_HEAD, VOCAB = 6, 2, 7
 
 
 def graph_of(
-    shape: Sequence[tuple[str, int]], n_heads: int, pos_embed: bool, bias: bool, causal: bool
+    shape: Sequence[tuple[str, int]], n_heads: int, pos_embed: bool, bias: bool, causal: bool, post_norm: bool = False
 ) -> ResidualGraph:
-    """`shape`: ("attention" or "mlp", rank) for each block, ranks ascending from 1."""
+    """`shape`: ("attention" or "mlp", rank) for each block, ranks ascending from 1. `post_norm`: of attention."""
     nodes: list[Node] = []
     blocks: list[Block] = []
 
     def add(kind: BlockKind, rank: int, layer: int | None, members: list[tuple[Kind, int | None]]) -> None:
         first = len(nodes)
         nodes.extend(Node(first + i, k, rank, len(blocks), layer, h) for i, (k, h) in enumerate(members))
-        blocks.append(Block(kind, rank, first, len(members), layer))
+        blocks.append(Block(kind, rank, first, len(members), layer, post_norm and kind is BlockKind.ATTENTION))
 
     add(BlockKind.EMBED, 0, None, [(Kind.EMBED, None)] + ([(Kind.POS_EMBED, None)] if pos_embed else []))
     for layer, (kind, rank) in enumerate(shape):
@@ -138,6 +138,11 @@ class Toy:
 
     def attn_bias(self, layer: int) -> Tensor | None:
         return self.ob[layer] if self.has_bias else None
+
+    def post_norm(self, layer: int, x: Tensor) -> Tensor:
+        if not any(b.layer == layer and b.post_norm for b in self.graph.blocks):
+            return x
+        return x / (x.pow(2).mean(-1, keepdim=True) + 0.1).sqrt()
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         return self.mlp_down(layer, self.mlp_post(layer, x))

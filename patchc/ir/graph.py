@@ -78,13 +78,15 @@ class BlockKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Block:
     """A part of the model that writes at one rank. Its nodes are numbered `first` .. `first + size - 1`; in an
-    attention block the heads come first, then the bias where there is one."""
+    attention block the heads come first, then the bias where there is one. With `post_norm` what they write together
+    is normalised before it is added to the stream (Gemma 2, OLMo 2)."""
 
     kind: BlockKind
     rank: int
     first: int
     size: int
     layer: int | None = None
+    post_norm: bool = False
 
     @property
     def nodes(self) -> Nodes:
@@ -236,10 +238,12 @@ def residual_graph(
     d_mlp: int = 0,
     n_ctx: int = 0,
     causal: bool = True,
+    post_norm: bool = False,
 ) -> ResidualGraph:
     """The graph of a decoder: embeddings, then attention and an MLP a layer (one rank for both where `parallel`).
 
-    `has_mlp` and `has_attn_bias` may differ from layer to layer.
+    `has_mlp` and `has_attn_bias` may differ from layer to layer. `post_norm`: attention's output passes a norm on its
+    way into the stream.
     """
     mlp = (has_mlp,) * n_layers if isinstance(has_mlp, bool) else has_mlp
     bias = (has_attn_bias,) * n_layers if isinstance(has_attn_bias, bool) else has_attn_bias
@@ -249,7 +253,7 @@ def residual_graph(
     def block(kind: BlockKind, rank: int, layer: int | None, members: list[tuple[Kind, int | None]]) -> None:
         first, index = len(nodes), len(blocks)
         nodes.extend(Node(first + i, k, rank, index, layer, h) for i, (k, h) in enumerate(members))
-        blocks.append(Block(kind, rank, first, len(members), layer))
+        blocks.append(Block(kind, rank, first, len(members), layer, post_norm and kind is BlockKind.ATTENTION))
 
     embeddings: list[tuple[Kind, int | None]] = [(Kind.EMBED, None)]
     block(BlockKind.EMBED, 0, None, embeddings + ([(Kind.POS_EMBED, None)] if has_pos_embed else []))

@@ -121,6 +121,11 @@ class Pieces(Protocol):
         """What attention adds besides its heads, [D], or None."""
         ...
 
+    def post_norm(self, layer: int, x: Tensor) -> Tensor:
+        """What a layer's heads and bias write together [n, D] -> [n, D]: what is added to the stream. Only of layers
+        whose attention block has `post_norm`; elsewhere it is `x`."""
+        ...
+
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """The stream [n, D] -> [n, D]: what the MLP adds to it, biases included."""
         ...
@@ -333,6 +338,9 @@ class TracedPieces:
 
     def attn_bias(self, layer: int) -> Tensor | None:
         return self._attention[layer].bias
+
+    def post_norm(self, layer: int, x: Tensor) -> Tensor:
+        return x
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         module = self._mlps[layer]
