@@ -72,6 +72,8 @@ class Activation:
     layer: int
     pieces: Pieces
     layout: Layout
+    of_mlp: bool = False
+    """Of a stream: whether it is what the layer's MLP reads alone, and not what goes on beside it."""
 
     @property
     def graph(self) -> ResidualGraph:
@@ -121,7 +123,7 @@ class Activation:
     def nodes(self, member: int) -> Nodes:
         """The nodes that are set with one member."""
         if self.name in STREAMS:
-            return self.graph.below(self.rank)
+            return self._mlp.nodes if self.of_mlp else self.graph.below(self.rank)
         if self.name == "attn_out":
             return self._attention.nodes
         if self.name in ("mlp_out", "post"):
@@ -133,6 +135,8 @@ class Activation:
     def step(self, member: int, tokens: Tokens = EVERYWHERE, sources: Tokens = EVERYWHERE) -> Step:
         """The start of a path that sets a member at some tokens (of attention entries: of those that ask)."""
         nodes = self.nodes(member)
+        if self.of_mlp:
+            return Step(nodes, tokens=tokens, site=Site.IN)
         if self.name in STREAMS:
             return Step(nodes, tokens=tokens, site=Site.STREAM, rank=self.rank)
         if self.name == "attn_out":
@@ -200,8 +204,9 @@ def parsed(hook: str) -> tuple[int, str, Shape] | None:
     return (int(found[1]), *HOOKS[found[2]]) if found and found[2] in HOOKS else None
 
 
-def activation(hook: str, pieces: Pieces, layout: Layout) -> Activation:
-    """The activation of a hook's full name. Errors: `unknown-activation`."""
+def activation(hook: str, pieces: Pieces, layout: Layout, of_mlp: bool = False) -> Activation:
+    """The activation of a hook's full name; `of_mlp`: the stream between attention and MLP is what the MLP reads.
+    Errors: `unknown-activation`."""
     found = parsed(hook)
     if found is None:
         known = ", ".join(short for short, _ in HOOKS.values())
@@ -211,7 +216,7 @@ def activation(hook: str, pieces: Pieces, layout: Layout) -> Activation:
     if layer >= pieces.graph.n_layers:
         message = f"no {hook!r}: the model has layers 0..{pieces.graph.n_layers - 1}"
         raise failure(SweepNameError, NO_ACTIVATION, message)
-    return Activation(hook, name, shape, layer, pieces, layout)
+    return Activation(hook, name, shape, layer, pieces, layout, of_mlp and name == "resid_mid")
 
 
 def changed_members(x: Activation, changed: Tensor) -> list[tuple[int, Tensor]]:
