@@ -262,9 +262,12 @@ class NodeRead:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """A Python function of the logits `[prompt, pos, d_vocab]` that gives a number, or one a prompt."""
+    """A Python function of the logits `[prompt, pos, d_vocab]` that gives a number, or one a prompt. Where it is known
+    to read some of them only: at `tokens` (numbers of the layout; none: at all), of token ids `columns`."""
 
     name: str
+    tokens: tuple[int, ...] = ()
+    columns: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
