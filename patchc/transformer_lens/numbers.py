@@ -103,8 +103,8 @@ def measured(
     names = list(metrics.functions)
     values = torch.stack([outcome.numbers[name].per_prompt[:, keep] for name in names])
     baseline = torch.stack([outcome.unpatched[name][CORRUPTED].per_prompt[0][keep] for name in names])
-    like = {"dtype": torch.get_default_dtype(), "device": runs.pieces.device}
-    return Found(values.to(**like), baseline.to(**like))
+    device, dtype = runs.pieces.device, torch.get_default_dtype()
+    return Found(values.to(device, dtype), baseline.to(device, dtype))
 
 
 def _experiment(runs: Runs, cells: Sequence[tuple[Patch, ...]], metrics: Metrics) -> Experiment:
