@@ -165,7 +165,7 @@ def test_any_function_is_a_setter(kind: str, name: str, axes: tuple[str, ...], s
         ("z", ("layer", "pos"), "layer_pos_patch_setter"),
         ("post", ("layer", "pos"), "layer_pos_patch_setter"),
         ("attn_scores", ("layer", "head_index"), "layer_head_pattern_patch_setter"),
-        ("attn_scores", ("layer", "head_index", "dest_pos", "src_pos"), "layer_head_dest_src_pos_pattern_patch_setter"),
+        ("attn_scores", ("layer", "head_index", "dest_pos"), "layer_head_pos_pattern_patch_setter"),
         ("resid_pre", ("layer", "pos", "head"), "layer_pos_head_vector_patch_setter"),
         ("pattern", ("layer", "pos"), "layer_head_vector_patch_setter"),
     ],
@@ -255,7 +255,7 @@ def test_a_model_is_traced_once_and_again_when_it_has_changed(monkeypatch: pytes
     assert not torch.allclose(first, second)
     assert_equal(theirs.get_act_patch_resid_pre(made, s.corrupted, cache, metric), second)
     alive = weakref.ref(made)  # and what is known of it does not keep it alive
-    del made, traces[:]
+    del made, cache, traces[:]
     gc.collect()
     assert alive() is None
 
