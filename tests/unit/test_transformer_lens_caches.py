@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -330,3 +331,14 @@ def test_direct_paths_are_checked() -> None:
     short = {k: v[:, :3] for k, v in s.clean_cache.items()}
     with pytest.raises(ValueError, match="the tokens are"):
         ours.get_act_patch_direct_path(s.bridge, s.corrupted, short, s.corrupted_cache, metric, 0, 1)
+
+
+def test_heads_that_are_normalised_together_take_no_numbers_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = setting("gpt2")
+    found = running.runs(s.bridge, s.corrupted, s.clean_cache)
+    blocks = tuple(replace(b, post_norm=b.layer == 0) for b in found.pieces.graph.blocks)
+    monkeypatch.setattr(found.pieces, "graph", replace(found.pieces.graph, blocks=blocks))
+    with pytest.raises(ValueError, match="normalised together"):
+        ours.get_act_patch_direct_path(
+            s.bridge, s.corrupted, filtered(s, "z"), s.corrupted_cache, metric, 0, 1, verbose=False
+        )
