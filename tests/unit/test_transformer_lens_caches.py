@@ -20,7 +20,7 @@ from patchc.transformer_lens import runs as running
 from patchc.transformer_lens import traced as tracing
 from patchc.transformer_lens.traced import Traced, traced
 from tests.transformer_lens_bridges import Setting, bridge, metric, setting
-from tests.unit.test_transformer_lens_arguments import assert_equal
+from tests.unit.test_transformer_lens_arguments import TOLERANCE, assert_equal
 
 KINDS = ("gpt2", "llama")
 NAMES = {
@@ -342,3 +342,17 @@ def test_heads_that_are_normalised_together_take_no_numbers_of_a_cache(monkeypat
         ours.get_act_patch_direct_path(
             s.bridge, s.corrupted, filtered(s, "z"), s.corrupted_cache, metric, 0, 1, verbose=False
         )
+
+
+def test_a_traced_models_stream_is_patched_itself() -> None:
+    """A bridge's `hook_resid_mid` is what the MLP reads; a model's `resid_mid` is what a spec means by it."""
+    s = setting("gpt2")
+    model = Model(traced(s.bridge).loaded, ModelChoice("traced"))
+    spec = "experiment e { for l in layers, p in positions run corrupted "
+    spec += "patch node resid_mid[l] @ p with clean measure f }"
+    data = {"clean": s.clean.tolist(), "corrupted": s.corrupted.tolist()}
+    want = model.compile(spec, data, metrics={"f": metric}).run(progress=False, write=False)["e"].values["f"]
+    got = ours.get_act_patch_resid_mid(model, s.corrupted, s.clean, metric)
+    torch.testing.assert_close(got.double(), torch.as_tensor(want), atol=TOLERANCE, rtol=0)
+    of_bridge = ours.get_act_patch_resid_mid(s.bridge, s.corrupted, s.clean_cache, metric)
+    assert float((got - of_bridge).abs().max()) > 1e-3
