@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
 from patchc.ir.ops import Const, Core, Entries, Neurons, Out, Projected, Run, Tokenwise, VariantId
+from patchc.ir.paths import Site
 from patchc.ir.program import FULL, Rates, Schedule
 from patchc.ir.tokens import Layout, Tokens
 from patchc.optimise.course import Courses
@@ -117,6 +118,8 @@ class Counter:
                 inner = self.dag.ops[core]
                 assert isinstance(inner, Core)
                 self._add(out.written, inner.block, tokens.bit_count() * heads.bit_count())
+            case Const(block, _, _, _, Site.ATTN_OUT) if self.dag.graph.blocks[block].post_norm:
+                pass  # plain runs keep what their heads write together
             case Const(block, members) if self.dag.graph.blocks[block].kind is BlockKind.ATTENTION:
                 heads = members & ((1 << self.dag.graph.n_heads) - 1)
                 self._add(out.written, block, tokens.bit_count() * heads.bit_count())
