@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Probe
 from patchc.ir.graph import BlockKind, ResidualGraph
-from patchc.ir.ops import Const, Core, Entries, HeadZ, Neurons, Out, PostNorm, Projected, Run, StoredZ, Tokenwise, VariantId
+from patchc.ir.ops import (
+    Const,
+    Core,
+    Entries,
+    HeadZ,
+    Neurons,
+    Out,
+    PostNorm,
+    Projected,
+    Run,
+    StoredZ,
+    Tokenwise,
+    VariantId,
+)
 from patchc.ir.paths import Site
 from patchc.ir.program import Program, Rates
 from patchc.ir.tokens import Layout
