@@ -231,7 +231,8 @@ class Walk:
     def _mlp_kind(self, op: Tokenwise) -> Callable[[int, list[tuple[VariantId, Tokenwise]]], Tensor]:
         if not op.replaced:
             return self._run_mlps
-        return self._run_neurons if op.input else self._stored_neurons
+        stored = not op.input and self.pieces.neurons_add_up(self._layer(op.block))
+        return self._stored_neurons if stored else self._run_neurons
 
     def _run_mlps(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
         """MLPs on changed streams, less what the base run's write."""
