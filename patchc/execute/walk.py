@@ -231,7 +231,7 @@ class Walk:
     def _mlp_kind(self, op: Tokenwise) -> Callable[[int, list[tuple[VariantId, Tokenwise]]], Tensor]:
         if not op.replaced:
             return self._run_mlps
-        stored = not op.input and self.pieces.neurons_add_up(self._layer(op.block))
+        stored = not op.input and self.dag.graph.blocks[op.block].neurons_add_up
         return self._stored_neurons if stored else self._run_neurons
 
     def _run_mlps(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:

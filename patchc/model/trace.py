@@ -90,6 +90,7 @@ class Structure:
             parallel=any(layer.parallel for layer in self.layers),
             causal=causal,
             post_norm=first.output.post_norm,
+            neurons_add_up=not any(n is not None and n.output.post_norm for n in self.neurons),
         )
 
 

@@ -92,7 +92,7 @@ class Counter:
 
     def _read_inside(self, op: Tokenwise | Neurons) -> Iterator[str]:
         """The worlds whose neurons are computed for an operation: a pass keeps those of one block at a time."""
-        if isinstance(op, Neurons) or not op.input:
+        if isinstance(op, Neurons) or self._is_stored(op):
             yield self.base
         for replaced in op.replaced:
             yield from (w for _, source in self.dag.values[replaced.value].terms if (w := world_of(source)) is not None)
@@ -100,7 +100,7 @@ class Counter:
     def _add_variant(self, out: Work, op: object, i: int, needs: Demand) -> None:
         tokens = needs.tokens[i]
         match op:
-            case Tokenwise(block, 0) as mlp if mlp.replaced:
+            case Tokenwise(block) as mlp if self._is_stored(mlp):
                 self._add(out.neurons, block, tokens.bit_count() * mlp.neurons.bit_count())
             case Tokenwise(block):
                 self._add(out.mlp, block, tokens.bit_count())
@@ -125,6 +125,10 @@ class Counter:
                 self._add(out.written, block, tokens.bit_count() * heads.bit_count())
             case _:
                 pass
+
+    def _is_stored(self, op: Tokenwise) -> bool:
+        """Whether stored neurons are written, each for itself, and no MLP is run."""
+        return bool(op.replaced) and not op.input and self.dag.graph.blocks[op.block].neurons_add_up
 
     def plain(self) -> Work:
         """One plain run of all prompts."""
