@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from patchc.diagnostics import RULES
+from patchc.diagnostics import RULES, PatchcError
 
 NOT_UNDERSTOOD = RULES.add(
     "model-not-understood",
@@ -59,7 +59,12 @@ REPEATS = (
 def need(ok: object, why: str, node: fx.Node | None = None) -> None:
     """Refuse the model unless `ok`, naming the place of `node`."""
     if not ok:
-        raise NOT_UNDERSTOOD.error(why if node is None else f"{why}: {place(node)}")
+        raise refusal(why, node)
+
+
+def refusal(why: str, node: fx.Node | None = None) -> PatchcError:
+    """The error that refuses a model, naming the place of `node`."""
+    return NOT_UNDERSTOOD.error(why if node is None else f"{why}: {place(node)}")
 
 
 def place(node: fx.Node) -> str:

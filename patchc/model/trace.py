@@ -62,7 +62,7 @@ class Structure:
         return tuple(
             None
             if layer.mlp is None or layer.mlp_entry is None
-            else neurons_of(layer.mlp, layer.mlp_entry, self.dynamic)
+            else neurons_of(layer.mlp, layer.mlp_entry, self.dynamic, self.tree)
             for layer in self.layers
         )
 
@@ -86,9 +86,11 @@ class Structure:
             n_ctx=n_ctx,
             has_pos_embed=self.pos_embed is not None,
             has_mlp=tuple(layer.mlp is not None for layer in self.layers),
-            has_attn_bias=tuple(len(layer.attention.out.args) > 2 for layer in self.layers),
+            has_attn_bias=tuple(len(layer.attention.output.linear.args) > 2 for layer in self.layers),
             parallel=any(layer.parallel for layer in self.layers),
             causal=causal,
+            post_norm=first.output.post_norm,
+            neurons_add_up=not any(n is not None and n.output.post_norm for n in self.neurons),
         )
 
 
@@ -258,6 +260,8 @@ class Tracer:
             a, b = layer.attention, first.attention
             same = (a.n_heads, a.n_kv_heads, a.d_head) == (b.n_heads, b.n_kv_heads, b.d_head)
             need(same, "a layer with other heads than the first", a.leaf)
+            normed = a.output.post_norm == b.output.post_norm
+            need(normed, "a norm after attention that not every layer has", a.leaf)
             need(
                 layer.mlp is None or layer.parallel == any(x.parallel for x in layers),
                 "some layers run their MLP beside attention, some after it",
