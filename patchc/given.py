@@ -32,14 +32,14 @@ def checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def all_tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
-    """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file. Those from
-    Python are copied: their owner may go on writing to them."""
+    """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file; a row a
+    token, `[prompt, pos, d]`, as `[token, d]`. Those from Python are copied: their owner may go on writing to them."""
     out = {name: t.detach().to(model.pieces.device, model.pieces.dtype, copy=True) for name, t in given.items()}
     for tensor in study.tensors:
         if tensor.file is not None:
             with safe_open(base / tensor.file, framework="pt") as opened:
                 out[tensor.key] = opened.get_tensor(tensor.name).to(model.pieces.device, model.pieces.dtype)
-    return out
+    return {key: tensor.flatten(0, -2) if tensor.dim() > 2 else tensor for key, tensor in out.items()}
 
 
 def read_by(study: Study, functions: Mapping[str, MetricFunction], model: LoadedModel) -> Study:
