@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from patchc.diagnostics import RULES, closest
-from patchc.model.gguf_files import BROKEN, gguf_config, gguf_tokenizer, is_gguf
+from patchc.model.gguf_files import gguf_config, gguf_tokenizer, is_gguf
 from patchc.model.packaged import PACKAGED, packaged_file
 from patchc.resources import builtin_model, builtin_models
 
@@ -127,7 +127,7 @@ def read_tokenizer(folder: Path) -> Any | None:
 def _read_gguf(file: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(file)
-    except BROKEN as error:
+    except Exception as error:
         raise BAD_CONFIG.error(f"{file} cannot be read: {first_line(error)}") from None
 
 

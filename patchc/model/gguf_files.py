@@ -1,6 +1,8 @@
 """Models in GGUF files, as transformers reads them: the config, the tokenizer, and the weights, dequantised.
 
-What a file's header says is kept on disk (`cache`), as it takes seconds to read; the dequantised weights are not.
+For a file that is damaged, or of a kind that they do not read, transformers, gguf and tokenizers raise anything, plain
+`Exception` too: so do these functions. What a file's header says is kept on disk (`cache`), as it takes seconds to
+read; the dequantised weights are not.
 """
 
 from __future__ import annotations
@@ -15,9 +17,6 @@ from patchc.model.cache import keep_entry, makers, read_entry
 
 FORMAT = 1
 KIND = "gguf"
-BROKEN = (OSError, ValueError, KeyError, IndexError, TypeError, ImportError, NotImplementedError, UnicodeDecodeError)
-"""What transformers and gguf raise for a file that is damaged, or of a kind that they do not read."""
-
 Tell = Callable[[int, int], None]
 """Told how many of a file's tensors are read, and how many it has."""
 
@@ -28,7 +27,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_config(file: Path) -> dict[str, Any]:
-    """The config that a file's header stands for, as plain data, `model_type` and all. Raises one of `BROKEN`."""
+    """The config that a file's header stands for, as plain data, `model_type` and all."""
     stat = file.stat()
     key = {"format": FORMAT, "file": str(file), "size": stat.st_size, "time": stat.st_mtime_ns, **makers()}
     found = read_entry(KIND, key)
@@ -42,7 +41,7 @@ def gguf_config(file: Path) -> dict[str, Any]:
 
 
 def gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer in a file. Raises one of `BROKEN`."""
+    """The tokenizer in a file."""
     from transformers import PreTrainedTokenizerFast
 
     # By its class: `AutoTokenizer` would read the config once more to choose that.
@@ -51,7 +50,7 @@ def gguf_tokenizer(file: Path) -> Any:
 
 def gguf_model(file: Path, config: dict[str, Any], tell: Tell, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The module of a file, its weights dequantised, and what transformers says of their loading. `config`: as from
-    `gguf_config`; `options`: of `from_pretrained`. Raises one of `BROKEN`."""
+    `gguf_config`; `options`: of `from_pretrained`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _readable(tell):

@@ -29,7 +29,7 @@ from patchc.model.folders import (
     read_tokenizer,
     silent_transformers,
 )
-from patchc.model.gguf_files import BROKEN, gguf_model, is_gguf
+from patchc.model.gguf_files import gguf_model, is_gguf
 from patchc.model.identity import identity
 from patchc.model.packaged import PACKAGED
 from patchc.model.pieces import TracedPieces
@@ -273,7 +273,7 @@ def _gguf(name: str, file: Path, config: dict[str, Any], options: _Options) -> n
             dtype=options.dtype or torch.float32,
             attn_implementation=options.attention,
         )
-    except (*BROKEN, RuntimeError) as error:
+    except Exception as error:
         raise BAD_WEIGHTS.error(f"the weights in {file} cannot be loaded: {first_line(error)}") from None
     _complete(file, info)
     return module

