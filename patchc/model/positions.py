@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from patchc.model.export import Exported
-from patchc.model.nodes import CASTS, MOVES, SOFTMAX, VIEW, A, is_pointwise, is_tensor, need, shape_of
+from patchc.model.nodes import CASTS, MOVES, SOFTMAX, VIEW, A, argument, is_pointwise, is_tensor, need, shape_of
 
 LAST_AXES = {A.layer_norm.default, A.rms_norm.default, A.native_layer_norm.default, A._fused_rms_norm.default}
 ALONG = SOFTMAX | {
@@ -25,6 +25,7 @@ ALONG = SOFTMAX | {
     A.linalg_vector_norm.default,
     A.cat.default,
     A.glu.default,
+    A.topk.default,
 }
 """Operations that join entries along the axes that they name."""
 
@@ -55,7 +56,7 @@ class _Axes:
         if target is A.linear.default or target is A.matmul.default:
             return len(sources) == 1 and node.args[0] is sources[0] and self._from_last(sources[0]) < -1
         if target in LAST_AXES:
-            size = len(_argument(node, "normalized_shape") or [0])
+            size = len(argument(node, "normalized_shape") or [0])
             return all(self._from_last(a) < -size for a in sources)
         if target in ALONG:
             return all(self._is_free(a, _axes(node)) for a in sources)
@@ -83,17 +84,8 @@ def _only_reorders(node: fx.Node) -> bool:
 
 def _axes(node: fx.Node) -> list[int]:
     """The axes that an operation names."""
-    found = _argument(node, "dim")
+    found = argument(node, "dim")
     if found is None:
-        found = _argument(node, "start_dim")
+        found = argument(node, "start_dim")
         return list(range(found, 0)) if isinstance(found, int) and found < 0 else [0] if found is not None else []
     return [found] if isinstance(found, int) else list(found)
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """An argument by its name in the operation's schema, its default where it is not given."""
-    schema = getattr(node.target, "_schema", None)
-    for i, argument in enumerate(schema.arguments if schema is not None else ()):
-        if argument.name == name or argument.name == f"{name}s":
-            return node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-    return None
