@@ -1,7 +1,7 @@
 """Which operations leave every position to itself, as all but attention must.
 
 Decided from each operation's axes; what is not known to keep positions apart is taken to mix them. The values
-say the same once more, in `prove`.
+say the same once more, in `prove`; of lists of tokens that are sent to experts they alone can say it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,21 @@ ALONG = SOFTMAX | {
 
 def check_positions(exported: Exported, nodes: set[fx.Node], dynamic: dict[fx.Node, bool]) -> None:
     """Refuse the first of these nodes that is not known to leave every position to itself."""
+    axes = _Axes(exported, dynamic)
     for node in exported.nodes:
         if node in nodes and dynamic[node] and node.op == "call_function":
-            need(_Axes(exported, dynamic).keep(node), "positions are mixed outside attention, or may be", node)
+            need(axes.keep(node), "positions are mixed outside attention, or may be", node)
+
+
+def listed(exported: Exported, nodes: set[fx.Node], dynamic: dict[fx.Node, bool]) -> set[fx.Node]:
+    """Those of some nodes that work on tokens as one flat list [batch * pos, ...], without their order or their
+    prompts; empty where all that is not known to keep positions apart is none of them."""
+    axes, found = _Axes(exported, dynamic), set[fx.Node]()
+    for node in exported.nodes:
+        if node in nodes and dynamic[node] and node.op == "call_function":
+            if axes.flattens(node) or any(a in found for a in node.all_input_nodes):
+                found.add(node)
+    return found
 
 
 class _Axes:
@@ -63,6 +75,17 @@ class _Axes:
         if target is A.stack.default or target is A.repeat_interleave.self_int:
             return target is A.stack.default or all(self._is_free(a, _axes(node)) for a in sources)
         return target in MOVES and all(self._is_free(a, _axes(node)) or _only_reorders(node) for a in sources)
+
+    def flattens(self, node: fx.Node) -> bool:
+        """Whether a node makes one list of the tokens of all prompts."""
+        source = node.args[0] if node.args else None
+        shape = shape_of(node)
+        return (
+            node.target in VIEW
+            and shape_of(source)[:2] == (self.batch, self.pos)
+            and sorted(shape[0].split("*")) == sorted((self.batch, self.pos))
+            and shape[1:] == shape_of(source)[2:]
+        )
 
     def _from_last(self, node: fx.Node) -> int:
         shape = shape_of(node)
