@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from patchc.diagnostics import RULES, PatchcError
 from patchc.execute.hook_points import At, Driver, Edit, Point, logits_of, softmaxes_hooked
+from patchc.execute.hook_taps import Tap, Taps, decoder, found, out_weight
 from patchc.ir.graph import ResidualGraph
 
 NO_DRIVER = RULES.add("hooks-model", "the hooks backend has no way to hook this model", exit=3)
@@ -119,55 +119,23 @@ def _width(norm: nn.Module) -> int | None:
 # ---- plain forward hooks
 
 
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """An activation as a part of what a module takes or gives: columns `start` to `stop` of its first tensor,
-    as heads of width `d_head` where that is not 0."""
-
-    module: nn.Module
-    is_input: bool = False
-    start: int = 0
-    stop: int | None = None
-    d_head: int = 0
-
-    def apply(self, whole: Tensor, handler: Edit) -> Tensor:
-        part = whole[..., self.start : self.stop]
-        heads = part.unflatten(-1, (-1, self.d_head)) if self.d_head else part
-        new = handler(heads)
-        if new is heads:
-            return whole
-        new = new.flatten(-2) if self.d_head else new
-        stop = whole.shape[-1] if self.stop is None else self.stop
-        left, right = whole[..., : self.start], whole[..., stop:]
-        return torch.cat([left.expand(*new.shape[:-1], -1), new, right.expand(*new.shape[:-1], -1)], -1)
-
-    def hook(self, handler: Edit) -> torch.utils.hooks.RemovableHandle:
-        if self.is_input:
-            return self.module.register_forward_pre_hook(lambda _, args: (self.apply(args[0], handler), *args[1:]))
-        return self.module.register_forward_hook(lambda _, __, out: _on_first(out, self, handler))
-
-
-def _on_first(output: Any, tap: Tap, handler: Edit) -> Any:
-    if isinstance(output, tuple):
-        return (tap.apply(output[0], handler), *output[1:])
-    return tap.apply(output, handler)
-
-
 class ForwardHooks(Driver):
-    """Plain torch hooks on the copy: models built like HF's GPT-2 or Llama."""
+    """Plain torch hooks on the copy: models built like HF's GPT-2 or Llama, and other decoders of transformers."""
 
     def __init__(self, model: nn.Module, graph: ResidualGraph):
         """`model` belongs to the driver from now on."""
         self.model: Any = model.eval()
         self.n_layers = graph.n_layers
-        if hasattr(model, "transformer") and hasattr(model.transformer, "wpe"):
+        self._ids: list[int] = []
+        if _is_gpt2(model):
             self._taps, self._weights = _gpt2(model, graph)
             self._attentions = [block.attn for block in self.model.transformer.h]
-        elif hasattr(model, "model") and hasattr(model.model, "embed_tokens"):
+        elif _is_llama(model):
             self._taps, self._weights = _llama(model, graph)
             self._attentions = [block.self_attn for block in self.model.model.layers]
         else:
-            raise unknown(model)
+            other = decoder(model, graph, self._ids)
+            self._taps, self._attentions, self._weights = other.taps, other.attentions, other.weights
 
     @contextmanager
     def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
@@ -196,6 +164,7 @@ class ForwardHooks(Driver):
             self.model.set_attn_implementation(usual)
 
     def _forward(self, ids: Tensor) -> Tensor:
+        self._ids[:] = ids.shape
         return logits_of(self.model(ids, use_cache=False))
 
     def w_o(self, layer: int) -> Tensor:
@@ -208,11 +177,12 @@ class ForwardHooks(Driver):
         tap = self._taps.get(Point(At.POST, layer))
         if tap is None:
             return None
-        weight: Any = tap.module.weight
-        return weight.detach().T if isinstance(tap.module, nn.Linear) else weight.detach()
+        return out_weight(tap.module) * getattr(self._taps[Point(At.MLP_OUT, layer)], "scale", 1.0)
 
 
-Taps = dict[Point, Tap]
+def _is_gpt2(model: Any) -> bool:
+    layers = getattr(getattr(model, "transformer", None), "h", None) or [None]
+    return all(found(layers[0], (part,)) is not None for part in ("attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_proj"))
 
 
 def _gpt2(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:
@@ -226,6 +196,13 @@ def _gpt2(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:
         taps |= _after_heads(layer, block.attn.c_proj, block.ln_2, block.mlp, block.mlp.c_proj, d)
     taps[Point(At.FINAL_IN)] = Tap(body.ln_f, is_input=True)
     return taps, [block.attn.c_proj.weight.detach().unflatten(0, (-1, d)) for block in body.h]
+
+
+def _is_llama(model: Any) -> bool:
+    layers = getattr(getattr(model, "model", None), "layers", None) or [None]
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
+    one_by_one = not hasattr(model.config, "residual_multiplier")
+    return one_by_one and all(found(layers[0], (part,)) is not None for part in parts)
 
 
 def _llama(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from patchc.model.nodes import A, cone, is_tensor, need
+from patchc.model.nodes import A, cone, is_tensor, need, shape_of
 from patchc.model.trace import Structure
 
 
@@ -141,7 +141,12 @@ class Emitter:
     def _is_static(self, node: fx.Node) -> bool:
         if self.structure.dynamic[node] or not is_tensor(node) or node.op != "call_function":
             return False
-        return self.structure.exported.ids in cone(node)
+        return self.structure.exported.ids in cone(node) and not self._counts_tokens(node)
+
+    def _counts_tokens(self, node: fx.Node) -> bool:
+        """A value as long as the list of all tokens follows from the region's own number of them."""
+        exported = self.structure.exported
+        return any({exported.batch, exported.pos} <= set(size.split("*")) for size in shape_of(node))
 
 
 def statics_region(structure: Structure, statics: Statics) -> Region:

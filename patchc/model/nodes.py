@@ -129,6 +129,20 @@ def is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in CASTS | FILLS
 
 
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument by its name in the operation's schema, its default where it is not given."""
+    schema = getattr(node.target, "_schema", None)
+    for i, known in enumerate(schema.arguments if schema is not None else ()):
+        if known.name in (name, f"{name}s"):
+            return node.args[i] if i < len(node.args) else node.kwargs.get(known.name, known.default_value)
+    return None
+
+
+def reads_input(node: fx.Node) -> bool:
+    """Whether a value depends on the input or its size, and not on weights alone."""
+    return any(n.op == "placeholder" for n in cone(node))
+
+
 def cone(node: fx.Node, stop: Collection[fx.Node] = ()) -> set[fx.Node]:
     """`node` and all that it is computed from; members of `stop` (but `node`) are included, not crossed."""
     seen: set[fx.Node] = set()

@@ -26,6 +26,8 @@ NOT_FINITE = RULES.add("model-not-finite", "the model's own logits hold NaN or i
 
 SHAPES = ((1, 2), (3, 5), (2, 11))
 """Shapes of the ids that are tried, none the traced one; cut to the model's context."""
+CROWDS = ((3, 1.0), (64, 1.0), (17, 1e-3), (128, 1e-3))
+"""Lists of tokens that experts are tried on: how many, and how unlike."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of a part, as a share of the largest value; float32 parts measure 1e-6."""
 
@@ -308,11 +310,26 @@ class Prover:
                 self._same_heads(i, port, x, tokens, a)
             a, b = (p.post_norm(i, y) for y in (x, other))
             self._same_rows(a[keep], b[keep], f"the norm after attention {i} mixes positions")
-            if layer.mlp is not None:
+            if layer.mlp is not None and layer.listed:
+                self._rows_alone(i, f"MLP {i} (`{path_of(layer.mlp)}`) mixes positions")
+            elif layer.mlp is not None:
                 a, b = (p.mlp(i, y) for y in (x, other))
                 self._same_rows(a[keep], b[keep], f"MLP {i} (`{path_of(layer.mlp)}`) mixes positions")
         a, b = (p.unembed(y) for y in (x, other))
         self._same_rows(a[keep], b[keep], "the unembedding mixes positions")
+
+    def _rows_alone(self, layer: int, what: str) -> None:
+        """An MLP gives each token of a list what it gives that token alone: of unlike tokens, and of tokens so alike
+        that all go to the same experts, who then have more than their share."""
+        width = self.pieces.graph.d_model
+        for n, spread in CROWDS:
+            x = torch.randn((1, width), generator=self.generator).repeat(n, 1)
+            x = x + spread * torch.randn((n, width), generator=self.generator)
+            x = x.to(self.pieces.device, self.pieces.dtype)
+            alone = torch.cat([self.pieces.mlp(layer, row) for row in x.split(1)])
+            among = self.pieces.mlp(layer, x)
+            if not torch.allclose(among, alone, rtol=0, atol=self.tolerance * max(alone.abs().max().item(), 1e-6)):
+                raise NOT_UNDERSTOOD.error(f"{what}; only attention may")
 
     def _same_rows(self, a: Tensor, b: Tensor, what: str) -> None:
         if not torch.equal(a, b):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx
@@ -19,19 +19,21 @@ from patchc.model.attention import AttentionBlock, AttentionReader
 from patchc.model.export import Exported
 from patchc.model.nodes import SDPA, SOFTMAX, A, cone, need, op_name, path_of, place, shape_of
 from patchc.model.outputs import Neurons, neurons_of
-from patchc.model.positions import check_positions
+from patchc.model.positions import check_positions, listed
 
 ADD = A.add.Tensor
 
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention block and maybe an MLP: `mlp` is what it adds, `mlp_entry` the stream it reads."""
+    """An attention block and maybe an MLP: `mlp` is what it adds, `mlp_entry` the stream it reads. `listed`: the MLP
+    works on a list of tokens, as experts do, and only trying can show that it keeps them apart."""
 
     attention: AttentionBlock
     entry: fx.Node
     mlp: fx.Node | None = None
     mlp_entry: fx.Node | None = None
+    listed: bool = False
 
     @property
     def parallel(self) -> bool:
@@ -244,7 +246,14 @@ class Tracer:
         entry = self._entry(leaf)
         if entry is not layer.entry:
             self._reads_all(entry, written, leaf)
-        return Layer(layer.attention, layer.entry, leaf, entry)
+        layer = replace(layer, mlp=leaf, mlp_entry=entry)
+        return replace(layer, listed=bool(self._listed(layer)))
+
+    def _listed(self, layer: Layer) -> set[fx.Node]:
+        """What a layer's MLP does with a list of tokens."""
+        assert layer.mlp is not None and layer.mlp_entry is not None
+        region = cone(layer.mlp, {layer.mlp_entry}) - {layer.mlp_entry}
+        return listed(self.exported, region, self.dynamic)
 
     # ---- all layers together
     def _positions_apart(self, layers: Sequence[Layer], inside: set[fx.Node]) -> None:
@@ -252,6 +261,7 @@ class Tracer:
         for layer in layers:
             prepared = {port.prepared for port in layer.attention.ports}
             inside |= cone(layer.attention.core, prepared) - prepared
+            inside |= self._listed(layer) if layer.listed else set()
         check_positions(self.exported, set(self.exported.nodes) - inside, self.dynamic)
 
     def _same_shape(self, layers: Sequence[Layer]) -> None:

@@ -143,7 +143,6 @@ REFUSED = {
     "keys from another state": "`layers.1.attn.k`",
     "MLP reads attention alone": "`layers.0.proj`",
     "MLP reads two states": "2 different states",
-    "two axes": "`reshape` in module `layers.0`",
     "last position only": "not [batch, pos, vocab]",
     "depends on the data": "torch.export cannot follow",
     "stream read twice by the logits": "`linear` in module `head`",
@@ -162,7 +161,7 @@ def test_refused_with_the_place(kind: str, capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "a learned scale", "a scale by dimension", "in-place", "norm over all heads of q"]
+    "kind", ["plain", "a learned scale", "a scale by dimension", "in-place", "norm over all heads of q", "two axes"]
 )
 def test_traced_although_unusual(kind: str) -> None:
     loaded = load(model(kind))
