@@ -153,8 +153,8 @@ def _grid(found: Runs, activation_name: str, axes: Sequence[str]) -> pd.DataFram
 
 @lru_cache
 def _hook_name(activation_name: str, layer: Any) -> str:
-    """TransformerLens' full name of an activation."""
-    from transformer_lens.utilities import get_act_name  # costs seconds where nothing else has imported it
+    """TransformerLens' full name of an activation. It takes seconds to import where nothing else has."""
+    from transformer_lens.utilities.components_utils import get_act_name
 
     return get_act_name(activation_name, layer=layer)
 
