@@ -48,7 +48,7 @@ def read_by(study: Study, functions: Mapping[str, MetricFunction], model: Loaded
     tokens, known = list(bits(prompts.alone)), dict[Leaf, Leaf]()
     for leaf in {leaf for m in metrics for leaf in leaves(m.expression) if isinstance(leaf, Called)}:
         shape = prompts.n, prompts.own_lengths[0], model.graph.d_vocab
-        if (reads := reads_of(functions[leaf.name], *shape, model.pieces.dtype)) is not None:
+        if (reads := reads_of(functions[leaf.name], shape, model.pieces.dtype, model.pieces.device)) is not None:
             known[leaf] = Called(leaf.name, tuple(tokens[row] for row in reads.rows), reads.columns)
     return study if not known else replace(study, experiments=tuple(_reading(e, known) for e in study.experiments))
 

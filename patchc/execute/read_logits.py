@@ -60,13 +60,13 @@ class Recorder:
     def rows(self, where: Tensor) -> Tensor:
         self.read.update(where.reshape(-1).tolist())
         self.columns = None
-        return torch.zeros(*where.shape, self.d_vocab, dtype=self.dtype)
+        return torch.zeros(*where.shape, self.d_vocab, dtype=self.dtype, device=where.device)
 
     def entries(self, where: Tensor, columns: Tensor) -> Tensor:
         self.read.update(where.reshape(-1).tolist())
         if self.columns is not None:
             self.columns.update(columns.reshape(-1).tolist())
-        return torch.zeros(columns.shape, dtype=self.dtype)
+        return torch.zeros(columns.shape, dtype=self.dtype, device=columns.device)
 
 
 @dataclass
@@ -233,10 +233,13 @@ class Reads:
     columns: tuple[int, ...] | None
 
 
-def reads_of(metric: Metric, n: int, length: int, d_vocab: int, dtype: torch.dtype) -> Reads | None:
-    """What a metric reads of logits `[n, length, d_vocab]`; None where that cannot be told, because it fails on zeros,
+def reads_of(
+    metric: Metric, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | None = None
+) -> Reads | None:
+    """What a metric reads of logits of this `shape`, `[prompt, pos, d_vocab]`; None where that cannot be told, because it fails on zeros,
     writes into them, or reads none."""
-    table, where = Recorder(d_vocab, dtype), torch.arange(n * length).view(n, length)
+    *rows, d_vocab = shape
+    table, where = Recorder(d_vocab, dtype), torch.arange(prod(rows), device=device).view(rows)
     try:
         with torch.inference_mode(False), torch.no_grad():
             result_of(metric, Logits(table, where, d_vocab, dtype))

@@ -41,7 +41,7 @@ class Metrics:
         """A metric with the logits that it reads, where that can be told."""
         if name not in self._leaves:
             shape = self.n_batch, runs.layout.lengths[0], runs.pieces.graph.d_vocab
-            reads = reads_of(self.functions[name], *shape, runs.pieces.dtype)
+            reads = reads_of(self.functions[name], shape, runs.pieces.dtype, runs.pieces.device)
             self._leaves[name] = Called(name) if reads is None else Called(name, reads.rows, reads.columns)
         return self._leaves[name]
 

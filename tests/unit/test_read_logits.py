@@ -48,7 +48,7 @@ METRICS: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...], tuple[int, ..
 @pytest.mark.parametrize("name", METRICS)
 def test_a_metric_reads_what_it_reads_and_gets_the_same_numbers(name: str) -> None:
     metric, rows, columns = METRICS[name]
-    reads = reads_of(metric, N, LENGTH, D_VOCAB, FULL.dtype)
+    reads = reads_of(metric, (N, LENGTH, D_VOCAB), FULL.dtype)
     assert reads is not None
     assert (reads.rows, reads.columns) == (rows, columns)
     assert torch.allclose(result_of(metric, held(rows, columns)), torch.as_tensor(metric(FULL)), atol=1e-6)
@@ -89,7 +89,7 @@ WRITING: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", WRITING)
 def test_a_metric_that_cannot_be_followed_is_given_everything(name: str) -> None:
-    assert reads_of(WRITING[name], N, LENGTH, D_VOCAB, FULL.dtype) is None
+    assert reads_of(WRITING[name], (N, LENGTH, D_VOCAB), FULL.dtype) is None
 
 
 def test_what_is_not_held_cannot_be_read() -> None:
