@@ -14,7 +14,7 @@ from patchc.execute.hook_points import At, Driver, Point, points_of
 from patchc.execute.hook_proof import driver_for
 from patchc.ir.graph import BlockKind
 from patchc.ir.tokens import Layout
-from patchc.model.load import LoadedModel
+from patchc.model.load import LoadedModel, load
 from patchc.model.prove import Prover
 from tests.models import D_VOCAB, POST_NORM, loaded_model, logits_of
 
@@ -171,3 +171,21 @@ def _edited_stream(loaded: LoadedModel, ids: Tensor, at: At, more: Tensor) -> Te
     stream = stream + (out + more if at is At.MLP_OUT else out)
     stream = stream + compose.attention(1, stream, ids.shape)
     return stream + pieces.mlp(1, stream)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3-eager", "olmo2"])
+def test_a_bridge_is_traced_as_it_computes(kind: str) -> None:
+    """With the model's own weights, and with processed ones."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    ids = ids_of((2, 7))
+    for processed in (False, True):
+        module = POST_NORM[kind]()
+        bridge: Any = build_bridge_from_module(module, type(module).__name__, hf_config=module.config)  # type: ignore[arg-type]
+        if processed:
+            bridge.enable_compatibility_mode()
+        bridged = load(bridge)
+        assert [b.post_norm for b in bridged.graph.blocks] == [False, True, False, True, False]
+        stream = Prover(bridged.pieces, bridged.eager)._composed(ids)
+        torch.testing.assert_close(bridged.pieces.unembed(stream), bridge(ids).flatten(0, 1), atol=CLOSE, rtol=0)
+        assert driver_for(bridged.eager, bridged.graph).run(ids, {}, [Point(At.HEADS_OUT, 1)])
