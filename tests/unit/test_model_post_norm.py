@@ -173,19 +173,17 @@ def _edited_stream(loaded: LoadedModel, ids: Tensor, at: At, more: Tensor) -> Te
     return stream + pieces.mlp(1, stream)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3-eager", "olmo2"])
-def test_a_bridge_is_traced_as_it_computes(kind: str) -> None:
-    """With the model's own weights, and with processed ones."""
+@pytest.mark.filterwarnings("ignore:Olmo2ArchitectureAdapter does not support fold_ln")
+@pytest.mark.parametrize(("kind", "processed"), [("gemma2", False), ("gemma3-eager", True), ("olmo2", True)])
+def test_a_bridge_is_traced_as_it_computes(kind: str, processed: bool) -> None:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    ids = ids_of((2, 7))
-    for processed in (False, True):
-        module = POST_NORM[kind]()
-        bridge: Any = build_bridge_from_module(module, type(module).__name__, hf_config=module.config)  # type: ignore[arg-type]
-        if processed:
-            bridge.enable_compatibility_mode()
-        bridged = load(bridge)
-        assert [b.post_norm for b in bridged.graph.blocks] == [False, True, False, True, False]
-        stream = Prover(bridged.pieces, bridged.eager)._composed(ids)
-        torch.testing.assert_close(bridged.pieces.unembed(stream), bridge(ids).flatten(0, 1), atol=CLOSE, rtol=0)
-        assert driver_for(bridged.eager, bridged.graph).run(ids, {}, [Point(At.HEADS_OUT, 1)])
+    module: Any = POST_NORM[kind]()
+    bridge: Any = build_bridge_from_module(module, type(module).__name__, hf_config=module.config)
+    if processed:
+        bridge.enable_compatibility_mode()
+    bridged, ids = load(bridge), ids_of((2, 7))
+    assert [b.post_norm for b in bridged.graph.blocks] == [False, True, False, True, False]
+    stream = Prover(bridged.pieces, bridged.eager)._composed(ids)
+    torch.testing.assert_close(bridged.pieces.unembed(stream), bridge(ids).flatten(0, 1), atol=CLOSE, rtol=0)
+    assert driver_for(bridged.eager, bridged.graph).run(ids, {}, [Point(At.HEADS_OUT, 1)])
