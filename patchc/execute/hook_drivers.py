@@ -204,7 +204,8 @@ class ForwardHooks(Driver):
         if tap is None:
             return None
         weight: Any = tap.module.weight
-        return weight.detach().T if isinstance(tap.module, nn.Linear) else weight.detach()
+        inner = getattr(tap.module, "original_component", tap.module)  # A bridge's part holds the model's own.
+        return weight.detach().T if isinstance(inner, nn.Linear) else weight.detach()
 
 
 Taps = dict[Point, Tap]

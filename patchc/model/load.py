@@ -112,7 +112,7 @@ def load(
     which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
     Errors: `model-not-found`, `model-config`, `model-weights`, `model-option`, `nan-in-weights`,
     `model-has-hooks`, `model-placement`, `model-wrapped`, `quantised-weights`,
-    `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
+    `model-not-understood` (the first place where it is not built so), `trace-differs`."""
     with silent_transformers():
         if isinstance(model, nn.Module):
             source = _given(model, dtype, device)

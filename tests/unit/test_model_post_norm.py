@@ -14,15 +14,16 @@ from patchc.execute.hook_points import At, Driver, Point, points_of
 from patchc.execute.hook_proof import driver_for
 from patchc.ir.graph import BlockKind
 from patchc.ir.tokens import Layout
-from patchc.model.load import LoadedModel
+from patchc.model.load import LoadedModel, load
 from patchc.model.prove import Prover
-from tests.models import D_VOCAB, POST_NORM, loaded_model, logits_of
+from tests.models import D_VOCAB, TRACED, loaded_model, logits_of
 
 CLOSE = 5e-6
+KINDS = ["gemma2", "gemma3-eager", "gemma3-sdpa", "olmo2"]
 SHAPES = [(2, 7), (1, 5), (3, 9)]
 
 
-@pytest.fixture(scope="module", params=sorted(POST_NORM))
+@pytest.fixture(scope="module", params=KINDS)
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return loaded_model(request.param)
 
@@ -171,3 +172,19 @@ def _edited_stream(loaded: LoadedModel, ids: Tensor, at: At, more: Tensor) -> Te
     stream = stream + (out + more if at is At.MLP_OUT else out)
     stream = stream + compose.attention(1, stream, ids.shape)
     return stream + pieces.mlp(1, stream)
+
+
+@pytest.mark.filterwarnings("ignore:Olmo2ArchitectureAdapter does not support fold_ln")
+@pytest.mark.parametrize(("kind", "processed"), [("gemma2", False), ("gemma3-eager", True), ("olmo2", True)])
+def test_a_bridge_is_traced_as_it_computes(kind: str, processed: bool) -> None:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    module: Any = TRACED[kind]()
+    bridge: Any = build_bridge_from_module(module, type(module).__name__, hf_config=module.config)
+    if processed:
+        bridge.enable_compatibility_mode()
+    bridged, ids = load(bridge), ids_of((2, 7))
+    assert [b.post_norm for b in bridged.graph.blocks] == [False, True, False, True, False]
+    stream = Prover(bridged.pieces, bridged.eager)._composed(ids)
+    torch.testing.assert_close(bridged.pieces.unembed(stream), bridge(ids).flatten(0, 1), atol=CLOSE, rtol=0)
+    assert driver_for(bridged.eager, bridged.graph).run(ids, {}, [Point(At.HEADS_OUT, 1)])
