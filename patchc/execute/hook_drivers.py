@@ -6,7 +6,7 @@ Where a pass can be hooked is said in `hook_points`; which way a model takes, in
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,11 +71,7 @@ class TransformerLens(Driver):
     @contextmanager
     def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
         scores = {p: h for p, h in handlers.items() if p.at is At.SCORES and self._attentions}
-        hooks = [
-            (self._name(point), lambda x, hook, handler=self._as_heads(point, handler): handler(x))
-            for point, handler in handlers.items()
-            if point not in scores
-        ]
+        hooks = [(self._name(p), self._hook(p, handler)) for p, handler in handlers.items() if p not in scores]
         with self.bridge.hooks(fwd_hooks=hooks), softmaxes_hooked(self._attentions, scores):
             yield
 
@@ -86,11 +82,10 @@ class TransformerLens(Driver):
             return f"blocks.{point.layer}.attn.{point.at}_norm.hook_out"
         return _NAMES[point.at].format(point.layer)
 
-    def _as_heads(self, point: Point, handler: Edit) -> Edit:
-        """A handler of heads, where the hook is given all of them in one."""
+    def _hook(self, point: Point, handler: Edit) -> Callable[[Tensor, Any], Tensor]:
         if point not in self._normed:
-            return handler
-        return lambda x: handler(x.unflatten(-1, (-1, self._d_head))).flatten(-2)
+            return lambda x, hook: handler(x)
+        return lambda x, hook: handler(x.unflatten(-1, (-1, self._d_head))).flatten(-2)
 
     def _forward(self, ids: Tensor) -> Tensor:
         return logits_of(self.bridge(ids))
@@ -233,7 +228,7 @@ def _after_heads(
     d_head: int,
     after: tuple[nn.Module, nn.Module] | None = None,
 ) -> Taps:
-    """`before` reads the stream for the MLP; `after`: norms of what attention and the MLP write, where there are some."""
+    """`before` reads the stream for the MLP; `after`: the norms of what attention and the MLP write, if any."""
     attn_out, mlp_out = after or (projection, mlp)
     return {
         Point(At.Z, layer): Tap(projection, is_input=True, d_head=d_head),

@@ -60,9 +60,9 @@ class At(StrEnum):
 class Point(NamedTuple):
     """A place in the model, of a layer where it has one.
 
-    Activations there are `[prompt, pos, d_model]`; at q and z `[prompt, pos, head, d_head]`, at k and v
-    (before any rotation, after a norm over all heads) `[prompt, pos, kv_head, d_head]`, at scores and pattern `[prompt, head, query, key]`, at post
-    `[prompt, pos, d_mlp]`; the logits are `[prompt, pos, d_vocab]`.
+    Activations there are `[prompt, pos, d_model]`; at q and z `[prompt, pos, head, d_head]`, at k and v `[prompt, pos,
+    kv_head, d_head]` (before any rotation, but after a norm over all heads), at scores and pattern `[prompt, head,
+    query, key]`, at post `[prompt, pos, d_mlp]`; the logits are `[prompt, pos, d_vocab]`.
     """
 
     at: At
@@ -147,8 +147,8 @@ class Driver(ABC):
 
     @abstractmethod
     def post_norm(self, layer: int, x: Tensor) -> Tensor:
-        """What a layer's attention adds to the stream, `[token, d_model]`, where heads and bias write `x` together; of a
-        block that has a norm after it."""
+        """What a layer's attention adds to the stream, `[token, d_model]`, where its heads and bias write `x` together
+        and a norm follows."""
 
     @abstractmethod
     def w_out(self, layer: int) -> Tensor | None:

@@ -174,7 +174,8 @@ def decoder(model: Any, graph: ResidualGraph, ids: list[int]) -> Decoder:
 def out_weight(module: Any) -> Tensor:
     """A projection's matrix, `[in, out]`; Conv1D keeps it so, a linear map the other way round."""
     weight: Tensor = module.weight.detach()
-    return weight.T if isinstance(module, nn.Linear) else weight
+    inner = getattr(module, "original_component", module)  # a bridge's part holds the model's own
+    return weight.T if isinstance(inner, nn.Linear) else weight
 
 
 def _projections(layer: int, attention: Any, graph: ResidualGraph, config: Any) -> Taps:

@@ -63,6 +63,8 @@ def _name(variant: VariantId) -> str:
 
 def _op(dag: Dag, op: Op) -> str:
     match op:
+        case Const(block, _, value, _, Site.ATTN_OUT):
+            return f"stored attn_out[{dag.graph.blocks[block].layer}] of {_value(dag, value)}"
         case Const(block, members, value, _, site):
             where = "" if site is Site.OUT else f".{site}"
             return f"stored {_members(dag, block, members)}{where} of {_value(dag, value)}"
@@ -94,7 +96,7 @@ def _op(dag: Dag, op: Op) -> str:
         case Tokenwise(block, x, replaced):
             return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
         case PostNorm(block, x):
-            return f"norm of attn_out[{dag.graph.blocks[block].layer}]({_name(x)})"
+            return f"norm after attention {dag.graph.blocks[block].layer}({_name(x)})"
         case Sum(parts):
             return " + ".join(map(_name, parts))
         case Scale(factor, x):

@@ -165,6 +165,8 @@ def _with_own_weights(program: torch.export.ExportedProgram, model: nn.Module) -
             attribute.meta = dict(node.meta)
             node.replace_all_uses_with(attribute)
             graph.erase_node(node)
+    for node in graph.find_nodes(op="get_attr"):
+        need(hasattr(root, str(node.target)), "torch.export leaves a part of the model closed", node)
     return fx.GraphModule(root, graph)
 
 

@@ -120,7 +120,7 @@ def load(
     `eager`. `progress` is told of what takes seconds: dequantising, and tracing what was not traced before.
     Errors: `model-not-found`, `model-not-installed`, `model-config`, `model-weights`, `model-option`, `nan-in-weights`,
     `model-has-hooks`, `model-placement`, `model-wrapped`, `quantised-weights`,
-    `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
+    `model-not-understood` (the first place where it is not built so), `trace-differs`."""
     with silent_transformers():
         if isinstance(model, nn.Module):
             source = _given(model, dtype, device)

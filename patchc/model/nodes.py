@@ -18,7 +18,7 @@ from patchc.diagnostics import RULES, PatchcError
 
 NOT_UNDERSTOOD = RULES.add(
     "model-not-understood",
-    "the model is not a pre-norm decoder whose writers add into one residual stream",
+    "the model is not a decoder whose writers add into one residual stream",
     exit=3,
 )
 

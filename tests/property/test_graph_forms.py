@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from random import Random
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import patchc
@@ -35,7 +36,7 @@ from patchc.lower import masked
 from patchc.lower.every import Every, lower_every
 from patchc.lower.masked import MaskedCells, lower_masked
 from patchc.model.load import LoadedModel
-from tests.models import D_VOCAB, gpt2, llama, loaded_model
+from tests.models import D_VOCAB, gemma2, gpt2, llama, loaded_model
 
 TOLERANCE = 1e-5
 KINDS = ["gpt2-sdpa", "llama-sdpa", "neox-parallel", "native-rms-rotary", "gemma2"]
@@ -148,11 +149,12 @@ def test_edges_built_one_by_one_are_the_folded_ones(kind: str, seed: int, monkey
     assert (logits(graph_of(m, built, "cost"), masks * 0) - expected).abs().max() > 10 * TOLERANCE
 
 
-def test_a_mask_of_every_edge_is_that_edge() -> None:
+@pytest.mark.parametrize("build", [gpt2, gemma2])
+def test_a_mask_of_every_edge_is_that_edge(build: Callable[[], nn.Module]) -> None:
     """Against the sweep, cell by cell, which is itself held against hooks."""
-    compiled = small().compile(EDGES, TEXTS)
+    compiled = small(build).compile(EDGES, TEXTS)
     values = compiled.run(progress=False, check=10)["e"]["diff"]
-    graph = small().compile(EDGES, TEXTS, masks="edge").graph
+    graph = small(build).compile(EDGES, TEXTS, masks="edge").graph
     for name in Random(0).sample(graph.starts, 12):
         w, r = name.split(" -> ")
         masks = torch.zeros(graph.mask_shape)
@@ -171,8 +173,8 @@ experiment e {{ for w in writers, r in readers run clean patch edge w -> r with 
 
 
 @cache
-def small() -> Model:
-    return patchc.load(gpt2())
+def small(build: Callable[[], nn.Module] = gpt2) -> Model:
+    return patchc.load(build())
 
 
 def diff(graph: CompiledGraph, masks: Tensor) -> Tensor:
@@ -195,6 +197,21 @@ def test_gradients_of_every_edge_are_slopes(at: float) -> None:
             slope = (diff(graph, masks + step) - diff(graph, masks - step)) / 2e-4
             assert gradient[i].item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
     small.cache_clear()  # the module's own weights were made double
+
+
+def test_gradients_pass_a_norm_after_attention() -> None:
+    """Which this model computes in single precision, whatever it is asked for: steps are large, and slopes less
+    exact."""
+    graph = small(gemma2).compile(ONE, TEXTS, masks="edge").graph
+    masks = torch.full(graph.mask_shape, 0.6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(diff(graph, masks), masks)
+    with torch.no_grad():
+        for i in range(0, gradient.numel(), 11):
+            step = torch.zeros_like(masks)
+            step[i] = 0.02
+            slope = (diff(graph, masks + step) - diff(graph, masks - step)) / 0.04
+            assert gradient[i].item() == pytest.approx(slope.item(), rel=1e-2, abs=1e-4)
+    assert gradient.abs().max() > 1e-2
 
 
 # ---- what a graph costs

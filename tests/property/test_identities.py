@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from patchc.ir.bits import bits, bitset
 from patchc.ir.experiment import Cell, FromWorld, Patch, Value
-from patchc.ir.graph import Reader, ResidualGraph
+from patchc.ir.graph import BlockKind, Reader, ResidualGraph
 from patchc.ir.paths import Alt, Edges, Path, Seq, Star, Step
 from tests.drawn import Case, case
 from tests.property.test_unrolling import EPS, base, compiled, fold, plain_runs
+from tests.toy import Toy
 
 CORRUPT = Value(((1.0, FromWorld("corrupt")),))
 randoms = st.randoms(use_true_random=False)
@@ -145,6 +147,31 @@ def test_positions_of_a_patch_add_up(rng: Random) -> None:
     rest = c.prompts.layout.all & ~tokens
     halves = [path(c.graph, Step(node, tokens=t), anything(c.graph)) for t in (tokens, rest)]
     assert (logits(c, *halves) - logits(c, path(c.graph, Step(node), anything(c.graph)))).abs().max() < EPS
+
+
+class Doubled(Toy):
+    """Its norm after attention is linear."""
+
+    def post_norm(self, layer: int, x: Tensor) -> Tensor:
+        return 2 * x if any(b.layer == layer and b.post_norm for b in self.graph.blocks) else x
+
+
+@quick
+@given(randoms)
+def test_where_the_norm_after_attention_is_linear_heads_add_up(rng: Random) -> None:
+    """As in the network that has no such norm, and whose heads write twice as much."""
+    drawn = case(rng, inside=True)
+    blocks = tuple(replace(b, post_norm=b.kind is BlockKind.ATTENTION) for b in drawn.graph.blocks)
+    normed, plain = Doubled(replace(drawn.graph, blocks=blocks)), Toy(without_norms(drawn.graph))
+    plain.o, plain.ob = [2 * o for o in plain.o], [2 * b for b in plain.ob]
+    a, b = (replace(drawn, toy=toy) for toy in (normed, plain))
+    (one, folded), (other, also) = fold(a, a.cell), fold(b, b.cell)
+    if not folded.faults:
+        assert (compiled(a, one, folded.root)[0] - compiled(b, other, also.root)[0]).abs().max() < EPS
+
+
+def without_norms(graph: ResidualGraph) -> ResidualGraph:
+    return replace(graph, blocks=tuple(replace(b, post_norm=False) for b in graph.blocks))
 
 
 def test_relations_compare_by_content() -> None:

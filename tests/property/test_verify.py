@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Value
 from patchc.ir.graph import residual_graph
-from patchc.ir.ops import Const, Core, Mix, Op, Out, Run, Sum, Tokenwise
+from patchc.ir.ops import Const, Core, Mix, Op, Out, PostNorm, Run, Sum, Tokenwise
 from patchc.ir.tokens import Layout
 from patchc.ir.verify import faults
 from patchc.lower.fold import Fold
@@ -42,6 +42,7 @@ def test_what_is_lowered_is_sound(rng: Random) -> None:
         (Const(ATTENTION, 1, 0, 0b01), 0b11, "is-stored-where-it-differs"),
         (Const(ATTENTION, 0b1000, 0, 0b11), 0b11, "names-what-there-is"),
         (Core(MLP, 1, 1, 1), 0b11, "runs-a-block-of-its-kind"),
+        (PostNorm(ATTENTION, 1), 0b11, "runs-a-block-of-its-kind"),
         (Out(2, 0b100), 0b11, "names-what-there-is"),
         (Sum((1,)), 0b11, "is-in-normal-form"),
         (Mix(((0b01, 1), (0b11, 4))), 0b11, "mixes-disjoint-tokens"),

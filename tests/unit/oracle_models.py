@@ -46,7 +46,15 @@ def native(n_heads: int = 4) -> tuple[nn.Module, ResidualGraph]:
     return module, graph_of("native", n_heads, has_mlp=False)
 
 
-MODELS = {"gpt2": gpt2, "llama": llama, "native": native}
+def gemma2(n_heads: int = 4) -> tuple[nn.Module, ResidualGraph]:
+    """With a norm after attention, and grouped queries."""
+    groups = n_heads // 2
+    sizes = {"hidden_size": n_heads * D_HEAD, "num_attention_heads": n_heads, "num_key_value_heads": groups}
+    options = {"has_pos_embed": False, "has_attn_bias": False, "n_kv_heads": groups, "post_norm": True}
+    return models.gemma2(sliding_window=32, **sizes), graph_of("gemma2", n_heads, **options)
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "native": native, "gemma2": gemma2}
 
 
 def prompts(*lengths: int, seed: int = 0) -> Prompts:
@@ -83,7 +91,7 @@ class NodeFunctions:
         match self.graph.model:
             case "gpt2":
                 return self.model.transformer.h
-            case "llama":
+            case "llama" | "gemma2":
                 return self.model.model.layers
             case _:
                 return self.model.layers
@@ -94,7 +102,7 @@ class NodeFunctions:
                 return self.model.transformer.wte(ids)
             case "gpt2", _:
                 return self.model.transformer.wpe(self.positions)
-            case "llama", _:
+            case "llama" | "gemma2", _:
                 return self.model.model.embed_tokens(ids)
             case _, Kind.EMBED:
                 return self.model.tok_embed(ids)
@@ -112,7 +120,7 @@ class NodeFunctions:
         match self.graph.model:
             case "gpt2":
                 return block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, -1, d))[:, port, h]
-            case "llama":
+            case "llama" | "gemma2":
                 attn = block.self_attn
                 projection = (attn.q_proj, attn.k_proj, attn.v_proj)[port]
                 return projection(block.input_layernorm(x)).unflatten(-1, (-1, d))[:, h if port == 0 else h // 2]
@@ -122,10 +130,13 @@ class NodeFunctions:
 
     def scores(self, node: Node, q: Tensor, k: Tensor) -> Tensor:
         """`[token, token]`; what a token cannot look at is -inf, other prompts' tokens too."""
-        if self.graph.model == "llama":
+        if self.graph.model in ("llama", "gemma2"):
             cos, sin = self.model.model.rotary_emb(q, self.positions[None])
             q, k = (x[0, 0] for x in apply_rotary_pos_emb(q[None, None], k[None, None], cos, sin))
-        return (q @ k.T / D_HEAD**0.5).masked_fill(~self.seen, -torch.inf)
+        scores = q @ k.T / D_HEAD**0.5
+        if self.graph.model == "gemma2":
+            scores = 2 * torch.tanh(q @ k.T / 16**0.5 / 2)
+        return scores.masked_fill(~self.seen, -torch.inf)
 
     def pattern(self, scores: Tensor) -> Tensor:
         """`[token, token]`; a token that looks at nothing has a row of zeros."""
@@ -141,14 +152,16 @@ class NodeFunctions:
         match self.graph.model:
             case "gpt2":
                 return z @ block.attn.c_proj.weight[columns]
-            case "llama":
+            case "llama" | "gemma2":
                 return z @ block.self_attn.o_proj.weight[:, columns].T
             case _:
                 return z @ block.attn.o.weight[:, columns].T
 
     def added(self, members: list[Node], written: list[Tensor]) -> Tensor:
         """What the nodes of a block together add to the stream, `[token, d_model]`."""
-        return sum(written[1:], written[0])
+        whole = sum(written[1:], written[0])
+        normed = self.graph.model == "gemma2" and members[0].kind is Kind.HEAD
+        return self.block(members[0]).post_attention_layernorm(whole) if normed else whole
 
     def mlp(self, node: Node, x: Tensor) -> Tensor:
         return self.from_neurons(node, self.neurons(node, x))
@@ -158,13 +171,17 @@ class NodeFunctions:
         block = self.block(node)
         if self.graph.model == "gpt2":
             return block.mlp.act(block.mlp.c_fc(block.ln_2(x)))
-        x = block.post_attention_layernorm(x)
+        norm = "pre_feedforward_layernorm" if self.graph.model == "gemma2" else "post_attention_layernorm"
+        x = getattr(block, norm)(x)
         return block.mlp.act_fn(block.mlp.gate_proj(x)) * block.mlp.up_proj(x)
 
     def from_neurons(self, node: Node, neurons: Tensor) -> Tensor:
         """`[token, d_model]`."""
-        mlp = self.block(node).mlp
-        return mlp.c_proj(neurons) if self.graph.model == "gpt2" else mlp.down_proj(neurons)
+        block = self.block(node)
+        if self.graph.model == "gpt2":
+            return block.mlp.c_proj(neurons)
+        out = block.mlp.down_proj(neurons)
+        return block.post_feedforward_layernorm(out) if self.graph.model == "gemma2" else out
 
     def unembed(self, x: Tensor) -> Tensor:
         match self.graph.model:
@@ -172,6 +189,8 @@ class NodeFunctions:
                 return self.model.lm_head(self.model.transformer.ln_f(x))
             case "llama":
                 return self.model.lm_head(self.model.model.norm(x))
+            case "gemma2":
+                return 3 * torch.tanh(self.model.lm_head(self.model.model.norm(x)) / 3)
             case _:
                 return self.model.head(self.model.ln_out(x))
 

@@ -40,6 +40,8 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "native-rms-rotary": {"has_pos_embed": False, "n_kv_heads": 2},
     "native-attn-only": {"has_mlp": False},
     "neox-parallel": {"has_pos_embed": False, "parallel": True},
+    "gemma2": {"has_pos_embed": False, "has_attn_bias": False, "n_kv_heads": 2, "post_norm": True},
+    "gemma3": {"has_pos_embed": False, "has_attn_bias": False, "n_kv_heads": 2, "post_norm": True},
 }
 """What the graphs of the kinds of models have of their own."""
 
@@ -189,9 +191,9 @@ def test_all_neurons_are_the_output_and_so_is_the_input(kind: str) -> None:
     assert largest_difference(model.logits(two[0]), by_out) > 1e-4
 
 
-@pytest.mark.parametrize("kind", WITH_MLP)
+@pytest.mark.parametrize("kind", [kind for kind in WITH_MLP if not kind.startswith("gemma")])
 def test_a_neuron_writes_its_row_of_the_output_matrix(kind: str) -> None:
-    """The last MLP, written as a difference of outputs: linear in the neuron."""
+    """The last MLP, written as a difference of outputs: linear in the neuron, where no norm follows."""
     model = model_of(kind)
     mlp = model.graph.node(Kind.MLP, model.graph.n_layers - 1)
     assert mlp is not None

@@ -202,7 +202,8 @@ def unrolled_and_hooked(fixture: Fixture, some: tuple[Patch, ...]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "examples", "tolerance"), [("native", 60, 1e-9), ("gpt2", 12, 1e-9), ("llama", 16, 2e-5)]
+    ("kind", "examples", "tolerance"),
+    [("native", 60, 1e-9), ("gpt2", 12, 1e-9), ("llama", 16, 2e-5), ("gemma2", 4, 2e-5)],
 )
 def test_random_languages_unroll(kind: str, examples: int, tolerance: float) -> None:
     # In double precision (but for Llama's norms and rotations): where patches zero all that a norm reads, it
@@ -243,7 +244,8 @@ def across(rows: Tensor, layout: Layout, beyond: float) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "examples", "tolerance"), [("native", 60, 1e-9), ("gpt2", 30, 1e-9), ("llama", 16, 2e-5)]
+    ("kind", "examples", "tolerance"),
+    [("native", 60, 1e-9), ("gpt2", 30, 1e-9), ("llama", 16, 2e-5), ("gemma2", 10, 2e-5)],
 )
 def test_what_stands_at_probes_unrolls(kind: str, examples: int, tolerance: float) -> None:
     fixture = Fixture(kind, n_heads=2, data=SMALL, double=True)
@@ -338,7 +340,7 @@ def test_a_stream_is_read_from_above_it_alone() -> None:
         assert unrolled_and_hooked(f, (Patch(path, value),)) < 1e-9
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
 def test_both_drivers_agree(kind: str) -> None:
     one, other = (Fixture(kind, driver, data=SMALL) for driver in ("transformer_lens", "forward_hooks"))
 

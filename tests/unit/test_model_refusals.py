@@ -1,4 +1,4 @@
-"""Models that look like pre-norm decoders and are not: each is refused, with the place where it differs.
+"""Models that look like decoders of one residual stream and are not: each is refused, with the place where it differs.
 
 Several of them would trace with exactly the right logits if their lower layers were taken for an "embedding".
 """
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         super().__init__()
         self.kind = kind
         self.q, self.k, self.v, self.o, self.gate = (nn.Linear(D, D) for _ in range(5))
-        self.q_norm = nn.LayerNorm(D)
+        self.q_norm, self.o_norm = nn.LayerNorm(D), nn.LayerNorm(D)
 
     def forward(self, x: Tensor, keys: Tensor, first_v: Tensor | None) -> tuple[Tensor, Tensor]:
         batch, length, _ = x.shape
@@ -43,7 +43,25 @@ class Attention(nn.Module):
         z = z.transpose(1, 2).reshape(batch, length, D)
         if self.kind == "output gate":
             z = z * torch.sigmoid(self.gate(x))
-        return self.o(z), v
+        return self._after(self.o(z), x), v
+
+    def _after(self, out: Tensor, x: Tensor) -> Tensor:
+        """What reaches the stream of what the heads write together."""
+        match self.kind:
+            case "norm after attention" | "norm after one attention":
+                return self.o_norm(out)
+            case "gate after attention":
+                return out * torch.sigmoid(self.gate(x))
+            case "gate made of what attention writes":
+                return out * torch.sigmoid(self.gate(out))
+            case "norm over positions after attention":
+                return out / (out.square().mean(1, keepdim=True) + 1).sqrt()
+            case "positions after attention":
+                return torch.tanh(out) * torch.arange(out.shape[1])[:, None]
+            case "cap after attention":
+                return torch.tanh(out)
+            case _:
+                return out
 
 
 class Block(nn.Module):
@@ -106,7 +124,8 @@ class Model(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.embed, self.layers = nn.Embedding(D_VOCAB, D), nn.ModuleList(Block(kind) for _ in range(2))
+        kinds = (kind, "plain" if kind == "norm after one attention" else kind)
+        self.embed, self.layers = nn.Embedding(D_VOCAB, D), nn.ModuleList(map(Block, kinds))
         self.ln, self.head = nn.LayerNorm(D), nn.Linear(D, D_VOCAB)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -139,6 +158,11 @@ REFUSED = {
     "tokens mix inside the MLP": "`cumsum` in module `layers.0`",
     "value residual": "2 linear projections",
     "output gate": "`mul` in module `layers.0.attn`",
+    "gate after attention": "`mul` in module `layers.0.attn`",
+    "gate made of what attention writes": "`mul` in module `layers.0.attn`",
+    "norm over positions after attention": "positions are mixed outside attention, or may be: `mean` in module",
+    "positions after attention": "`mul` in module `layers.0.attn`",
+    "norm after one attention": "a norm after attention that not every layer has: `linear` in module `layers.1.attn.o`",
     "attention with dropout": "attention with dropout",
     "keys from another state": "`layers.1.attn.k`",
     "MLP reads attention alone": "`layers.0.proj`",
@@ -167,6 +191,16 @@ def test_traced_although_unusual(kind: str) -> None:
     loaded = load(model(kind))
     assert loaded.graph.causal
     assert [b.size for b in loaded.graph.blocks] == [1, 5, 1, 5, 1]
+    assert not any(b.post_norm for b in loaded.graph.blocks)
+
+
+@pytest.mark.parametrize("kind", ["norm after attention", "cap after attention"])
+def test_what_is_done_to_each_position_of_attention(kind: str) -> None:
+    loaded, x = load(model(kind)), torch.randn(5, D)
+    assert [b.post_norm for b in loaded.graph.blocks] == [False, True, False, True, False]
+    norm: Any = loaded.eager.layers[1].attn.o_norm  # type: ignore[index, union-attr]
+    want = norm(x) if kind == "norm after attention" else torch.tanh(x)
+    torch.testing.assert_close(loaded.pieces.post_norm(1, x), want)
 
 
 def test_attention_that_looks_ahead_is_recorded() -> None:

@@ -17,7 +17,7 @@ import patchc
 from patchc.api import Model
 from patchc.codegen import saved
 from patchc.model import fx_json
-from tests.models import gpt2, llama, native_rms_rotary
+from tests.models import gemma2, gpt2, llama, native_rms_rotary
 
 SPEC = """
 metric diff = logit(answer) - logit(wrong)
@@ -29,7 +29,8 @@ IDS: dict[str, Any] = {
     "clean": [[1, 2, 3, 4], [5, 6, 7, 8]], "corrupt": [[1, 9, 3, 4], [5, 6, 10, 8]],
     "answer": [11, 12], "wrong": [13, 14],
 }  # fmt: skip
-BUILDS: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "llama": llama, "native": native_rms_rotary}
+BUILDS: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "llama": llama, "native": native_rms_rotary,
+          "gemma2": gemma2}  # fmt: skip
 
 
 @cache
