@@ -1,4 +1,4 @@
-"""Models that come in an installed package: found without importing it, read from GGUF, named where they are missing."""
+"""Models that come in an installed package: found without importing it, read, and named where they are missing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Packaged:
 @pytest.fixture
 def installed(known: Packaged, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That package, installed; its weights are a llama's."""
-    gguf_models = pytest.importorskip("tests.gguf_models", reason="the package gguf is not installed", exc_type=ImportError)
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from tests import gguf_models
+
     folder = tmp_path_factory.mktemp("site")
     file = gguf_models.fake_package(folder, known.distribution, known.version) / "tiny.gguf"
     gguf_models.write_gguf(llama(), file)
