@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from patchc.model.configs import config_context, config_layers, dtype_named, native_model
 from patchc.model.export import export
-from patchc.model.gguf_files import is_gguf
 from patchc.model.folders import BAD_CONFIG, first_line, is_native, silent_transformers
+from patchc.model.gguf_files import is_gguf
 from patchc.model.outline_cache import Facts
 from patchc.model.pieces import TracedPieces
 from patchc.model.prove import count_layers, is_causal

@@ -54,7 +54,7 @@ def gguf_model(file: Path, config: dict[str, Any], tell: Tell, **options: Any) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _readable(tell):
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             gguf_file=file.name,
             config=AutoConfig.for_model(**config),
@@ -62,6 +62,7 @@ def gguf_model(file: Path, config: dict[str, Any], tell: Tell, **options: Any) -
             output_loading_info=True,
             **options,
         )
+    return loaded
 
 
 @contextlib.contextmanager
@@ -69,7 +70,9 @@ def _readable(tell: Tell) -> Generator[None]:
     """transformers tells `tell` of its progress, and makes a model's map of names once, where it would for each of its
     modules: most of the time."""
     import gguf
-    from transformers import modeling_gguf_pytorch_utils as reading
+    import transformers.modeling_gguf_pytorch_utils
+
+    reading: Any = transformers.modeling_gguf_pytorch_utils
 
     def told(tensors: Iterable[Any], **_: Any) -> Iterator[Any]:
         listed = list(tensors)

@@ -1,4 +1,4 @@
-"""Models that come in an installed package: found without importing it, read from GGUF, named where they are missing."""
+"""Models that come in an installed package: found without importing it, read, and named where they are missing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from patchc.model import gguf_files, packaged
 from patchc.model.load import load
 from patchc.model.outline import outline
 from patchc.model.packaged import PACKAGED, Packaged, packaged_file
+from patchc.report.results import Result
 from tests.models import llama, logits_of
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Packaged:
 @pytest.fixture
 def installed(known: Packaged, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That package, installed; its weights are a llama's."""
-    gguf_models = pytest.importorskip(
-        "tests.gguf_models", reason="the package gguf is not installed", exc_type=ImportError
-    )
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from tests import gguf_models
+
     folder = tmp_path_factory.mktemp("site")
     file = gguf_models.fake_package(folder, known.distribution, known.version) / "tiny.gguf"
     gguf_models.write_gguf(llama(), file)
@@ -217,12 +218,22 @@ def smollm2() -> patchc.Model:
 @pytest.mark.smollm2
 def test_smollm2_names_the_indirect_object(smollm2: patchc.Model) -> None:
     assert (smollm2.graph.n_layers, smollm2.graph.n_heads, smollm2.graph.d_vocab) == (30, 9, 49152)
-    spec = Path(__file__).parents[2] / "examples" / "smollm2" / "ioi.patch"
-    prompts = smollm2.compile(spec).study.prompts
-    assert len(prompts.world("clean").ids) == 16
-    only = """for h in head[9, *]
-    run corrupt patch node h with clean measure diff, recovered"""
-    text = spec.read_text(encoding="utf-8").split("experiment")[0].replace('"ioi.csv"', f'"{spec.parent / "ioi.csv"}"')
-    compiled = smollm2.compile(f"{text}\nexperiment one {{ {only} }}")
-    result = compiled.run(check=2, progress=False)["one"]
+    found = patched(smollm2, "node head[0, 0] with corrupt", "run clean", "correct")
+    assert float(found["correct"]) > 0.9
+
+
+@pytest.mark.smollm2
+def test_smollm2_s_heads_agree_with_hooks(smollm2: patchc.Model) -> None:
+    result = patched(smollm2, "node h with clean", "for h in head[23, *] run corrupt", "recovered")
     assert result.check is not None
+    assert result.check.max_abs_diff < 1e-4
+    assert int(result["recovered"].argmax()) == 3
+
+
+def patched(model: patchc.Model, patch: str, clauses: str, metric: str) -> Result:
+    """One experiment on the prompts and with the metrics of the example, checked."""
+    spec = Path(__file__).parents[2] / "examples" / "smollm2" / "ioi.patch"
+    shared = spec.read_text(encoding="utf-8").partition("experiment")[0]
+    shared = shared.replace('"ioi.csv"', json.dumps(str(spec.parent / "ioi.csv")))
+    compiled = model.compile(f"{shared} experiment one {{ {clauses} patch {patch} measure {metric} }}")
+    return compiled.run(check=2, progress=False)["one"]
