@@ -6,8 +6,6 @@ say the same once more, in `prove`; of lists of tokens that are sent to experts 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from patchc.model.export import Exported
