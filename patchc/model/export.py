@@ -181,7 +181,7 @@ def _canonical(module: fx.GraphModule) -> Exported:
     refuse_without_attention(graph)
     batch, pos = shape_of(ids)
     need(not batch.isdigit(), f"the model works for {batch} prompts at once only")
-    need(not pos.isdigit(), f"traced, the model works for {pos} tokens only: it may go from one to the next, as recurrent layers do")
+    need(not pos.isdigit(), f"the model as traced works for {pos} tokens only: it goes from one to the next")
     write_slices(module)
     Canonicaliser(graph, ids, batch, pos).run()
     fuse_gelu(graph)
@@ -214,7 +214,7 @@ class Canonicaliser:
                 self.graph.erase_node(node)
             elif node.op == "call_function":
                 self._tidy(node)
-        unflatten_batch(self.graph, self.ids.meta["val"].shape[0])
+        unflatten_batch(self.graph, self.ids)
         write_linears(self.graph)
         self.graph.eliminate_dead_code()
         for node in list(self.graph.nodes):

@@ -252,7 +252,8 @@ class Tracer:
 
     def _listed(self, layer: Layer) -> set[fx.Node]:
         """What a layer's MLP does with a list of tokens."""
-        assert layer.mlp is not None and layer.mlp_entry is not None
+        if layer.mlp is None or layer.mlp_entry is None:
+            return set()
         region = cone(layer.mlp, {layer.mlp_entry}) - {layer.mlp_entry}
         return listed(self.exported, region, self.dynamic)
 

@@ -30,7 +30,7 @@ def refuse_other_inputs(model: nn.Module) -> None:
 
 def refuse_without_attention(graph: fx.Graph) -> None:
     attends = any(n.target is SDPA or n.target in SOFTMAX for n in graph.nodes)
-    need(attends, "the model has no attention, as state-space and other recurrent models: patchc traces decoders that do")
+    need(attends, "the model has no attention, as recurrent and state-space models: patchc traces decoders with it")
 
 
 def untraceable(model: nn.Module, error: Exception) -> PatchcError:

@@ -35,10 +35,10 @@ ALONG = SOFTMAX | {
 NAMES = ("dim", "dim0", "dim1")
 
 
-def unflatten_batch(graph: fx.Graph, batch: Any) -> None:
-    """Give every operation on [batch * n, ...] its twin on [batch, n, ...], where it has one; in place. `batch` is the
-    symbol of that size."""
-    unflattener = _Unflattener(graph, batch)
+def unflatten_batch(graph: fx.Graph, ids: fx.Node) -> None:
+    """Give every operation on [batch * n, ...] its twin on [batch, n, ...], where it has one; in place. `ids` is the
+    input [batch, pos]."""
+    unflattener = _Unflattener(graph, ids)
     for node in list(graph.nodes):
         if node.op == "call_function":
             unflattener.visit(node)
@@ -46,8 +46,9 @@ def unflatten_batch(graph: fx.Graph, batch: Any) -> None:
 
 
 class _Unflattener:
-    def __init__(self, graph: fx.Graph, batch: Any) -> None:
-        self.graph, self.batch = graph, batch
+    def __init__(self, graph: fx.Graph, ids: fx.Node) -> None:
+        self.graph, self.ids = graph, ids
+        self.batch, self.pos = ids.meta["val"].shape
         self.pairs: dict[str, tuple[Any, Any]] = {}
         """The two sizes that a product of sizes, as it is printed, is made of."""
         self.twins: dict[fx.Node, fx.Node] = {}
@@ -102,7 +103,13 @@ class _Unflattener:
     def _reshaped(self, node: fx.Node, source: fx.Node, value: Tensor) -> fx.Node:
         if shape_of(source) == tuple(map(str, value.shape)):
             return source
-        return self._made(node, A.reshape.default, (source, list(value.shape)), {}, value)
+        return self._made(node, A.reshape.default, (source, [self._size(node, d) for d in value.shape]), {}, value)
+
+    def _size(self, node: fx.Node, size: Any) -> Any:
+        """A size as an operand: -1 for the batch, the length as it is read from the input."""
+        if str(size) == str(self.pos):
+            return self._made(node, A.sym_size.int, (self.ids, 1), {}, self.pos)
+        return -1 if str(size) == str(self.batch) else int(size)
 
     # ---- operations
     def _operation(self, node: fx.Node) -> None:
