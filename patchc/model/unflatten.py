@@ -8,7 +8,7 @@ axis to itself; where one does not, the list stays a list from there on.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx
 from torch.fx.node import map_arg
@@ -119,8 +119,11 @@ class _Unflattener:
         if self._product(node):
             return
         if self._keeps(node, flat, [a for a in node.all_input_nodes if a not in flat]):
-            args, kwargs = (map_arg(part, lambda a: self.twins.get(a, a)) for part in (node.args, node.kwargs))
+            args, kwargs = (cast(Any, map_arg(part, self._twin)) for part in (node.args, node.kwargs))
             self._take(node, node.target, self._from_last(node, args), kwargs)
+
+    def _twin(self, node: fx.Node) -> fx.Node:
+        return self.twins.get(node, node)
 
     def _product(self, node: fx.Node) -> bool:
         """The matrix products that are of one list with one matrix, or of two lists of matrices."""

@@ -22,9 +22,9 @@ SPECIAL: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_to
 @dataclass(frozen=True)
 class Family:
     """A row. `attention` are the kinds that it is tried with; `no_bridge` says why patchc does not take a
-    TransformerBridge around one, where it does not; `note` is for the reader. `refused` is a part of the message of one that
-    patchc does not take; `driver`: how the hooks backend hooks it; `shows_attention`: whether its attention has a kind
-    that can be chosen."""
+    TransformerBridge around one, where it does not; `note` is for the reader. `refused` is a part of the message of one
+    that patchc does not take; `driver`: how the hooks backend hooks it; `shows_attention`: whether there are kinds.
+    """
 
     name: str
     build: Callable[..., nn.Module]
@@ -80,7 +80,7 @@ METHODS = "the bridge replaces methods of the model's modules"
 EXPERTS = "the bridge compares values while it runs"
 
 FAMILIES: tuple[Family, ...] = (
-    Family("GPT-2", gpt2, ("sdpa", "eager")),
+    Family("GPT-2", gpt2, ("sdpa",)),
     Family("GPT-NeoX, Pythia", _neox, note="parallel; interleaved projections"),
     Family("GPT-NeoX, sequential", partial(_neox, use_parallel_residual=False), ("eager",)),
     Family("Llama", llama, ("eager",), note="grouped keys and values"),
@@ -98,7 +98,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("Falcon, ALiBi", partial(hf, "Falcon", FALCON_RW), ("eager",), METHODS, "rw: sequential"),
     Family("Bloom", partial(hf, "Bloom", BLOOM), ("eager",), note="ALiBi"),
     Family("StableLM", partial(hf, "StableLm", LLAMA), note="partial rotary"),
-    Family("OLMo", partial(hf, "Olmo", LLAMA, clip_qkv=2.0), note="norms without weights; clipped q, k and v"),
+    Family("OLMo", partial(hf, "Olmo", LLAMA), note="norms without weights"),
     Family("Cohere", partial(hf, "Cohere", LLAMA), note="parallel, one norm; scaled logits"),
     Family("Granite", partial(hf, "Granite", GRANITE), ("eager",), note="scaled writes"),
     Family("Mixtral", partial(hf, "Mixtral", MIXTRAL), ("sdpa",), EXPERTS, "a block of experts is one `mlp`"),

@@ -30,7 +30,7 @@ RUNS = [pytest.param(f, a, id=f"{f.name} {a}") for f in FAMILIES if not f.refuse
 BRIDGED = [f for f in FAMILIES if not f.refused and not f.no_bridge]
 
 METRIC = "metric diff = logit(answer) - logit(wrong)\n"
-EDGE = "experiment edge { run clean patch edge head[0, 1] -> head[1, 2].v with corrupt measure diff }\n"
+EDGE = "experiment direct { run clean patch edge head[0, 1] -> head[1, 2].v with corrupt measure diff }\n"
 SPEC = f"""{METRIC}{EDGE}
 experiment head_node {{ run clean patch node head[0, 1] with corrupt measure diff }}
 experiment head_path {{ run clean patch path head[0, 1] -> mlp[1] -> logits with corrupt measure diff }}
@@ -93,7 +93,7 @@ def test_patches_are_those_of_plain_hooks(family: Family, attention: str, monkey
     monkeypatch.setattr(check, "Oracle", partial(Oracle, driver=family.driver))
     loaded = model(family, attention)
     results = loaded.compile(spec(loaded.graph, attention), prompts()).run(check="all", progress=False, write=False)
-    changed = [abs(r.values["diff"] - r.baselines["diff"]["clean"]) > 1e-4 for r in results]
+    changed = [abs(r.values["diff"] - r.baselines["diff"]["clean"]) > 1e-4 for r in results.values()]
     assert sum(changed) > len(changed) // 2  # two backends that do nothing agree too
 
 
@@ -109,7 +109,7 @@ def test_a_bridge_is_traced_as_the_model_is(family: Family) -> None:
         m.compile(text, prompts()).run(progress=False, write=False)
         for m in (model(family, attention), untraced(bridge))
     )
-    assert its["edge"].values["diff"] == pytest.approx(float(mine["edge"].values["diff"]), abs=1e-4)
+    assert its["direct"].values["diff"] == pytest.approx(float(mine["direct"].values["diff"]), abs=1e-4)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.refused], ids=lambda f: f.name)
