@@ -206,7 +206,7 @@ class Softmaxes(TorchFunctionMode):
 
     def _handled(self, at: At, x: Tensor) -> Tensor:
         handler = self._handlers.get(Point(at, -1 if self.layer is None else self.layer))
-        return x if handler is None else handler(x)
+        return x if handler is None else handler(x).contiguous()  # as softmax gives it: models take views of it
 
     def inside(self, layer: int | None) -> Callable[..., None]:
         """A hook that says which layer's attention is at work."""

@@ -22,12 +22,10 @@ from torch._ops import HigherOrderOperator
 from torch.export import Dim
 
 from patchc.diagnostics import PatchcError
-from patchc.model.unflatten import unflatten_batch
 from patchc.model.fuse import fuse_gelu
 from patchc.model.linears import write_linears
 from patchc.model.nodes import (
     CASTS,
-    NOT_UNDERSTOOD,
     SDPA,
     VIEW,
     A,
@@ -38,6 +36,8 @@ from patchc.model.nodes import (
     shape_of,
 )
 from patchc.model.picks import write_slices
+from patchc.model.unfit import refuse_other_inputs, refuse_without_attention, untraceable
+from patchc.model.unflatten import unflatten_batch
 
 COPIES = {
     A.expand.default,
@@ -78,12 +78,15 @@ class Logits(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         out = self.model(ids, **self.kwargs)
-        return out if isinstance(out, Tensor) else out.logits
+        found = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+        need(found is not None, f"a {type(self.model).__name__} gives no logits: it is a model without its head")
+        return found  # type: ignore[return-value]
 
 
 def export(model: nn.Module, *, blank: bool = False) -> Exported:
     """The canonical graph of a model in eval mode. Refuses what `torch.export` cannot follow. A `blank` model has no
     weights and cannot run; the graph is the same."""
+    refuse_other_inputs(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     ids = torch.zeros(EXAMPLE, dtype=torch.long, device=device)
     sizes = {"ids": {0: Dim.AUTO, 1: Dim.AUTO}}
@@ -100,15 +103,10 @@ def export(model: nn.Module, *, blank: bool = False) -> Exported:
         except PatchcError:
             raise
         except Exception as error:
-            raise _untraceable(error) from error
+            raise untraceable(model, error) from error
     need(not program.graph_signature.buffers_to_mutate, "a forward pass changes the model's buffers")
     module = _with_own_weights(program, model)
     return _canonical(module)
-
-
-def _untraceable(error: Exception) -> PatchcError:
-    first = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    return NOT_UNDERSTOOD.error(f"torch.export cannot follow the model: {type(error).__name__}: {first}")
 
 
 @contextlib.contextmanager
@@ -182,11 +180,10 @@ def _canonical(module: fx.GraphModule) -> Exported:
     graph = module.graph
     ids = next(n for n in graph.nodes if n.op == "placeholder")
     need(len(shape_of(ids)) == 2, "the input is not a matrix of token ids")
+    refuse_without_attention(graph)
     batch, pos = shape_of(ids)
-    need(
-        not batch.isdigit() and not pos.isdigit(),
-        f"the model works for one shape of input only ({batch}, {pos})",
-    )
+    need(not batch.isdigit(), f"the model works for {batch} prompts at once only")
+    need(not pos.isdigit(), f"the model as traced works for {pos} tokens only: it goes from one to the next")
     write_slices(module)
     Canonicaliser(graph, ids, batch, pos).run()
     fuse_gelu(graph)
@@ -219,7 +216,7 @@ class Canonicaliser:
                 self.graph.erase_node(node)
             elif node.op == "call_function":
                 self._tidy(node)
-        unflatten_batch(self.graph, self.ids.meta["val"].shape[0])
+        unflatten_batch(self.graph, self.ids)
         write_linears(self.graph)
         self.graph.eliminate_dead_code()
         for node in list(self.graph.nodes):

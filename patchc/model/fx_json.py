@@ -23,15 +23,15 @@ NOT_SAVEABLE = RULES.add("not-saveable", "a graph holds an operation that is not
 
 OPERATORS = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "neg", "getitem")}
 ATEN = frozenset(
-    """_assert_tensor_metadata _softmax _to_copy _unsafe_view abs add addmm alias all amax any arange as_strided baddbmm
-    bitwise_and bitwise_not bitwise_or bmm cat chunk clamp clamp_min clone contiguous cos cumsum detach diff div
-    einsum embedding empty empty_like eq erf exp expand expand_as floor floor_divide flatten full full_like gather ge gelu
-    gt histc index index_put index_select isinf layer_norm le lift_fresh_copy linear log logical_and logical_not logical_or lt
-    masked_fill matmul max maximum mean min minimum mm mul narrow native_layer_norm ne neg new_ones new_zeros
-    ones ones_like outer permute pow reciprocal relu repeat repeat_interleave reshape rms_norm rsqrt rsub
-    scalar_tensor scaled_dot_product_attention select sigmoid silu sin slice softmax sort split split_with_sizes sqrt
-    square squeeze stack sub sum sym_size t tanh to topk transpose tril triu type_as unbind unflatten unsqueeze var
-    view where zeros zeros_like __and__ __or__""".split()
+    """_assert_tensor_metadata _softmax _to_copy _unsafe_view abs add addmm alias all amax any arange as_strided
+    baddbmm bitwise_and bitwise_not bitwise_or bmm cat chunk clamp clamp_min clone contiguous cos cumsum detach diff
+    div einsum embedding empty empty_like eq erf exp expand expand_as floor floor_divide flatten full full_like
+    gather ge gelu gt histc index index_put index_select isinf layer_norm le lift_fresh_copy linear log logical_and
+    logical_not logical_or lt masked_fill matmul max maximum mean min minimum mm mul narrow native_layer_norm ne neg
+    new_ones new_zeros ones ones_like outer permute pow reciprocal relu repeat repeat_interleave reshape rms_norm
+    rsqrt rsub scalar_tensor scaled_dot_product_attention select sigmoid silu sin slice softmax sort split
+    split_with_sizes sqrt square squeeze stack sub sum sym_size t tanh to topk transpose tril triu type_as unbind
+    unflatten unsqueeze var view where zeros zeros_like __and__ __or__""".split()
 )
 """ATen operations that a saved graph may hold: functions of their arguments alone."""
 EXPERTS = "transformers.grouped_mm_fallback.default"

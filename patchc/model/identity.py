@@ -37,7 +37,7 @@ BESIDE = (
 """Packages whose functions those import, and compute nothing with."""
 MEANT_ELSEWHERE = frozenset(
     """_name_or_path name_or_path _commit_hash training _is_hf_initialized generation_config
-    _output_capturing_hooks_installed""".split()
+    _output_capturing_hooks_installed _weight_conversions""".split()
 )
 """Attributes that say nothing of what a forward pass in eval mode computes."""
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, np.generic)

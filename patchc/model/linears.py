@@ -52,15 +52,16 @@ def _transposed(graph: fx.Graph, node: fx.Node, matrix: fx.Node) -> fx.Node:
 def _bias(graph: fx.Graph, node: fx.Node) -> None:
     """linear(x, weight) + bias."""
     for product, bias in (node.args[:2], node.args[1::-1]):
-        if isinstance(product, fx.Node) and isinstance(bias, fx.Node) and _lacks_bias(product):
-            if shape_of(bias) == shape_of(product)[-1:] and not reads_input(bias):
-                with graph.inserting_before(node):
-                    _replace(node, graph.call_function(A.linear.default, (*product.args, bias)))
-                return
+        if isinstance(product, fx.Node) and isinstance(bias, fx.Node) and _lacks(product, bias):
+            with graph.inserting_before(node):
+                _replace(node, graph.call_function(A.linear.default, (*product.args, bias)))
+            return
 
 
-def _lacks_bias(node: fx.Node) -> bool:
-    return node.target is A.linear.default and len(node.args) == 2 and len(node.users) == 1
+def _lacks(product: fx.Node, bias: fx.Node) -> bool:
+    if product.target is not A.linear.default or len(product.args) != 2 or len(product.users) != 1:
+        return False
+    return shape_of(bias) == shape_of(product)[-1:] and not reads_input(bias)
 
 
 def _after_split(graph: fx.Graph, node: fx.Node) -> None:

@@ -6,8 +6,6 @@ say the same once more, in `prove`; of lists of tokens that are sent to experts 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from patchc.model.export import Exported
@@ -39,13 +37,12 @@ def check_positions(exported: Exported, nodes: set[fx.Node], dynamic: dict[fx.No
 
 
 def listed(exported: Exported, nodes: set[fx.Node], dynamic: dict[fx.Node, bool]) -> set[fx.Node]:
-    """Those of some nodes that work on tokens as one flat list [batch * pos, ...], without their order or their
-    prompts; empty where all that is not known to keep positions apart is none of them."""
+    """Those of some nodes that make a flat list of all tokens, [batch * pos, ...], or work on what became of one."""
     axes, found = _Axes(exported, dynamic), set[fx.Node]()
     for node in exported.nodes:
-        if node in nodes and dynamic[node] and node.op == "call_function":
-            if axes.flattens(node) or any(a in found for a in node.all_input_nodes):
-                found.add(node)
+        follows = axes.flattens(node) or any(a in found for a in node.all_input_nodes)
+        if follows and node in nodes and dynamic[node]:
+            found.add(node)
     return found
 
 

@@ -22,6 +22,7 @@ from patchc.model.outputs import Neurons, neurons_of
 from patchc.model.positions import check_positions, listed
 
 ADD = A.add.Tensor
+NORMS = {A.layer_norm.default, A.rms_norm.default}
 
 
 @dataclass(frozen=True)
@@ -201,9 +202,11 @@ class Tracer:
         if layer := self._layer_inside(leaf):
             # Otherwise a scaled, subtracted or normalised stream would vanish, layers and all, into an
             # "embedding".
+            changing = self._changes_all()
+            post = ", as the norms of post-norm models do" if changing.target in NORMS else ""
             need(
                 False,
-                f"the stream is not a plain sum of writers: {place(self._changes_all())} changes all of it, "
+                f"the stream is not a plain sum of writers: {place(changing)} changes all of it{post}, "
                 "from the layers below",
                 layer,
             )
@@ -251,7 +254,8 @@ class Tracer:
 
     def _listed(self, layer: Layer) -> set[fx.Node]:
         """What a layer's MLP does with a list of tokens."""
-        assert layer.mlp is not None and layer.mlp_entry is not None
+        if layer.mlp is None or layer.mlp_entry is None:
+            return set()
         region = cone(layer.mlp, {layer.mlp_entry}) - {layer.mlp_entry}
         return listed(self.exported, region, self.dynamic)
 

@@ -8,7 +8,7 @@ axis to itself; where one does not, the list stays a list from there on.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx
 from torch.fx.node import map_arg
@@ -35,10 +35,10 @@ ALONG = SOFTMAX | {
 NAMES = ("dim", "dim0", "dim1")
 
 
-def unflatten_batch(graph: fx.Graph, batch: Any) -> None:
-    """Give every operation on [batch * n, ...] its twin on [batch, n, ...], where it has one; in place. `batch` is the
-    symbol of that size."""
-    unflattener = _Unflattener(graph, batch)
+def unflatten_batch(graph: fx.Graph, ids: fx.Node) -> None:
+    """Give every operation on [batch * n, ...] its twin on [batch, n, ...], where it has one; in place. `ids` is the
+    input [batch, pos]."""
+    unflattener = _Unflattener(graph, ids)
     for node in list(graph.nodes):
         if node.op == "call_function":
             unflattener.visit(node)
@@ -46,8 +46,9 @@ def unflatten_batch(graph: fx.Graph, batch: Any) -> None:
 
 
 class _Unflattener:
-    def __init__(self, graph: fx.Graph, batch: Any) -> None:
-        self.graph, self.batch = graph, batch
+    def __init__(self, graph: fx.Graph, ids: fx.Node) -> None:
+        self.graph, self.ids = graph, ids
+        self.batch, self.pos = ids.meta["val"].shape
         self.pairs: dict[str, tuple[Any, Any]] = {}
         """The two sizes that a product of sizes, as it is printed, is made of."""
         self.twins: dict[fx.Node, fx.Node] = {}
@@ -102,7 +103,13 @@ class _Unflattener:
     def _reshaped(self, node: fx.Node, source: fx.Node, value: Tensor) -> fx.Node:
         if shape_of(source) == tuple(map(str, value.shape)):
             return source
-        return self._made(node, A.reshape.default, (source, list(value.shape)), {}, value)
+        return self._made(node, A.reshape.default, (source, [self._size(node, d) for d in value.shape]), {}, value)
+
+    def _size(self, node: fx.Node, size: Any) -> Any:
+        """A size as an operand: -1 for the batch, the length as it is read from the input."""
+        if str(size) == str(self.pos):
+            return self._made(node, A.sym_size.int, (self.ids, 1), {}, self.pos)
+        return -1 if str(size) == str(self.batch) else int(size)
 
     # ---- operations
     def _operation(self, node: fx.Node) -> None:
@@ -112,8 +119,11 @@ class _Unflattener:
         if self._product(node):
             return
         if self._keeps(node, flat, [a for a in node.all_input_nodes if a not in flat]):
-            args, kwargs = (map_arg(part, lambda a: self.twins.get(a, a)) for part in (node.args, node.kwargs))
+            args, kwargs = (cast(Any, map_arg(part, self._twin)) for part in (node.args, node.kwargs))
             self._take(node, node.target, self._from_last(node, args), kwargs)
+
+    def _twin(self, node: fx.Node) -> fx.Node:
+        return self.twins.get(node, node)
 
     def _product(self, node: fx.Node) -> bool:
         """The matrix products that are of one list with one matrix, or of two lists of matrices."""

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FILES = (
-    "hooks", "hook_drivers", "hook_points", "hook_proof", "noise", "oracle_cells", "oracle_metrics", "oracle_nodes",
-    "oracle_passes", "oracle_rounding", "oracle_states", "oracle_values", "oracle_worlds", "residuals",
+    "hooks", "hook_drivers", "hook_points", "hook_proof", "hook_taps", "noise", "oracle_cells", "oracle_metrics",
+    "oracle_nodes", "oracle_passes", "oracle_rounding", "oracle_states", "oracle_values", "oracle_worlds", "residuals",
 )  # fmt: skip
 ALLOWED = {"patchc", "patchc.diagnostics", "patchc.execute", *(f"patchc.execute.{name}" for name in FILES)}
 
