@@ -236,8 +236,8 @@ class Reads:
 def reads_of(
     metric: Metric, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | None = None
 ) -> Reads | None:
-    """What a metric reads of logits of this `shape`, `[prompt, pos, d_vocab]`; None where that cannot be told, because it fails on zeros,
-    writes into them, or reads none."""
+    """What a metric reads of logits of this `shape`, `[prompt, pos, d_vocab]`; None where that cannot be told, because
+    it fails on zeros, writes into them, or reads none."""
     *rows, d_vocab = shape
     table, where = Recorder(d_vocab, dtype), torch.arange(prod(rows), device=device).view(rows)
     try:
