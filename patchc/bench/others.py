@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from patchc.bench.drop_in import FUNCTIONS, drop_in
 from patchc.bench.measure import product_gflops, timed, with_use
 from patchc.bench.row import Bound, Row
 from patchc.bench.shape import ALL_DIFFERENT, GPT2_SMALL, IOI_LIKE, Shape, Worlds, random_worlds
@@ -192,9 +193,13 @@ def budget(bench: Bench, work: Work, memory: int, text: str) -> Row:
     return row if layers is None else replace(row, notes=(*row.notes, f"the cells of layers {layers}"))
 
 
+DROP_INS = tuple(
+    Other(f"patchc.transformer_lens.{name}", IOI_LIKE, partial(drop_in, name=name), quick=False) for name in FUNCTIONS
+)
 BUDGETS = {"0.5 GiB": 1 << 29, "1 GiB": 1 << 30, "4 GiB": 1 << 32}
 
 OTHERS: tuple[Other, ...] = (
+    *DROP_INS,
     *(Other(work.name, "", partial(graph, work=work), quick=True) for work in GRAPHS),
     Other("planning all edges", IOI_LIKE, planning, quick=True),
     Other("tracing", "", tracing),

@@ -14,6 +14,7 @@ from rich.console import Console
 from patchc import api
 from patchc.bench import PEERS, others, sweeps
 from patchc.bench import run as run_module
+from patchc.bench.drop_in import drop_in
 from patchc.bench.measure import product_gflops, with_use
 from patchc.bench.peers.autocircuit import node_name
 from patchc.bench.peers.hooks import Hooks
@@ -21,7 +22,7 @@ from patchc.bench.peers.transformer_lens import TransformerLens
 from patchc.bench.row import Bound, PeerTime, Row, scaled
 from patchc.bench.run import OTHERS, Options, rows, steps
 from patchc.bench.shape import ALL_DIFFERENT, GPT2_SMALL, IOI_LIKE, SETTINGS, Shape, random_model, random_worlds
-from patchc.bench.sweeps import Bench, Effort, Part, measure, spread, strongest
+from patchc.bench.sweeps import FULL, Bench, Effort, Part, measure, spread, strongest
 from patchc.bench.table import COLUMNS, markdown, print_table, to_json
 from patchc.bench.targets import TARGETS, bounds
 from patchc.bench.works import EDGES, HEAD_OUT, PATH, PATTERN, RESID_PRE, WORKS, Work
@@ -106,6 +107,16 @@ def test_the_cells_of_all_layers_are_those_of_the_whole_sweep(bench: Bench, work
 
 
 # ---- rows
+
+
+@pytest.mark.parametrize("effort", [FULL, SAMPLED], ids=["whole", "sampled"])
+def test_the_functions_of_transformer_lens_give_what_its_own_do(bench: Bench, effort: Effort) -> None:
+    row = drop_in(dataclasses.replace(bench, effort=effort), "get_act_patch_attn_head_out_by_pos")
+    assert row.cells == TINY.n_layers * TINY.length * TINY.n_heads
+    assert row.peers["transformer-lens"].extrapolated == (row.compared < row.cells) == (effort is SAMPLED)
+    assert row.max_abs_diff is not None
+    assert row.largest_effect is not None
+    assert row.max_abs_diff < 1e-5 < 1e-3 < row.largest_effect
 
 
 @pytest.mark.parametrize("work", [RESID_PRE, HEAD_OUT, PATH, EDGES], ids=lambda w: w.title)
