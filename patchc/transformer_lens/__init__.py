@@ -1,0 +1,89 @@
+"""Every function of `transformer_lens.patching` under the same name and with the same arguments, as fused sweeps.
+
+from patchc.transformer_lens import get_act_patch_resid_pre
+get_act_patch_resid_pre(bridge, corrupted_tokens, clean_cache, metric)    # [layer, pos], as TransformerLens gives it
+
+Nothing is imported until a name is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformer_lens.patching import PatchingResult
+
+    from patchc.transformer_lens.setters import (
+        layer_head_dest_src_pos_pattern_patch_setter,
+        layer_head_pattern_patch_setter,
+        layer_head_pos_pattern_patch_setter,
+        layer_head_vector_patch_setter,
+        layer_pos_head_vector_patch_setter,
+        layer_pos_patch_setter,
+    )
+    from patchc.transformer_lens.sweeps import (
+        generic_activation_patch,
+        get_act_patch_attn_head_k_all_pos,
+        get_act_patch_attn_head_k_by_pos,
+        get_act_patch_attn_head_out_all_pos,
+        get_act_patch_attn_head_out_by_pos,
+        get_act_patch_attn_head_pattern_all_pos,
+        get_act_patch_attn_head_pattern_by_pos,
+        get_act_patch_attn_head_pattern_dest_src_pos,
+        get_act_patch_attn_head_q_all_pos,
+        get_act_patch_attn_head_q_by_pos,
+        get_act_patch_attn_head_v_all_pos,
+        get_act_patch_attn_head_v_by_pos,
+        get_act_patch_attn_out,
+        get_act_patch_mlp_out,
+        get_act_patch_resid_mid,
+        get_act_patch_resid_pre,
+        make_df_from_ranges,
+    )
+
+__all__ = [
+    "PatchingResult",
+    "generic_activation_patch",
+    "get_act_patch_attn_head_k_all_pos",
+    "get_act_patch_attn_head_k_by_pos",
+    "get_act_patch_attn_head_out_all_pos",
+    "get_act_patch_attn_head_out_by_pos",
+    "get_act_patch_attn_head_pattern_all_pos",
+    "get_act_patch_attn_head_pattern_by_pos",
+    "get_act_patch_attn_head_pattern_dest_src_pos",
+    "get_act_patch_attn_head_q_all_pos",
+    "get_act_patch_attn_head_q_by_pos",
+    "get_act_patch_attn_head_v_all_pos",
+    "get_act_patch_attn_head_v_by_pos",
+    "get_act_patch_attn_out",
+    "get_act_patch_mlp_out",
+    "get_act_patch_resid_mid",
+    "get_act_patch_resid_pre",
+    "layer_head_dest_src_pos_pattern_patch_setter",
+    "layer_head_pattern_patch_setter",
+    "layer_head_pos_pattern_patch_setter",
+    "layer_head_vector_patch_setter",
+    "layer_pos_head_vector_patch_setter",
+    "layer_pos_patch_setter",
+    "make_df_from_ranges",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_home(name)), name)
+
+
+def _home(name: str) -> str:
+    """The module that a name stands in."""
+    if name == "PatchingResult":
+        return "transformer_lens.patching"
+    if name.endswith("_patch_setter"):
+        return f"{__name__}.setters"
+    return f"{__name__}.sweeps"
