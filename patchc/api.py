@@ -29,7 +29,7 @@ from patchc.execute.kept import Kept
 from patchc.execute.settings import settings
 from patchc.execute.sweep import Outcome
 from patchc.free_memory import default_budget
-from patchc.given import all_tensors, check_called, checked_tensors
+from patchc.given import all_tensors, check_called, checked_tensors, read_by
 from patchc.ir.experiment import Experiment, ModelChoice, Save, Show, Study
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.program import Program, Rates
@@ -162,6 +162,7 @@ class Model:
         study, warnings = pipeline.to_study(tree, source, self.loaded, self.choice, base, given)
         given = replace(given, tensors=all_tensors(study, base, given.tensors, self.loaded))
         check_called(study)
+        study = read_by(study, given.metrics, self.loaded)
         origin = Origin(source, given.parameters, study, given.tensors, self.loaded)
         kept, unkept = resuming(source, partial, origin, given.metrics)
         if fresh:

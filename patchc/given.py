@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from patchc.diagnostics import RULES, Report
-from patchc.ir.experiment import Called, Study
-from patchc.ir.leaves import leaves
+from patchc.execute.read_logits import reads_of
+from patchc.execute.readout import MetricFunction
+from patchc.ir.bits import bits
+from patchc.ir.experiment import Called, Experiment, Leaf, Study
+from patchc.ir.leaves import leaves, with_leaves
 from patchc.model.load import LoadedModel
 
 CALLED_LENGTHS = RULES.add("metric-needs-one-length", "a Python metric needs prompts of one length")
@@ -28,14 +32,30 @@ def checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def all_tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
-    """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file. Those from
-    Python are copied: their owner may go on writing to them."""
+    """Every tensor that the study names, in the model's dtype: from Python, or a key of a safetensors file; a row a
+    token, `[prompt, pos, d]`, as `[token, d]`. Those from Python are copied: their owner may go on writing to them."""
     out = {name: t.detach().to(model.pieces.device, model.pieces.dtype, copy=True) for name, t in given.items()}
     for tensor in study.tensors:
         if tensor.file is not None:
             with safe_open(base / tensor.file, framework="pt") as opened:
                 out[tensor.key] = opened.get_tensor(tensor.name).to(model.pieces.device, model.pieces.dtype)
-    return out
+    return {key: tensor.flatten(0, -2) if tensor.dim() > 2 else tensor for key, tensor in out.items()}
+
+
+def read_by(study: Study, functions: Mapping[str, MetricFunction], model: LoadedModel) -> Study:
+    """The study with each Python metric knowing which logits it reads, where that can be told."""
+    prompts, metrics = study.prompts, [m for e in study.experiments for m in e.metrics]
+    tokens, known = list(bits(prompts.alone)), dict[Leaf, Leaf]()
+    for leaf in {leaf for m in metrics for leaf in leaves(m.expression) if isinstance(leaf, Called)}:
+        shape = prompts.n, prompts.own_lengths[0], model.graph.d_vocab
+        if (reads := reads_of(functions[leaf.name], *shape, model.pieces.dtype)) is not None:
+            known[leaf] = Called(leaf.name, tuple(tokens[row] for row in reads.rows), reads.columns)
+    return study if not known else replace(study, experiments=tuple(_reading(e, known) for e in study.experiments))
+
+
+def _reading(experiment: Experiment, known: Mapping[Leaf, Leaf]) -> Experiment:
+    metrics = (replace(m, expression=with_leaves(m.expression, known)) for m in experiment.metrics)
+    return replace(experiment, metrics=tuple(metrics))
 
 
 def check_called(study: Study) -> None:

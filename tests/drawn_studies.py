@@ -185,7 +185,9 @@ class DrawStudy:
             case 1:
                 return Continuation(self.some(3, self.ids), self.some(3, self.span, least=1))
             case 2:
-                return self.rng.choice([Kl(self.name(), self.tokens()), Called(self.name())])
+                return self.rng.choice(
+                    [Kl(self.name(), self.tokens()), Called(self.name(), *self.maybe(self.reads) or ())]
+                )
             case 3:
                 return self.node_read()
             case 4:
@@ -196,6 +198,9 @@ class DrawStudy:
                 return Product(self.some(3, lambda: self.expression(depth - 1)))
             case _:
                 return Quotient(self.expression(depth - 1), self.expression(depth - 1))
+
+    def reads(self) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        return self.tokens(), self.maybe(lambda: self.some(3, lambda: self.rng.randrange(50257), least=1))
 
     def tokens(self) -> tuple[int, ...]:
         return self.some(3, self.token, least=1)

@@ -89,12 +89,20 @@ class Sources:
             case Moved(inner, tokens):
                 return self._moved(inner, tokens, site)
             case Given(key):
-                return self.worlds.buffer("given", self.tensors[key])
+                return self._given(self.tensors[key], site)
             case Itself():
                 assert own is not None
                 return own
             case Noise() | Blocked():
                 raise AssertionError(f"{source} is no number of a run")
+
+    def _given(self, tensor: Tensor, site: Seen) -> fx.Node:
+        """`[d]`, or of a row a token what every head has: `[b, s, *1, d]`."""
+        if tensor.dim() > 1:
+            tensor = self._by_prompt(tensor).view(
+                self.prompts.layout.n_prompts, self.length(), *[1] * (len(site.shape) - 1), -1
+            )
+        return self.worlds.buffer("given", tensor)
 
     def _mean(self, mean: Mean, site: Seen) -> fx.Node:
         if site.hidden is not None:

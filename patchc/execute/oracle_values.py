@@ -91,9 +91,10 @@ class Values:
         if key not in self.tensors:
             raise TENSOR_SHAPE.error(f"no tensor {key!r} was given; there are: {', '.join(self.tensors) or 'none'}")
         x = self.tensors[key].to(own)
-        one_neuron = where.dim() > 1 and int(where.any(0).sum()) == 1 and x.shape == (1,)
-        if x.shape != own.shape[1:] and not one_neuron:
-            wanted = list(own.shape[1:])
+        one_neuron = where.dim() > 1 and int(where.any(0).sum()) == 1 and x.shape[-1:] == (1,)
+        is_rows = x.dim() == own.dim() and len(x) == len(own)
+        if x.shape[1 if is_rows else 0 :] != own.shape[1:] and not one_neuron:
+            wanted = f"{list(own.shape[1:])}, or {list(own.shape)}"
             raise TENSOR_SHAPE.error(f"tensor {key!r} has shape {list(x.shape)}; here it must be {wanted}")
         return x.expand_as(own)
 

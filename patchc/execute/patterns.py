@@ -100,7 +100,9 @@ class PlainRows:
                 return self._hidden(len(tokens), width)
             case Noise():
                 return self._noise(port, source, tokens, width)
-            case Given() | Itself():
+            case Given():
+                return self.stored.given(source, tokens.to(self.stored.pieces.device))[:, :width]
+            case Itself():
                 raise AssertionError(f"no value of attention scores or patterns: {source}")
 
     def of_world(self, port: int, world: str, tokens: Tensor, width: int) -> Tensor:

@@ -15,6 +15,7 @@ from patchc.diagnostics import RULES
 from patchc.execute.indices import CPU, rows
 from patchc.execute.patterns import PlainRows
 from patchc.execute.places import probe_place
+from patchc.execute.read_logits import NOT_HELD, NotHeld, held_logits, result_of
 from patchc.execute.statistics import Ends, Numbers, numbers
 from patchc.execute.stored import Stored
 from patchc.ir.bits import bits
@@ -41,6 +42,9 @@ from patchc.ir.program import End
 from patchc.model.pieces import Pieces, Tables
 
 METRIC_FAILED = RULES.add("metric-failed", "a Python metric raised an error", exit=3)
+METRIC_READS = RULES.add(
+    "metric-reads-elsewhere", "a Python metric reads logits in one cell that it does not read in others", exit=3
+)
 METRIC_SHAPE = RULES.add("metric-shape", "a Python metric gave numbers of another shape than one a prompt", exit=3)
 
 MetricFunction = Callable[[Tensor], Tensor]
@@ -125,8 +129,8 @@ class Readout:
                 return self._kl(world, tokens, read.logits)
             case NodeRead():
                 return self._node(expression, read.nodes[expression.probe])
-            case Called(name):
-                return self._called(name, read.logits)
+            case Called():
+                return self._called(expression, read.logits)
             case Constant(number):
                 return torch.full((read.n_cells, self.prompts.n), number, dtype=torch.float64)
             case Sum(terms):
@@ -192,11 +196,11 @@ class Readout:
         theirs = self._log_probs[world][at]
         return (theirs.exp() * (theirs - logits[:, at].log_softmax(-1))).sum(-1).cpu()
 
-    def _called(self, name: str, logits: Tensor) -> Tensor:
-        n, at = self.prompts.n, [self.places[t] for t in bits(self.prompts.alone)]
+    def _called(self, called: Called, logits: Tensor) -> Tensor:
+        n, name = self.prompts.n, called.name
         out: list[Tensor] = []
         for cell in logits.to(self.pieces.dtype):
-            value = self._result_of(name, cell[at].view(n, self.prompts.own_lengths[0], -1))
+            value = self._result_of(name, self._given(called, cell))
             if value.numel() not in (1, n):
                 raise METRIC_SHAPE.error(
                     f"`{name}` gave numbers of shape {list(value.shape)}; a metric gives one number,"
@@ -207,9 +211,22 @@ class Readout:
             out.append(value.reshape(-1).expand(n))
         return torch.stack(out).detach().cpu()
 
+    def _given(self, called: Called, cell: Tensor) -> Tensor:
+        """What a Python function is called with, `[prompt, pos, d_vocab]`, of `[measured token, column or d_vocab]`."""
+        n, length, tokens = self.prompts.n, self.prompts.own_lengths[0], list(bits(self.prompts.alone))
+        if not called.tokens and self.columns is None:
+            return cell[[self.places[t] for t in tokens]].view(n, length, -1)
+        rows = torch.tensor([self.places.get(t, NOT_HELD) for t in tokens], device=cell.device)
+        return held_logits(cell, rows.view(n, length), self.column_of, self.pieces.graph.d_vocab)
+
     def _result_of(self, name: str, logits: Tensor) -> Tensor:
         try:
-            return torch.as_tensor(self.functions[name](logits)).double()
+            return result_of(self.functions[name], logits).double()
+        except NotHeld:
+            raise METRIC_READS.error(
+                f"the Python metric `{name}` reads logits here that it did not read of logits that are all zero",
+                fix="let it read all of them always: `logits = logits.clone()` in its first line",
+            ) from None
         except Exception as error:
             raise METRIC_FAILED.error(f"the Python metric `{name}` failed: {type(error).__name__}: {error}") from error
 

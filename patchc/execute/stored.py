@@ -144,7 +144,7 @@ class Stored:
         """`x` and, for each place, its tensors and noise."""
         for factor, source in beside.terms:
             for place in places:
-                here = self._noise_at(source, place, at) if isinstance(source, Noise) else self._given(source)
+                here = self._noise_at(source, place, at) if isinstance(source, Noise) else self.given(source, at)
                 x = x + factor * here
         return x
 
@@ -159,9 +159,11 @@ class Stored:
             case Itself() | Given() | Noise() | Blocked():
                 raise AssertionError(f"{source} is no number of a run")
 
-    def _given(self, source: Source) -> Tensor:
+    def given(self, source: Source, at: Tensor) -> Tensor:
+        """A tensor at some tokens, `[n, width]`, or `[width]` where it is the same at all."""
         assert isinstance(source, Given)
-        return self.tensors[source.key]
+        tensor = self.tensors[source.key]
+        return tensor if tensor.dim() == 1 else tensor[at]
 
     def average(self, mean: Mean) -> Average:
         """How a mean is taken on this study's prompts."""

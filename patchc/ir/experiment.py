@@ -126,8 +126,9 @@ class Itself:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A tensor from a file or from Python, by the key under which `Study.tensors` names it. Shape `[d]`, broadcast over
-    tokens, `d` being the site's width."""
+    """A tensor from a file or from Python, by the key under which `Study.tensors` names it: `[d]`, the same at every
+    token, or a row a token of the layout, `[token, d]`, `d` being the site's width. Of scores and patterns it has rows,
+    of the longest prompt's length."""
 
     key: str
 
@@ -261,9 +262,12 @@ class NodeRead:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """A Python function of the logits `[prompt, pos, d_vocab]` that gives a number, or one a prompt."""
+    """A Python function of the logits `[prompt, pos, d_vocab]` that gives a number, or one a prompt. Where it is known
+    to read some of them only: at `tokens` (numbers of the layout; none: at all), of token ids `columns`."""
 
     name: str
+    tokens: tuple[int, ...] = ()
+    columns: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

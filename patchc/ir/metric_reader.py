@@ -77,8 +77,16 @@ class MetricReader(PathReader):
     def inside(self, items: list[Any]) -> Probe:
         return self.probe(items)
 
-    def called(self, items: list[str]) -> Called:
-        return Called(items[0])
+    def called(self, items: list[Any]) -> Called:
+        name, *reads = items
+        return Called(name, *reads[0]) if reads else Called(name)
+
+    def reads(self, items: list[Any]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        *columns, tokens = items
+        return tuple(tokens), None if columns == [None] else tuple(columns)
+
+    def whole_rows(self, _: list[Any]) -> None:
+        return None
 
     def constant(self, items: list[float]) -> Constant:
         return Constant(items[0])

@@ -98,8 +98,9 @@ class MetricText:
                 return f"kl({w.name(world)}) @ {w.read_at(tokens)}"
             case NodeRead():
                 return self._node_read(expression)
-            case Called(name):
-                return f"{w.name(name)}()"
+            case Called(name, tokens, columns):
+                read = "every" if columns is None else ", ".join(map(str, columns))
+                return f"{w.name(name)}()" + (f" reads {read} @ {w.spots(tokens)}" if w.whole and tokens else "")
             case Constant(number):
                 return w.number(number)
             case Sum(terms):

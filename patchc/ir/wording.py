@@ -18,10 +18,10 @@ ITEMS = 12
 
 RESERVED = frozenset(
     (
-        "all at blocked by cell cells copies dim dot except expect experiment False follows from groups in includes "
-        "inf interval kl mean measure model nan neurons no noise none not of or over patch path per ports positions "
-        "prompt prompts rank resamples run save seed self show sigma site sources std tensor to tokens top True turn "
-        "unit unpatched via what with within world zero"
+        "all at blocked by cell cells copies dim dot every except expect experiment False follows from groups in "
+        "includes inf interval kl mean measure model nan neurons no noise none not of or over patch path per ports "
+        "positions prompt prompts rank reads resamples run save seed self show sigma site sources std tensor to "
+        "tokens top True turn unit unpatched via what with within world zero"
     ).split()
 )
 """Names that are written in quotes, because the printed form has them as words."""

@@ -27,7 +27,8 @@ from patchc.ir.tokens import Tokens
 
 
 def ends(metrics: tuple[Metric, ...], prompts: Prompts) -> tuple[End, ...]:
-    """Where metrics read: the logits, if any does, then each probe; a Python function reads every prompt's tokens."""
+    """Where metrics read: the logits, if any does, then each probe. A Python function reads what it is
+    known to, or every token."""
     found: dict[Probe | None, Tokens] = {}
     for metric in metrics:
         for leaf in leaves(metric.expression):
@@ -38,8 +39,8 @@ def ends(metrics: tuple[Metric, ...], prompts: Prompts) -> tuple[End, ...]:
 
 def _tokens(leaf: Leaf, prompts: Prompts) -> Tokens:
     match leaf:
-        case Called():
-            return prompts.alone
+        case Called(_, tokens):
+            return bitset(tokens) if tokens else prompts.alone
         case Continuation(_, tokens):
             return bitset(t for some in tokens for t in some)
         case Read() | Kl() | NodeRead():
@@ -53,9 +54,12 @@ def columns(metrics: tuple[Metric, ...]) -> tuple[int, ...] | None:
         for leaf in leaves(metric.expression):
             if isinstance(leaf, NodeRead):
                 continue
-            if not isinstance(leaf, Read) or leaf.measure is not Measure.LOGIT:
+            if isinstance(leaf, Called) and leaf.columns is not None:
+                found.update(leaf.columns)
+            elif isinstance(leaf, Read) and leaf.measure is Measure.LOGIT:
+                found.update(i for answers in leaf.answers for i in answers)
+            else:
                 return None
-            found.update(i for answers in leaf.answers for i in answers)
     return tuple(sorted(found))
 
 

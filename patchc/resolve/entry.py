@@ -53,30 +53,44 @@ class Entry:
     # ---- tensors
 
     def _check_tensor(self, step: Step, key: str, span: Span | None) -> None:
-        self._check_takes_tensor(step, span)
-        shape, widths = self.tensors.shapes[key], self._widths(step)
-        if shape not in [(w,) for w in widths]:
-            told = " or ".join(f"[{w}]" for w in widths)
+        shape = self.tensors.shapes[key]
+        rows = None if len(shape) == 1 else self._rows(key, shape, span)
+        self._check_takes_tensor(step, rows is not None, span)
+        fitting = [(*(rows or ()), w) for w in self._widths(step)]
+        if shape not in fitting:
+            told = " or ".join(str(list(found)) for found in fitting)
             message = f"tensor {key!r} has shape {list(shape)}, and what it replaces has {told}"
             raise TENSOR_SHAPE.error(message, span=span)
+
+    def _rows(self, key: str, shape: Sequence[int], span: Span | None) -> tuple[int, int]:
+        """How many prompts and positions a tensor with a row a token has to have."""
+        lengths = self.dataset.layout.lengths
+        if len(set(lengths)) == 1 and len(lengths) == len(self.dataset.lengths) and lengths == self.dataset.lengths:
+            return len(lengths), lengths[0]
+        why = "the prompts differ in length" if len(set(self.dataset.lengths)) > 1 else "an answer follows each prompt"
+        message = f"tensor {key!r} has shape {list(shape)}, a row a token, and {why}"
+        raise TENSOR_SHAPE.error(message, fix="give a vector, [d], or prompts of one length", span=span)
 
     def _widths(self, step: Step) -> list[int]:
         match step.site:
             case Site.Q | Site.K | Site.V:
                 return [self.graph.d_head]
+            case Site.SCORES | Site.PATTERN:
+                return [max(self.dataset.layout.lengths)]
             case Site.POST:
                 return [self.graph.d_mlp, *([1] if step.neurons.bit_count() == 1 and step.neurons > 0 else [])]
             case _:
                 return [self.graph.d_model]
 
-    def _check_takes_tensor(self, step: Step, span: Span | None) -> None:
+    def _check_takes_tensor(self, step: Step, has_rows: bool, span: Span | None) -> None:
         """A tensor is the output of one node: of several together it would be unclear whether each writes it."""
         if step.site is Site.Z:
             fix = "patch the head itself, with what it writes: [d_model]"
             raise TENSOR_SHAPE.error("a tensor cannot stand for a head's z", fix=fix, span=span)
-        if step.site in ENTRIES:
-            message = f"a tensor cannot stand for .{step.site}, whose rows differ in length"
-            raise VALUE_SITE.error(message, fix="write `zero`, `mean` or another world", span=span)
+        if step.site in ENTRIES and not has_rows:
+            message = f"a vector cannot stand for .{step.site}, whose rows differ in length"
+            fix = "write `zero`, `mean` or another world, or give a row a token, [prompt, pos, pos]"
+            raise VALUE_SITE.error(message, fix=fix, span=span)
         if step.site is Site.OUT and step.nodes == self.graph.all:
             message = "a tensor stands for one node's output, and `patch all` puts its value in at every node"
             fix = "patch one node or path, or write `zero`, `mean` or a world"

@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformer_lens.patching import PatchingResult
 
+    from patchc.transformer_lens.direct_path import (
+        get_act_patch_direct_path,
+        get_act_patch_direct_path_all_sources,
+    )
+    from patchc.transformer_lens.every import (
+        get_act_patch_attn_head_all_pos_every,
+        get_act_patch_attn_head_by_pos_every,
+        get_act_patch_block_every,
+    )
     from patchc.transformer_lens.setters import (
         layer_head_dest_src_pos_pattern_patch_setter,
         layer_head_pattern_patch_setter,
@@ -45,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PatchingResult",
     "generic_activation_patch",
+    "get_act_patch_attn_head_all_pos_every",
+    "get_act_patch_attn_head_by_pos_every",
     "get_act_patch_attn_head_k_all_pos",
     "get_act_patch_attn_head_k_by_pos",
     "get_act_patch_attn_head_out_all_pos",
@@ -57,6 +68,9 @@ __all__ = [
     "get_act_patch_attn_head_v_all_pos",
     "get_act_patch_attn_head_v_by_pos",
     "get_act_patch_attn_out",
+    "get_act_patch_block_every",
+    "get_act_patch_direct_path",
+    "get_act_patch_direct_path_all_sources",
     "get_act_patch_mlp_out",
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
@@ -86,4 +100,6 @@ def _home(name: str) -> str:
         return "transformer_lens.patching"
     if name.endswith("_patch_setter"):
         return f"{__name__}.setters"
-    return f"{__name__}.sweeps"
+    if name.endswith("_every"):
+        return f"{__name__}.every"
+    return f"{__name__}.direct_path" if "_direct_path" in name else f"{__name__}.sweeps"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patchc.execute.base import PlainRun
 from patchc.execute.patterns import PlainRows
+from patchc.execute.places import attn_out_place, node_place, stream_place
 from patchc.ir.bits import bitset
 from patchc.ir.graph import Block, BlockKind, Kind, Nodes, ResidualGraph
 from patchc.ir.ops import PATTERN, SCORES
@@ -72,6 +73,8 @@ class Activation:
     layer: int
     pieces: Pieces
     layout: Layout
+    of_mlp: bool = False
+    """Of a stream: whether it is what the layer's MLP reads alone, and not what goes on beside it."""
 
     @property
     def graph(self) -> ResidualGraph:
@@ -121,7 +124,7 @@ class Activation:
     def nodes(self, member: int) -> Nodes:
         """The nodes that are set with one member."""
         if self.name in STREAMS:
-            return self.graph.below(self.rank)
+            return self._mlp.nodes if self.of_mlp else self.graph.below(self.rank)
         if self.name == "attn_out":
             return self._attention.nodes
         if self.name in ("mlp_out", "post"):
@@ -133,6 +136,8 @@ class Activation:
     def step(self, member: int, tokens: Tokens = EVERYWHERE, sources: Tokens = EVERYWHERE) -> Step:
         """The start of a path that sets a member at some tokens (of attention entries: of those that ask)."""
         nodes = self.nodes(member)
+        if self.of_mlp:
+            return Step(nodes, tokens=tokens, site=Site.IN)
         if self.name in STREAMS:
             return Step(nodes, tokens=tokens, site=Site.STREAM, rank=self.rank)
         if self.name == "attn_out":
@@ -151,22 +156,18 @@ class Activation:
 
     def _by_token(self, run: PlainRun) -> Tensor:
         """`[token, ...]`."""
-        graph, pieces, layer = self.graph, self.pieces, self.layer
+        graph, pieces = self.graph, self.pieces
         if self.name in STREAMS:
-            return run.stream[self.rank]
-        if self.name == "mlp_out":
-            return run.mlp[graph.blocks.index(self._mlp)]
-        if self.name == "post":
-            return pieces.mlp_post(layer, run.stream[self._mlp.rank])
-        attention = run.attention[graph.blocks.index(self._attention)]
+            return stream_place(pieces, self.rank).read(run)
         if self.name == "attn_out":
-            bias = pieces.attn_bias(layer)
-            out = pieces.write(layer, attention.z)
-            return out if bias is None else out + bias
-        if self.name == "result":
-            heads = range(graph.n_heads)
-            return torch.stack([pieces.write(layer, attention.z[:, [h]], [h]) for h in heads], 1)
-        return attention.z if self.name == "z" else attention.raw[PORTS[self.name]]
+            return attn_out_place(pieces, graph.blocks.index(self._attention)).read(run)
+        if self.shape is Shape.ROWS:
+            site = Site.POST if self.name == "post" else Site.OUT
+            return node_place(pieces, graph.members(self._mlp.nodes)[0], site).read(run)
+        if self.name in PORTS:
+            return run.attention[graph.blocks.index(self._attention)].raw[PORTS[self.name]]
+        heads = [h for m in self.members() for h in graph.members(self.nodes(m))]
+        return torch.stack([node_place(pieces, h, HEAD_SITES[self.name]).read(run) for h in heads], 1)
 
     def _entries(self, world: str, rows: Callable[[Block, int], PlainRows]) -> Tensor:
         port = PATTERN if self.name == "pattern" else SCORES
@@ -200,8 +201,9 @@ def parsed(hook: str) -> tuple[int, str, Shape] | None:
     return (int(found[1]), *HOOKS[found[2]]) if found and found[2] in HOOKS else None
 
 
-def activation(hook: str, pieces: Pieces, layout: Layout) -> Activation:
-    """The activation of a hook's full name. Errors: `unknown-activation`."""
+def activation(hook: str, pieces: Pieces, layout: Layout, of_mlp: bool = False) -> Activation:
+    """The activation of a hook's full name; `of_mlp`: the stream between attention and MLP is what the MLP reads.
+    Errors: `unknown-activation`."""
     found = parsed(hook)
     if found is None:
         known = ", ".join(short for short, _ in HOOKS.values())
@@ -211,18 +213,10 @@ def activation(hook: str, pieces: Pieces, layout: Layout) -> Activation:
     if layer >= pieces.graph.n_layers:
         message = f"no {hook!r}: the model has layers 0..{pieces.graph.n_layers - 1}"
         raise failure(SweepNameError, NO_ACTIVATION, message)
-    return Activation(hook, name, shape, layer, pieces, layout)
+    return Activation(hook, name, shape, layer, pieces, layout, of_mlp and name == "resid_mid")
 
 
 def changed_members(x: Activation, changed: Tensor) -> list[tuple[int, Tensor]]:
     """Of each member that `changed` (bool, the activation's shape) marks somewhere: what is marked, `[token, width]`."""
     parts = ((m, x.of_member(changed, m)) for m in x.members())
     return [(m, part) for m, part in parts if bool(part.any())]
-
-
-def sources_of(x: Activation, marked: Tensor) -> Tokens:
-    """The tokens at which one of some rows `[prompt, key]` is marked, each row standing for its prompt."""
-    out: Tokens = 0
-    for prompt, row in enumerate(marked):
-        out |= bitset(row.nonzero().flatten().tolist()) << x.layout.offsets[prompt]
-    return out

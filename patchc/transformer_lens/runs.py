@@ -75,7 +75,15 @@ class Runs:
 
     # ---- activations
     def activation(self, hook: str) -> Activation:
-        return activation(hook, self.pieces, self.layout)
+        return activation(hook, self.pieces, self.layout, self._mid_is_of_mlp)
+
+    @cached_property
+    def _mid_is_of_mlp(self) -> bool:
+        """A bridge's `hook_resid_mid` is another name of the hook on what its MLP reads, before the norm: setting it
+        leaves the stream beside the MLP as it is."""
+        blocks = getattr(self.model.bridge, "blocks", None)
+        aliases = getattr(blocks[0], "hook_aliases", {}) if blocks is not None and len(blocks) else {}
+        return "hook_resid_mid" in aliases
 
     def own(self, x: Activation, world: str) -> Tensor:
         """An activation in a world's plain run, in TransformerLens' shape."""

@@ -97,7 +97,7 @@ def generic_activation_patch(
     `other-activation`, those of `patchc.load`, and whatever a metric or a setter raises.
     """
     found = runs(model, corrupted_tokens, clean_cache)
-    sweep = _sweep(
+    sweep = checked_sweep(
         found,
         patching_metric,
         patch_setter,
@@ -111,7 +111,7 @@ def generic_activation_patch(
     return swept(found, sweep)
 
 
-def _sweep(
+def checked_sweep(
     found: Runs,
     patching_metric: MetricFn | Mapping[str, MetricFn],
     patch_setter: Setter,
@@ -166,28 +166,27 @@ def _hook_name(activation_name: str, layer: Any) -> str:
 
 def swept(found: Runs, sweep: Sweep) -> Tensor | tuple[Tensor, pd.DataFrame] | PatchingResult:
     """A sweep's numbers in the form that is asked for."""
-    numbers = _measured(found, sweep)
-    n_batch, n_metrics = found.layout.n_prompts, len(sweep.metrics)
-    axes = [len(sweep.index_df)] if sweep.axes is None else _sizes(sweep)
-    values = numbers.values.reshape(n_metrics, *axes, *([] if sweep.reduce == "scalar" else [n_batch]))
-    baseline = numbers.baseline if sweep.baseline else None
-    if sweep.reduce == "mean":
-        values, baseline = values.mean(-1), None if baseline is None else baseline.mean(-1)
+    numbers = values_of(found, sweep)
     if sweep.wants_result:
-        return _result(sweep, values, baseline)
-    return (values[0], sweep.index_df) if sweep.return_index_df else values[0]
+        return _result(sweep, numbers)
+    return (numbers.values[0], sweep.index_df) if sweep.return_index_df else numbers.values[0]
 
 
-def _sizes(sweep: Sweep) -> list[int]:
-    return [int(sweep.index_df[axis].iloc[-1]) + 1 for axis in sweep.axes or ()]
+def values_of(found: Runs, sweep: Sweep) -> Found:
+    """A sweep's numbers, `[metric, *axes]` or of an `index_df` `[metric, row]`, with a batch axis more where it is
+    kept; `baseline` without the axes."""
+    numbers = _measured(found, sweep)
+    axes = [len(sweep.index_df)] if sweep.axes is None else [int(sweep.index_df[a].iloc[-1]) + 1 for a in sweep.axes]
+    values = numbers.values.unflatten(1, axes)
+    return Found(values.mean(-1), numbers.baseline.mean(-1)) if sweep.reduce == "mean" else Found(values, numbers.baseline)
 
 
-def _result(sweep: Sweep, values: Tensor, baseline: Tensor | None) -> PatchingResult:
+def _result(sweep: Sweep, numbers: Found) -> PatchingResult:
     from transformer_lens.patching import PatchingResult
 
-    whole = sweep.has_metric_axis
+    whole, baseline = sweep.has_metric_axis, numbers.baseline if sweep.baseline else None
     return PatchingResult(
-        values=values if whole else values[0],
+        values=numbers.values if whole else numbers.values[0],
         axis_names=list(sweep.axes or ()),
         index_df=sweep.index_df,
         metric_names=list(sweep.metrics),
