@@ -43,7 +43,7 @@ from patchc.parse import parse
 from patchc.pipeline import Given
 from patchc.places import check_places, input_paths, result_path
 from patchc.planning import Plans
-from patchc.progress import Progress, bars
+from patchc.progress import Progress, bars, silent
 from patchc.report.files import save_picture, save_table
 from patchc.report.labelling import labelled
 from patchc.report.record import Course, input_hashes, run_record, write_records
@@ -67,14 +67,18 @@ def load(
     attention: str | None = None,
     bos: bool | None = None,
     base: Path | None = None,
+    progress: Progress | bool = True,
 ) -> Model:
     """Load and trace a model once, for any number of specs.
 
-    `model`: a built-in name (`"ioi-tiny"`), a model directory, a hub id, a `torch.nn.Module` of a supported
-    architecture (left exactly as it is; give its `tokenizer`), or a `TransformerBridge`. Raises `PatchcError`.
+    `model`: a built-in name (`"ioi-tiny"`), one that comes in an installed package (`"smollm2-135m"`), a model
+    directory, a hub id, a `torch.nn.Module` of a supported architecture (left exactly as it is; give its `tokenizer`),
+    or a `TransformerBridge`. `progress`: a callback, or whether to show a bar where it takes seconds.
+    Raises `PatchcError`.
     """
+    tell = bars("step") if progress is True else (progress or silent)
     if isinstance(model, ModelChoice):
-        return Model(_chosen(model, tokenizer, base), model)
+        return Model(_chosen(model, tokenizer, base, tell), model)
     loaded = load_model(
         model,
         tokenizer=tokenizer,
@@ -84,15 +88,16 @@ def load(
         attention=attention,
         bos=bos,
         base=base,
+        progress=tell,
     )
     return Model(loaded, ModelChoice(loaded.name))
 
 
-def _chosen(choice: ModelChoice, tokenizer: Any | None, base: Path | None) -> LoadedModel:
+def _chosen(choice: ModelChoice, tokenizer: Any | None, base: Path | None, tell: Progress) -> LoadedModel:
     """The model that a spec asks for; what is wrong with it is said at its statement."""
     options: dict[str, Any] = dict(choice.options)
     try:
-        return load_model(choice.name, tokenizer=tokenizer, base=base, **options)
+        return load_model(choice.name, tokenizer=tokenizer, base=base, progress=tell, **options)
     except PatchcError as error:
         raise error.at(choice.span) from None
 
@@ -172,6 +177,8 @@ class Model:
         warnings = (*warnings, *unkept, *kept.warnings(programs, budget))
         inputs = input_paths(tree, study, source, base, given.parameters, self.choice.name)
         hashes, form = input_hashes(inputs[1:], base), _graph_form(masks, captures)
+        if self.loaded.packaged is not None:
+            hashes[self.loaded.packaged] = self.loaded.fingerprint
         return Compiled(self, source, base, study, programs, given, budget, kept, warnings, inputs, hashes, form)
 
 
@@ -248,7 +255,7 @@ class Compiled:
         self.model.loaded.check_unchanged()
         if write:
             self.check_files()
-        tell = bars() if progress is True else (progress or (lambda *_: None))
+        tell = bars() if progress is True else (progress or silent)
         started, count, loaded = datetime.now(UTC), _count(check), self.model.loaded
         checker = Checker(loaded.eager, loaded.graph, self.study.prompts, self.given.tensors, self.given.metrics)
         with self.resuming.open(self.programs, self.memory, keep_every, say or _warn) as kept:

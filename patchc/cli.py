@@ -198,7 +198,7 @@ class _How:
 
 def _run(spec: Path, parameters: Parameters, how: _How) -> int:
     count = cells_to_check(how.check)
-    compiled = _compile(spec, parameters, how.memory, how.threads, how.fresh)
+    compiled = _compile(spec, parameters, how.memory, how.threads, how.fresh, not how.quiet)
     results = compiled.run(
         check=count,
         progress=not how.quiet,
@@ -315,7 +315,14 @@ def _parsed(spec: Path, parameters: Parameters) -> tuple[Any, Path]:
     return model_choice(parse(source), parameters), base
 
 
-def _compile(spec: Path, parameters: Parameters, memory: int | None, threads: int | None, fresh: bool = False) -> Any:
+def _compile(
+    spec: Path,
+    parameters: Parameters,
+    memory: int | None,
+    threads: int | None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Any:
     choice, base = _parsed(spec, parameters)
     from patchc import api
 
@@ -323,7 +330,8 @@ def _compile(spec: Path, parameters: Parameters, memory: int | None, threads: in
         import torch
 
         torch.set_num_threads(threads)
-    compiled = api.load(choice, base=base).compile(spec, parameters=parameters, memory=memory, fresh=fresh)
+    model = api.load(choice, base=base, progress=progress)
+    compiled = model.compile(spec, parameters=parameters, memory=memory, fresh=fresh)
     _say(compiled.warnings)
     return compiled
 

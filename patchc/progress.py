@@ -7,10 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 Progress = Callable[[str, int, int], None]
-"""Told an experiment's name, how many of its cells are done, and how many it has."""
+"""Told an experiment's name, how many of its cells are done, and how many it has; of loading a model what is done, and
+how many steps of it there are."""
 
 
-def bars() -> Progress:
+def silent(_name: str, _done: int, _total: int) -> None:
+    """Shows nothing."""
+
+
+def bars(unit: str = "cell") -> Progress:
     """A bar for each name that is told; silent where nobody looks."""
     from tqdm.auto import tqdm
 
@@ -18,7 +23,7 @@ def bars() -> Progress:
 
     def tell(name: str, done: int, total: int) -> None:
         if name not in shown:
-            shown[name] = tqdm(total=total, desc=name, unit="cell", leave=False, file=sys.stderr, disable=None)
+            shown[name] = tqdm(total=total, desc=name, unit=unit, leave=False, file=sys.stderr, disable=None)
         shown[name].update(done - shown[name].n)
         if done >= total:
             shown[name].close()

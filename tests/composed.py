@@ -38,7 +38,7 @@ def attention(pieces: Pieces, layer: int, x: Tensor, tables: Tables) -> Tensor:
         z.append(pieces.attend(layer, q[None, rows], k[None, rows], v[None, rows], torch.arange(n)[None], n, tables)[0])
     bias = pieces.attn_bias(layer)
     out = pieces.write(layer, torch.cat(z))
-    return out if bias is None else out + bias
+    return pieces.post_norm(layer, out if bias is None else out + bias)
 
 
 def streams(pieces: Pieces, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

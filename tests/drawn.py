@@ -50,7 +50,9 @@ def network(rng: Random) -> ResidualGraph:
         parallel = bool(shape) and rng.random() < 0.2
         rank = shape[-1][1] + (not parallel) if shape else 1
         shape.append((rng.choice(["attention", "mlp"]), rank))
-    return graph_of(shape, rng.choice([1, 2]), rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.7)
+    return graph_of(
+        shape, rng.choice([1, 2]), rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.7, rng.random() < 0.4
+    )
 
 
 def data(rng: Random, layout: Layout) -> Prompts:

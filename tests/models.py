@@ -81,6 +81,39 @@ def native_rms_rotary() -> nn.Module:
     return native(normalization_type="RMS", positional_embedding_type="rotary", n_key_value_heads=2, gated_mlp=True)
 
 
+def _norm_after(kind: str, **config: Any) -> nn.Module:
+    """A Hugging Face model with a norm after attention and after the MLP."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+        "intermediate_size": 64, "vocab_size": D_VOCAB, "max_position_embeddings": 64,
+    }  # fmt: skip
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    settings = getattr(transformers, f"{kind}Config")(**{**sizes, **special, **config})
+    return jittered(getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(settings))
+
+
+def gemma2(**config: Any) -> nn.Module:
+    """Pre- and post-norms, soft caps on scores and logits, a window of 4 in the first layer; never fused."""
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    own = {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 4, "attn_implementation": "eager"}
+    return _norm_after("Gemma2", **{**caps, **own, **config})
+
+
+def gemma3(attention: str = "sdpa", **config: Any) -> nn.Module:
+    """Pre- and post-norms, norms within heads, a window of 4 and a rotary table of its own in the first layer."""
+    layers = ["sliding_attention", "full_attention"]
+    own = {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 4, "layer_types": layers}
+    return _norm_after("Gemma3Text", **{**own, "attn_implementation": attention, **config})
+
+
+def olmo2(attention: str = "sdpa", **config: Any) -> nn.Module:
+    """No pre-norms but post-norms; one norm over all heads of the queries, one over those of the keys."""
+    return _norm_after("Olmo2", **{"attn_implementation": attention, **config})
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2-sdpa": gpt2,
     "gpt2-eager": lambda: gpt2("eager"),
@@ -90,8 +123,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "native-rms-rotary": native_rms_rotary,
     "native-attn-only": lambda: native(attn_only=True),
     "neox-parallel": neox,
+    "gemma2": gemma2,
+    "gemma3-sdpa": gemma3,
 }
-"""Every kind of model that patchc supports, by name."""
+"""Kinds of models that patchc supports, by name."""
+
+
+TRACED: dict[str, Callable[[], nn.Module]] = {**MODELS, "gemma3-eager": lambda: gemma3("eager"), "olmo2": olmo2}
+"""Those, and more of their kinds, which fewer tests run."""
 
 
 def logits_of(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -103,7 +142,7 @@ def logits_of(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 @cache
 def loaded_model(kind: str) -> LoadedModel:
-    """A model of `MODELS`, traced once for all tests of a process: leave it as it is."""
+    """A model of `TRACED`, traced once for all tests of a process: leave it as it is."""
     from patchc.model.load import load
 
-    return load(MODELS[kind]())
+    return load(TRACED[kind]())

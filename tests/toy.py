@@ -150,6 +150,9 @@ class Toy:
     def mlp_post(self, layer: int, x: Tensor) -> Tensor:
         return torch.tanh(self.norm(layer, 0, x) @ self.up[layer].T)
 
+    def neurons_add_up(self, layer: int) -> bool:
+        return True
+
     def mlp_down(self, layer: int, post: Tensor) -> Tensor:
         return post @ self.down[layer].T
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchc.ir.experiment import Cell, FromWorld, Itself, Patch, Probe, Prompts, Value
-from patchc.ir.graph import BlockKind, Node
+from patchc.ir.graph import Block, BlockKind, Node
 from patchc.ir.paths import Alt, Path, Seq, Site, Star, Step
 from tests.toy import Toy
 
@@ -95,7 +95,7 @@ class Unrolled:
         streams = {0: torch.zeros_like(out[0]), 1: sum(out[i] for i in range(self.graph.blocks[0].size))}
         for block in self.graph.blocks[1:]:
             streams.setdefault(block.rank, torch.zeros(0))
-            x = streams[block.rank] = sum(out[n.id] for n in self.graph.nodes if n.rank < block.rank)
+            x = streams[block.rank] = self._sum(out, block.rank)
             for node in self.graph.members(block.nodes):
                 if block.kind is BlockKind.MLP:
                     out[node.id] = self.toy.mlp(block.layer, x)
@@ -109,8 +109,18 @@ class Unrolled:
                         [self._z(node, t, *(out[node.id, p] for p in range(3))) for t in range(self.length)]
                     )
                     out[node.id] = self.toy.write(block.layer, out[node.id, "z"][:, None], [node.head])
-        streams[self.graph.top] = sum(out[n.id] for n in self.graph.nodes[:-1])
+        streams[self.graph.top] = self._sum(out, self.graph.top)
         return {**out, **{("stream", r): x for r, x in streams.items()}}
+
+    def _sum(self, out: dict[object, Tensor], rank: int) -> Tensor:
+        return sum(self._whole(out, block) for block in self.graph.blocks if block.rank < rank)
+
+    def _whole(self, out: dict[object, Tensor], block: Block) -> Tensor:
+        """What a block adds to the stream of a plain run."""
+        return self._normed(block, sum(out[n.id] for n in self.graph.members(block.nodes)))
+
+    def _normed(self, block: Block, x: Tensor) -> Tensor:
+        return self.toy.post_norm(block.layer, x) if block.post_norm else x
 
     def _z(self, node: Node, t: int, q: Tensor, k: Tensor, v: Tensor, suffix: Word | None = None) -> Tensor:
         """A head's z at position t from its whole q, k and v `[pos, d_head]`; with a suffix that of this copy."""
@@ -199,11 +209,11 @@ class Unrolled:
                     x = x + self.block(block, t, suffix, live)
         return x
 
-    def block(self, block, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
+    def block(self, block: Block, t: int, suffix: Word, live: frozenset[int]) -> Tensor:
         members = self.graph.members(block.nodes)
-        out = sum(self.node(n, t, suffix, live) for n in members)
+        out = self._normed(block, sum(self.node(n, t, suffix, live) for n in members))
         for patch in self._starting(((block.first, -1, self.first + t), *suffix), Site.ATTN_OUT):
-            whole = {w: sum(plain[n.id] for n in members) for w, plain in self.plain.items()}
+            whole = {w: self._whole(plain, block) for w, plain in self.plain.items()}
             out = self._mix(patch.value, {w: x[t] for w, x in whole.items()}, out)
         return out
 

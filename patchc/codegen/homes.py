@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from patchc.codegen.gaps import Gap
 from patchc.ir.dag import Dag
-from patchc.ir.ops import Const, Core, Masked, Out, Scale, Sum, Tokenwise, VariantId
+from patchc.ir.ops import Const, Core, Masked, Out, PostNorm, Scale, Sum, Tokenwise, VariantId
 from patchc.ir.tokens import Tokens
 
 Parts = tuple[VariantId, ...]
@@ -45,7 +45,7 @@ class Homes:
 
     def _block_of(self, x: VariantId) -> int | None:
         match self.dag.ops[x]:
-            case Const(block) | Tokenwise(block):
+            case Const(block) | Tokenwise(block) | PostNorm(block):
                 return block
             case Out(core, _):
                 op = self.dag.ops[core]
@@ -80,6 +80,31 @@ class Homes:
                 out += [(mask, tokens, self.gap(op.input, v, tokens)) for mask, tokens, v in op.starts]
         return out
 
+    # ---- blocks with a norm after them
+    def before_norm(self, op: PostNorm) -> Parts:
+        """The parts of what a block's members write, before its norm."""
+        return self.flat(self.parts(op.input))
+
+    def normed(self, parts: Parts) -> dict[int, Parts]:
+        """The same of each block in whose sum masks stand."""
+        ops = (op for p in parts if isinstance(op := self.dag.ops[p], PostNorm))
+        found = ((op.block, self.before_norm(op)) for op in ops)
+        return {block: raw for block, raw in found if any(map(self.is_start, raw))}
+
+    def rest(self, parts: Parts) -> Parts:
+        """All parts but those."""
+        normed = self.normed(parts)
+        return tuple(p for p in parts if not (isinstance(op := self.dag.ops[p], PostNorm) and op.block in normed))
+
+    def every_term(self, parts: Parts) -> list[Term]:
+        return [*self.terms(parts), *(term for raw in self.normed(parts).values() for term in self.terms(raw))]
+
+    def unmasked(self, parts: Parts) -> tuple[Parts, tuple[tuple[int, Parts], ...]]:
+        """What stands there before any mask acts: streams that have this in common differ by their masks alone."""
+        normed = self.normed(parts).items()
+        return self.own(self.rest(parts)), tuple((block, self.own(raw)) for block, raw in normed)
+
+    # ---- parts
     def parts(self, x: VariantId) -> Parts:
         op = self.dag.ops[x]
         if isinstance(op, Sum):

@@ -90,6 +90,8 @@ class StoredNodes:
 
     def node(self, block: int, members: int, value: Value, site: Site) -> fx.Node:
         """What members of a block write under `value`, less what they write in the base run, `[b, s, d_model]`."""
+        if site is Site.ATTN_OUT and self.graph.blocks[block].post_norm:
+            return self._normed(block, value)
         if self.graph.blocks[block].kind is BlockKind.ATTENTION:
             return self._attention(block, members, value, site)
         out: fx.Node | None = None
@@ -124,6 +126,12 @@ class StoredNodes:
         return name, self.worlds.call(aten.select.int, whole, 2, node.head)
 
     # ---- attention
+    def _normed(self, block: int, value: Value) -> fx.Node:
+        """What a block with a norm of its own adds to the stream."""
+        place = attn_out_place(self.worlds.pieces, block)
+        seen = Seen((place.width,), lambda w: self.worlds.written(w, block), place.read)
+        return self._sum(self._difference(value, seen), self.sources.noise(value, place, partial(seen.of, self.base)))
+
     def _attention(self, block: int, members: int, value: Value, site: Site) -> fx.Node:
         heads = members & ((1 << self.graph.n_heads) - 1)
         parts: list[fx.Node | None] = []

@@ -15,10 +15,11 @@ from functools import reduce
 from torch import fx
 
 from patchc.codegen.cores import Cores
-from patchc.codegen.gaps import Gap, Gaps, is_sum_of_runs
+from patchc.codegen.gaps import Gaps, is_sum_of_runs
 from patchc.codegen.homes import Homes, Parts
 from patchc.codegen.inside import Insides
 from patchc.codegen.masks import Masks
+from patchc.codegen.products import Products
 from patchc.codegen.stored import StoredNodes
 from patchc.codegen.worlds import Worlds, aten
 from patchc.ir.bits import bits
@@ -31,6 +32,7 @@ from patchc.ir.ops import (
     Masked,
     Mix,
     Out,
+    PostNorm,
     Projected,
     Scale,
     StoredZ,
@@ -40,11 +42,6 @@ from patchc.ir.ops import (
     VariantId,
 )
 from patchc.ir.tokens import Tokens
-
-ELEMENTWISE = 24
-"""A multiplication and an addition of whole arrays cost as much as so many inside a matrix product."""
-COPY = 8
-"""And so many, a copy of one into a bank."""
 
 
 @dataclass
@@ -71,6 +68,7 @@ class Variants:
         self.cores = Cores(dag, read, worlds, stored, masks, self.insides, self.stream, self.streams)
         self.gaps = Gaps(dag, worlds, stored, self.cores.z, self.mlp, self.difference)
         self.homes = Homes(dag, self.gaps.gap)
+        self.products = Products(dag, worlds, masks, self.gaps, self.homes)
         self.forms = Forms()
         self._differences: dict[VariantId, fx.Node] = {}
         self._streams: dict[tuple[Parts, int], fx.Node] = {}
@@ -146,9 +144,7 @@ class Variants:
         here = [p for p in parts if self.homes.home(p) in just_below]
         rest = tuple(p for p in parts if p not in here)
         if rank == 1:
-            return reduce(
-                lambda x, p: self.call(operator.add, x, self._some(p)), parts, self.worlds.stream(self.base, 1)
-            )
+            return self._with(self.worlds.stream(self.base, 1), parts)
         if len(rest) > 1:
             out = self._summed(rest, rank - 1)
         else:
@@ -184,68 +180,34 @@ class Variants:
         """The streams of several variants, `[n, b, s, d_model]`."""
         parts = [self.homes.parts(x) for x in xs]
         private = all(some and self.homes.is_private(some, rank) for some in parts)
-        if private and len({self.homes.own(some) for some in parts}) == 1 and self._is_dense(parts):
+        if private and len({self.homes.unmasked(some) for some in parts}) == 1 and self._is_dense(parts):
             return self._dense(parts, rank)
         return self.call(aten.stack.default, [self.stream(x, rank) for x in xs], 0)
 
     def _is_dense(self, streams: list[Parts]) -> bool:
-        """Whether a product of all masks with a bank of all gaps costs less than masks one by one; it must be
-        possible: one mask a gap and stream and position."""
-        terms = [self.homes.terms(parts) for parts in streams]
-        gaps = {gap for some in terms for *_, gap in some}
-        sparse = sum(map(len, terms)) * ELEMENTWISE
-        dense = len(streams) * len(gaps) + len(streams) * ELEMENTWISE + len(gaps) * COPY
-        return self.form == "dense" or (self.form == "cost" and dense < sparse)
+        terms = [self.homes.every_term(parts) for parts in streams]
+        return self.form == "dense" or (self.form == "cost" and self.products.are_cheaper(terms))
 
     def _dense(self, streams: list[Parts], rank: int) -> fx.Node:
         """`[n, b, s, d_model]` of streams that differ by their masks alone."""
-        terms = [self.homes.terms(parts) for parts in streams]
-        order = self._in_order({gap for some in terms for *_, gap in some})
-        slots: list[list[tuple[int, Tokens]]] = []
-        for some in terms:
-            row: dict[Gap, list[tuple[int, Tokens]]] = {gap: [] for gap in order}
-            for mask, tokens, gap in some:
-                if gap in row:
-                    row[gap].append((mask, tokens))
-            slots += row.values()
-        table = self.masks.table(slots) if order else None
-        if table is None:
+        found = self._sums(streams, rank)
+        if found is None:
             return self.call(aten.stack.default, [self._sparse(parts, rank) for parts in streams], 0)
         self.forms.dense += len(streams)
-        own = self._common_stream(streams[0], rank)
-        if self._by_position(slots):
-            return self._product_by_position(own, table, order, len(streams))
-        return self._product(own, table, order, len(streams))
+        return found
 
-    def _by_position(self, slots: list[list[tuple[int, Tokens]]]) -> bool:
-        every = self.dag.layout.all
-        return any(tokens & every != every for slot in slots for _, tokens in slot)
-
-    def _product(self, own: fx.Node, table: fx.Node, gaps: tuple[Gap, ...], n: int) -> fx.Node:
-        """`own + masks @ gaps`, `[n, b, s, d_model]`."""
-        table = self.call(aten.reshape.default, table, [n, len(gaps)])
-        sizes = [self.call(aten.sym_size.int, own, axis) for axis in range(2)]
-        out, first = self.call(aten.reshape.default, own, [1, -1]), 0
-        for bank, size in self.gaps.banks(gaps, joined=n > 1):
-            some = self.call(aten.narrow.default, table, 1, first, size)
-            out = self.call(aten.addmm.default, out, some, self.call(aten.reshape.default, bank, [size, -1]))
-            first += size
-        return self.call(aten.reshape.default, out, [n, *sizes, self.graph.d_model])
-
-    def _product_by_position(self, own: fx.Node, table: fx.Node, gaps: tuple[Gap, ...], n: int) -> fx.Node:
-        """The same with a mask a position; r = stream, g = gap."""
-        table = self.call(aten.reshape.default, table, [-1, n, len(gaps)])
-        out, first = own, 0
-        for bank, size in self.gaps.banks(gaps, joined=True):
-            some = self.call(aten.narrow.default, table, 2, first, size)
-            out = self.call(operator.add, self.call(aten.einsum.default, "srg,gbsd->rbsd", [some, bank]), out)
-            first += size
+    def _sums(self, streams: list[Parts], rank: int) -> fx.Node | None:
+        """The same as products; None where masks have no table. What blocks with a norm write is summed before it."""
+        out = self.products.of(self._common_stream(self.homes.rest(streams[0]), rank), [*map(self.homes.rest, streams)])
+        normed = [self.homes.normed(parts) for parts in streams]
+        for block in normed[0]:
+            raw = [mine[block] for mine in normed]
+            own = self.products.of(self._raw(block, self.homes.own(raw[0])), raw)
+            if out is None or own is None:
+                return None
+            gap = self.call(operator.sub, self.worlds.normed(block, own), self.worlds.written(self.base, block))
+            out = self.call(operator.add, out, gap)
         return out
-
-    def _in_order(self, gaps: set[Gap]) -> tuple[Gap, ...]:
-        """Gaps that are something, by block, then by member."""
-        kept = [g for g in gaps if g.members or self.gaps.of(g) is not None]
-        return tuple(sorted(kept, key=lambda g: (g.block, g.members, g.own, g.value)))
 
     # ---- what blocks write
     def written(self, block: int, parts: Parts) -> fx.Node:
@@ -258,21 +220,35 @@ class Variants:
         return self._written[key]
 
     def _block_written(self, block: int, parts: Parts) -> fx.Node:
-        if self.graph.blocks[block].kind is BlockKind.ATTENTION:
-            z = self._z_of(block, self.homes.flat(parts))
-            if z is not None:
-                layer = self.graph.blocks[block].layer
-                return self.worlds.module(f"layer{layer}_attn", z, name=f"attn_{layer}")
-        elif len(parts) == 1 and isinstance(self.dag.ops[parts[0]], Tokenwise):
+        op = self.dag.ops[parts[0]] if len(parts) == 1 else None
+        if isinstance(op, PostNorm):
+            return self.worlds.normed(block, self._raw(block, self.homes.before_norm(op)))
+        if isinstance(op, Tokenwise):
             return self.mlp(parts[0])
-        elif len(parts) == 1 and self.homes.is_start(parts[0]):
+        kind, normed = self.graph.blocks[block].kind, self.graph.blocks[block].post_norm
+        if kind is BlockKind.ATTENTION and not normed:
+            return self._raw(block, parts)
+        if len(parts) == 1 and self.homes.is_start(parts[0]):
             out = self.written(block, self.homes.own(parts))
             for mask, tokens, gap in self.homes.terms(parts):
                 if (change := self.gaps.of(gap)) is not None:
                     change = self.call(operator.mul, change, self.masks.of(mask))
                     out = self.call(operator.add, out, self.masks.at(tokens, change))
             return out
-        return reduce(lambda x, p: self.call(operator.add, x, self._some(p)), parts, self.written(block, ()))
+        return self._with(self.written(block, ()), parts)
+
+    def _raw(self, block: int, parts: Parts) -> fx.Node:
+        """What the heads and bias of a block write together where they differ by `parts`, before a norm of its own."""
+        if not parts:
+            return self.worlds.raw(self.base, block)
+        z = self._z_of(block, self.homes.flat(parts))
+        if z is not None:
+            layer = self.graph.blocks[block].layer
+            return self.worlds.module(f"layer{layer}_attn", z, name=f"attn_{layer}")
+        return self._with(self.worlds.raw(self.base, block), parts)
+
+    def _with(self, x: fx.Node, parts: Parts) -> fx.Node:
+        return reduce(lambda x, p: self.call(operator.add, x, self._some(p)), parts, x)
 
     def _z_of(self, block: int, parts: Parts) -> fx.Node | None:
         """z of a whole block whose heads are run again or masked, each at most once; None where it is not such."""
@@ -368,6 +344,8 @@ class Variants:
                 )
             case Tokenwise(block):
                 return self.call(operator.sub, self.mlp(i), self.worlds.written(self.base, block))
+            case PostNorm(block):
+                return self.call(operator.sub, self.written(block, (i,)), self.worlds.written(self.base, block))
             case Projected(block, port, head, x, replaced):
                 now = self.cores.port(block, port, x, replaced)
                 return self._of_head(now, self.worlds.projection(self.base, block, port), head)

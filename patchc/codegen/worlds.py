@@ -95,7 +95,7 @@ class Worlds:
         return out
 
     def written(self, world: str, block: int) -> fx.Node:
-        """All that a block writes, bias included."""
+        """All that a block adds to the stream, bias included."""
         kind, layer = self.residual.blocks[block].kind, self.residual.blocks[block].layer
         if kind is BlockKind.MLP:
             rank = self.residual.blocks[block].rank
@@ -103,10 +103,21 @@ class Worlds:
                 ("mlp", world, block),
                 lambda: self.module(f"layer{layer}_mlp", self.stream(world, rank), name=f"{world}_mlp_{layer}"),
             )
+        return self._once(("normed", world, block), lambda: self.normed(block, self.raw(world, block)))
+
+    def raw(self, world: str, block: int) -> fx.Node:
+        """What a block's heads and bias write together, before a norm of its own."""
+        layer = self.residual.blocks[block].layer
         return self._once(
             ("attn", world, block),
             lambda: self.module(f"layer{layer}_attn", self.z(world, block), name=f"{world}_attn_{layer}"),
         )
+
+    def normed(self, block: int, x: fx.Node) -> fx.Node:
+        """What a block adds to the stream of what its heads and bias write together, `[..., b, s, d_model]`."""
+        if not self.residual.blocks[block].post_norm:
+            return x
+        return self.module(f"layer{self.residual.blocks[block].layer}_post_norm", x)
 
     def bias(self, block: int) -> fx.Node | None:
         piece = f"layer{self.residual.blocks[block].layer}_attn_bias"

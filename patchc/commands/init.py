@@ -9,7 +9,7 @@ import click
 
 from patchc.commands.starter import Described, starter_spec
 from patchc.diagnostics import RULES, PatchcError
-from patchc.resources import builtin_model
+from patchc.model.folders import named_models
 from patchc.writing import no_directory, write_whole
 
 FILE_EXISTS = RULES.add("file-exists", "a file is there already, and would be replaced")
@@ -46,5 +46,5 @@ def _refuse_to_replace(path: Path, force: bool) -> None:
 
 def _from(folder: Path, model: str) -> str:
     """A model's name as a spec in `folder` gives it: a directory's path is relative to the spec."""
-    is_path = builtin_model(model) is None and Path(model).is_dir() and not Path(model).is_absolute()
+    is_path = model not in named_models() and Path(model).is_dir() and not Path(model).is_absolute()
     return os.path.relpath(model, folder) if is_path else model

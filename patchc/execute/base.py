@@ -32,12 +32,14 @@ class AttentionRun:
 @dataclass
 class PlainRun:
     """One world's run. `embed` `[node, token, d_model]`; `stream[rank]` `[token, d_model]`, the stream below that
-    rank. `post`: MLPs' neurons, of those that are asked for."""
+    rank. `written` `[token, d_model]`: what the heads and bias of a block write together, of blocks that have a norm
+    after it. `post`: MLPs' neurons, of those that are asked for."""
 
     embed: Tensor
     stream: list[Tensor] = field(default_factory=list[Tensor])
     attention: dict[int, AttentionRun] = field(default_factory=dict[int, AttentionRun])
     mlp: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    written: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     post: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
 
@@ -69,9 +71,12 @@ def run_world(pieces: Pieces, world: World, layout: Layout, tables: Tables) -> P
         x = run.stream[block.rank]
         if block.kind is BlockKind.ATTENTION:
             run.attention[i] = _attention(pieces, block.layer, x, tokens, layout, tables)
-            written = written + pieces.write(block.layer, run.attention[i].z)
+            raw = pieces.write(block.layer, run.attention[i].z)
             bias = pieces.attn_bias(block.layer)
-            written = written if bias is None else written + bias
+            raw = raw if bias is None else raw + bias
+            if block.post_norm:
+                run.written[i] = raw
+            written = written + pieces.post_norm(block.layer, raw)
         else:
             run.mlp[i] = torch.cat([pieces.mlp(block.layer, some) for some in even(x, FULL.rows)])
             written = written + run.mlp[i]

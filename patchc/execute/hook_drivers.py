@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from patchc.diagnostics import RULES, PatchcError
 from patchc.execute.hook_points import At, Driver, Edit, Point, logits_of, softmaxes_hooked
+from patchc.execute.hook_taps import Tap, Taps, decoder, found, out_weight
 from patchc.ir.graph import ResidualGraph
 
 NO_DRIVER = RULES.add("hooks-model", "the hooks backend has no way to hook this model", exit=3)
@@ -33,9 +33,11 @@ _NAMES = {
     At.SCORES: "blocks.{}.attn.hook_attn_scores",
     At.PATTERN: "blocks.{}.attn.hook_pattern",
     At.Z: "blocks.{}.attn.hook_z",
+    At.HEADS_OUT: "blocks.{}.attn.hook_out",
     At.ATTN_OUT: "blocks.{}.hook_attn_out",
     At.MLP_IN: "blocks.{}.ln2.hook_in",
     At.POST: "blocks.{}.mlp.hook_post",
+    At.NEURONS_OUT: "blocks.{}.mlp.hook_out",
     At.MLP_OUT: "blocks.{}.hook_mlp_out",
     At.FINAL_IN: "ln_final.hook_in",
 }
@@ -62,17 +64,33 @@ class TransformerLens(Driver):
         self.bridge.eval()
         self.n_layers = len(self.bridge.blocks)
         self._weights = [block.attn.W_O.detach() for block in self.bridge.blocks]
+        self._d_head = self._weights[0].shape[1]
+        blocks = enumerate(self.bridge.blocks)
+        self._normed = {p for layer, block in blocks for p in _normed_over_heads(layer, block.attn, self._d_head)}
 
     @contextmanager
     def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
         scores = {p: h for p, h in handlers.items() if p.at is At.SCORES and self._attentions}
         hooks = [
-            (_NAMES[point.at].format(point.layer), lambda x, hook, handler=handler: handler(x))
+            (self._name(point), lambda x, hook, handler=self._as_heads(point, handler): handler(x))
             for point, handler in handlers.items()
             if point not in scores
         ]
         with self.bridge.hooks(fwd_hooks=hooks), softmaxes_hooked(self._attentions, scores):
             yield
+
+    def _name(self, point: Point) -> str:
+        if point.at is At.MLP_IN and not hasattr(self.bridge.blocks[point.layer], "ln2"):
+            return f"blocks.{point.layer}.mlp.hook_in"  # It reads the stream itself.
+        if point in self._normed:
+            return f"blocks.{point.layer}.attn.{point.at}_norm.hook_out"
+        return _NAMES[point.at].format(point.layer)
+
+    def _as_heads(self, point: Point, handler: Edit) -> Edit:
+        """A handler of heads, where the hook is given all of them in one."""
+        if point not in self._normed:
+            return handler
+        return lambda x: handler(x.unflatten(-1, (-1, self._d_head))).flatten(-2)
 
     def _forward(self, ids: Tensor) -> Tensor:
         return logits_of(self.bridge(ids))
@@ -80,63 +98,44 @@ class TransformerLens(Driver):
     def w_o(self, layer: int) -> Tensor:
         return self._weights[layer]
 
+    def post_norm(self, layer: int, x: Tensor) -> Tensor:
+        return self.bridge.blocks[layer].ln1_post(x[None])[0]
+
     def w_out(self, layer: int) -> Tensor | None:
         weight = getattr(getattr(self.bridge.blocks[layer], "mlp", None), "W_out", None)
         return None if weight is None else weight.detach()
 
 
+def _normed_over_heads(layer: int, attention: Any, d_head: int) -> list[Point]:
+    """The points of queries and keys that one norm has as a whole, all heads together."""
+    norms = {at: getattr(attention, f"{at}_norm", None) for at in (At.Q, At.K)}
+    return [Point(at, layer) for at, norm in norms.items() if norm is not None and _width(norm) not in (d_head, None)]
+
+
+def _width(norm: nn.Module) -> int | None:
+    return next((p.numel() for p in norm.parameters()), None)
+
+
 # ---- plain forward hooks
 
 
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """An activation as a part of what a module takes or gives: columns `start` to `stop` of its first tensor,
-    as heads of width `d_head` where that is not 0."""
-
-    module: nn.Module
-    is_input: bool = False
-    start: int = 0
-    stop: int | None = None
-    d_head: int = 0
-
-    def apply(self, whole: Tensor, handler: Edit) -> Tensor:
-        part = whole[..., self.start : self.stop]
-        heads = part.unflatten(-1, (-1, self.d_head)) if self.d_head else part
-        new = handler(heads)
-        if new is heads:
-            return whole
-        new = new.flatten(-2) if self.d_head else new
-        stop = whole.shape[-1] if self.stop is None else self.stop
-        left, right = whole[..., : self.start], whole[..., stop:]
-        return torch.cat([left.expand(*new.shape[:-1], -1), new, right.expand(*new.shape[:-1], -1)], -1)
-
-    def hook(self, handler: Edit) -> torch.utils.hooks.RemovableHandle:
-        if self.is_input:
-            return self.module.register_forward_pre_hook(lambda _, args: (self.apply(args[0], handler), *args[1:]))
-        return self.module.register_forward_hook(lambda _, __, out: _on_first(out, self, handler))
-
-
-def _on_first(output: Any, tap: Tap, handler: Edit) -> Any:
-    if isinstance(output, tuple):
-        return (tap.apply(output[0], handler), *output[1:])
-    return tap.apply(output, handler)
-
-
 class ForwardHooks(Driver):
-    """Plain torch hooks on the copy: models built like HF's GPT-2 or Llama."""
+    """Plain torch hooks on the copy: models built like HF's GPT-2 or Llama, and other decoders of transformers."""
 
     def __init__(self, model: nn.Module, graph: ResidualGraph):
         """`model` belongs to the driver from now on."""
         self.model: Any = model.eval()
         self.n_layers = graph.n_layers
-        if hasattr(model, "transformer") and hasattr(model.transformer, "wpe"):
+        self._ids: list[int] = []
+        if _is_gpt2(model):
             self._taps, self._weights = _gpt2(model, graph)
             self._attentions = [block.attn for block in self.model.transformer.h]
-        elif hasattr(model, "model") and hasattr(model.model, "embed_tokens"):
+        elif _is_llama(model):
             self._taps, self._weights = _llama(model, graph)
             self._attentions = [block.self_attn for block in self.model.model.layers]
         else:
-            raise unknown(model)
+            other = decoder(model, graph, self._ids)
+            self._taps, self._attentions, self._weights = other.taps, other.attentions, other.weights
 
     @contextmanager
     def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
@@ -165,20 +164,25 @@ class ForwardHooks(Driver):
             self.model.set_attn_implementation(usual)
 
     def _forward(self, ids: Tensor) -> Tensor:
+        self._ids[:] = ids.shape
         return logits_of(self.model(ids, use_cache=False))
 
     def w_o(self, layer: int) -> Tensor:
         return self._weights[layer]
 
+    def post_norm(self, layer: int, x: Tensor) -> Tensor:
+        return self._taps[Point(At.ATTN_OUT, layer)].module(x[None])[0]
+
     def w_out(self, layer: int) -> Tensor | None:
         tap = self._taps.get(Point(At.POST, layer))
         if tap is None:
             return None
-        weight: Any = tap.module.weight
-        return weight.detach().T if isinstance(tap.module, nn.Linear) else weight.detach()
+        return out_weight(tap.module) * getattr(self._taps[Point(At.MLP_OUT, layer)], "scale", 1.0)
 
 
-Taps = dict[Point, Tap]
+def _is_gpt2(model: Any) -> bool:
+    layers = getattr(getattr(model, "transformer", None), "h", None) or [None]
+    return all(found(layers[0], (part,)) is not None for part in ("attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_proj"))
 
 
 def _gpt2(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:
@@ -194,6 +198,13 @@ def _gpt2(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:
     return taps, [block.attn.c_proj.weight.detach().unflatten(0, (-1, d)) for block in body.h]
 
 
+def _is_llama(model: Any) -> bool:
+    layers = getattr(getattr(model, "model", None), "layers", None) or [None]
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
+    one_by_one = not hasattr(model.config, "residual_multiplier")
+    return one_by_one and all(found(layers[0], (part,)) is not None for part in parts)
+
+
 def _llama(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:
     body, d = model.model, graph.d_head
     taps: Taps = {Point(At.EMBED): Tap(body.embed_tokens)}
@@ -202,20 +213,36 @@ def _llama(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:
         taps[Point(At.RESID_PRE, layer)] = Tap(block, is_input=True)
         for at, module in ((At.Q, attn.q_proj), (At.K, attn.k_proj), (At.V, attn.v_proj)):
             taps[Point(at, layer)] = Tap(module, d_head=d)
-        taps |= _after_heads(layer, attn.o_proj, block.post_attention_layernorm, block.mlp, block.mlp.down_proj, d)
+        for point in _normed_over_heads(layer, attn, d):
+            taps[point] = Tap(getattr(attn, f"{point.at}_norm"), d_head=d)
+        before, after = block.post_attention_layernorm, None
+        if hasattr(block, "post_feedforward_layernorm"):  # Then the one called so stands behind attention.
+            before = getattr(block, "pre_feedforward_layernorm", block.mlp)
+            after = block.post_attention_layernorm, block.post_feedforward_layernorm
+        taps |= _after_heads(layer, attn.o_proj, before, block.mlp, block.mlp.down_proj, d, after)
     taps[Point(At.FINAL_IN)] = Tap(body.norm, is_input=True)
     return taps, [block.self_attn.o_proj.weight.detach().T.unflatten(0, (-1, d)) for block in body.layers]
 
 
 def _after_heads(
-    layer: int, projection: nn.Module, norm: nn.Module, mlp: nn.Module, down: nn.Module, d_head: int
+    layer: int,
+    projection: nn.Module,
+    before: nn.Module,
+    mlp: nn.Module,
+    down: nn.Module,
+    d_head: int,
+    after: tuple[nn.Module, nn.Module] | None = None,
 ) -> Taps:
+    """`before` reads the stream for the MLP; `after`: norms of what attention and the MLP write, where there are some."""
+    attn_out, mlp_out = after or (projection, mlp)
     return {
         Point(At.Z, layer): Tap(projection, is_input=True, d_head=d_head),
-        Point(At.ATTN_OUT, layer): Tap(projection),
-        Point(At.MLP_IN, layer): Tap(norm, is_input=True),
+        Point(At.HEADS_OUT, layer): Tap(projection),
+        Point(At.ATTN_OUT, layer): Tap(attn_out),
+        Point(At.MLP_IN, layer): Tap(before, is_input=True),
         Point(At.POST, layer): Tap(down, is_input=True),
-        Point(At.MLP_OUT, layer): Tap(mlp),
+        Point(At.NEURONS_OUT, layer): Tap(down),
+        Point(At.MLP_OUT, layer): Tap(mlp_out),
     }
 
 

@@ -38,14 +38,20 @@ class At(StrEnum):
     PATTERN = "pattern"
     """What the values are weighted by."""
     Z = "z"
+    HEADS_OUT = "heads_out"
+    """What heads and bias write together, of a block that has a norm after it."""
     ATTN_OUT = "attn_out"
+    """What attention adds to the stream."""
     RESID_MID = "resid_mid"
     """The stream between attention and MLP; an edit changes everything after it."""
     MLP_IN = "mlp_in"
     """What the MLP's norm reads; an edit changes the MLP alone."""
     POST = "post"
     """The MLP's activations as its output matrix reads them."""
+    NEURONS_OUT = "neurons_out"
+    """What that matrix makes of them, with its bias."""
     MLP_OUT = "mlp_out"
+    """What the MLP adds to the stream."""
     FINAL_IN = "final_in"
     """The stream that the final norm reads."""
     LOGITS = "logits"
@@ -55,7 +61,7 @@ class Point(NamedTuple):
     """A place in the model, of a layer where it has one.
 
     Activations there are `[prompt, pos, d_model]`; at q and z `[prompt, pos, head, d_head]`, at k and v
-    (before any rotation) `[prompt, pos, kv_head, d_head]`, at scores and pattern `[prompt, head, query, key]`, at post
+    (before any rotation, after a norm over all heads) `[prompt, pos, kv_head, d_head]`, at scores and pattern `[prompt, head, query, key]`, at post
     `[prompt, pos, d_mlp]`; the logits are `[prompt, pos, d_vocab]`.
     """
 
@@ -75,7 +81,9 @@ def points_of(graph: ResidualGraph) -> list[Point]:
     points = [Point(At.EMBED)]
     points += [Point(At.POS_EMBED)] if graph.node(Kind.POS_EMBED) else []
     for layer in range(graph.n_layers):
-        ats = [At.RESID_PRE, At.Q, At.K, At.V, At.Z, At.ATTN_OUT]
+        block = graph.layer_block(BlockKind.ATTENTION, layer)
+        ats = [At.RESID_PRE, At.Q, At.K, At.V, At.Z]
+        ats += [At.HEADS_OUT, At.ATTN_OUT] if block is not None and block.post_norm else [At.ATTN_OUT]
         ats += [At.MLP_IN, At.MLP_OUT] if graph.layer_block(BlockKind.MLP, layer) else []
         points += [Point(at, layer) for at in ats]
     return [*points, Point(At.FINAL_IN), Point(At.LOGITS)]
@@ -85,7 +93,8 @@ def inner_points(graph: ResidualGraph) -> list[Point]:
     """The points inside nodes, which not every model shows."""
     layers = range(graph.n_layers)
     heads = [Point(at, layer) for layer in layers for at in (At.SCORES, At.PATTERN)]
-    return heads + [Point(At.POST, layer) for layer in layers if graph.layer_block(BlockKind.MLP, layer)]
+    mlps = [layer for layer in layers if graph.layer_block(BlockKind.MLP, layer)]
+    return heads + [Point(at, layer) for layer in mlps for at in (At.POST, At.NEURONS_OUT)]
 
 
 class Driver(ABC):
@@ -135,6 +144,11 @@ class Driver(ABC):
     @abstractmethod
     def w_o(self, layer: int) -> Tensor:
         """A layer's output projection, `[head, d_head, d_model]`."""
+
+    @abstractmethod
+    def post_norm(self, layer: int, x: Tensor) -> Tensor:
+        """What a layer's attention adds to the stream, `[token, d_model]`, where heads and bias write `x` together; of a
+        block that has a norm after it."""
 
     @abstractmethod
     def w_out(self, layer: int) -> Tensor | None:

@@ -80,6 +80,10 @@ def prove(driver: Driver, graph: ResidualGraph, ids: Tensor, want: Tensor) -> No
 def _prove_heads(driver: Driver, graph: ResidualGraph, got: Mapping[Point, Tensor]) -> None:
     for layer in range(graph.n_layers):
         out = got[Point(At.ATTN_OUT, layer)]
+        if (written := got.get(Point(At.HEADS_OUT, layer))) is not None:
+            normed = driver.post_norm(layer, written.flatten(0, 1)).view_as(out)
+            _must_agree(normed, out, f"the norm after attention {layer} misses its output by")
+            out = written
         heads = torch.einsum("bphd,hdm->bpm", got[Point(At.Z, layer)], driver.w_o(layer))
         _must_agree(_with_bias(heads, out), out, f"the heads of layer {layer} miss its attention output by")
 
@@ -123,7 +127,7 @@ def _post_fault(driver: Driver, layer: int, got: Mapping[Point, Tensor]) -> str 
     post, weight = got.get(Point(At.POST, layer)), driver.w_out(layer)
     if post is None or weight is None or post.shape[-1:] != weight.shape[:1]:
         return "the model's MLP has no output matrix of its own"
-    out = got[Point(At.MLP_OUT, layer)]
+    out = got[Point(At.NEURONS_OUT, layer)]
     agrees = _agree(_with_bias(post @ weight, out), out)
     return None if agrees else "the MLP's output is not that of its output matrix"
 

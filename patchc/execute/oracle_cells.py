@@ -37,7 +37,7 @@ from patchc.ir.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One copy of a node, as a stream sees it: what is changed of its output, and (`direct`) what it adds
+    """One copy of a node, as a stream sees it: what is changed of its output, and (`direct`) what it writes
     besides.
 
     Without changes it is left to the pass. `moves`: in the pass its input is not the base run's, nor is its
@@ -129,12 +129,14 @@ class CellRun:
 
     def _read_attn_out(self, block: int) -> Tensor:
         x = self.worlds.attn_out(self.base, block)
+        more = torch.zeros_like(x)
         members = self.graph.members(self.graph.blocks[block].nodes)
         for node in members:
             if node.kind is Kind.HEAD:
                 own, direct = self.value(node, self.walk.at_node(node))
-                x = x + self.worlds.written(node, own - self.worlds.own(self.base, node))
-                x = x if direct is None else x + direct
+                more = more + self.worlds.written(node, own - self.worlds.own(self.base, node))
+                more = more if direct is None else more + direct
+        x = x + self.worlds.added(self.base, block, more)
         starts = (s for node in members for s in self.walk.end_starts(self.walk.at_node(node), Site.ATTN_OUT))
         return self._read_whole(x, members[0].rank, block, list(dict.fromkeys(starts)))
 
@@ -192,6 +194,7 @@ class CellRun:
         return self.worlds.stream(self.base, rank) + delta
 
     def _block_delta(self, block: int, delta: Tensor | None, starts: Sequence[StreamStart]) -> Tensor | float:
+        delta = None if delta is None else self.worlds.added(self.base, block, delta)
         for start in starts:
             if start.block == block:
                 out = self.base[Point(At.ATTN_OUT, self.graph.blocks[block].layer or 0)]
@@ -215,7 +218,7 @@ class CellRun:
                 point, edit = self._edit(copy.node, change)
                 edits[point] = then(edits.get(point), edit)
             if copy.direct is not None:
-                point = Point(At.ATTN_OUT, copy.node.layer or 0)
+                point = self.worlds.heads_point(copy.node.block)
                 edits[point] = then(edits.get(point), plus(copy.direct))
         for start in starts:
             point = self._stream_edit_point(start)

@@ -60,7 +60,7 @@ class Worlds:
                 return record[Point(At.POS_EMBED)]
 
     def written(self, node: Node, own: Tensor) -> Tensor:
-        """What an output adds to the stream, `[token, d_model]`."""
+        """What a node with this output writes, `[token, d_model]`: before its block's norm, where there is one."""
         return own @ self._w_o[_layer(node)][node.head] if node.kind is Kind.HEAD else own
 
     def inside(self, record: Record, node: Node, site: Site) -> Tensor:
@@ -85,8 +85,21 @@ class Worlds:
         return Point(At.RESID_PRE if block.kind is BlockKind.ATTENTION else At.MLP_IN, block.layer or 0)
 
     def attn_out(self, record: Record, block: int) -> Tensor:
-        """The whole output of an attention block, `[token, d_model]`."""
+        """What an attention block adds to the stream, `[token, d_model]`."""
         return record[Point(At.ATTN_OUT, self.graph.blocks[block].layer or 0)]
+
+    def heads_point(self, block: int) -> Point:
+        """Where a pass has what a block's heads and bias write together."""
+        normed, layer = self.graph.blocks[block].post_norm, self.graph.blocks[block].layer or 0
+        return Point(At.HEADS_OUT if normed else At.ATTN_OUT, layer)
+
+    def added(self, record: Record, block: int, more: Tensor) -> Tensor:
+        """What a block adds to the stream beyond a record's, where its nodes together write `more` than there."""
+        if not self.graph.blocks[block].post_norm:
+            return more
+        written = record[self.heads_point(block)] + more
+        layer = self.graph.blocks[block].layer or 0
+        return self.passes.driver.post_norm(layer, written) - self.attn_out(record, block)
 
     def probed(self, record: Record, probe: Probe) -> Tensor:
         """What stands at a probe, `[token, width]`; of attention the width is that of the longest prompt."""

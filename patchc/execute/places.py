@@ -71,12 +71,14 @@ def port_place(pieces: Pieces, node: Node, port: int) -> Place:
 
 
 def attn_out_place(pieces: Pieces, block: int) -> Place:
-    """A layer's whole attention output."""
+    """What a layer's attention adds to the stream."""
     layer = pieces.graph.blocks[block].layer
     assert layer is not None
     bias = pieces.attn_bias(layer)
 
     def read(run: PlainRun) -> Tensor:
+        if block in run.written:
+            return pieces.post_norm(layer, run.written[block])
         out = pieces.write(layer, run.attention[block].z)
         return out if bias is None else out + bias
 

@@ -58,7 +58,8 @@ class Stored:
         """What members of a block write under `value`, less what they write in the base run: `[n, d_model]`. `site`
         tells apart where a tensor or noise enters: at each member's output, at each head's z, or at their sum."""
         kind, layer = self.pieces.graph.blocks[block].kind, self.pieces.graph.blocks[block].layer
-        if kind is not BlockKind.ATTENTION:
+        normed = site is Site.ATTN_OUT and self.pieces.graph.blocks[block].post_norm
+        if kind is not BlockKind.ATTENTION or normed:
             linear, beside = _parted(value)
             places = written_places(self.pieces, block, members, site)
             out = self._difference(linear, at, lambda run: torch.stack([p.read(run) for p in places]).sum(0))

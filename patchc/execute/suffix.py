@@ -203,9 +203,8 @@ class Suffixes:
         z = self._z(index, layer, asking, moves, len(flat))
         bias = self.pieces.attn_bias(layer)
         for some, heads in zip(even(flat, self.rows), even(z, self.rows), strict=True):
-            some += self.pieces.write(layer, heads)
-            if bias is not None:
-                some += bias
+            written = self.pieces.write(layer, heads)
+            some += self.pieces.post_norm(layer, written if bias is None else written + bias)
 
     def _z(self, index: int, layer: int, asking: Tensor, moves: Sequence[Move], size: int) -> Tensor:
         at_keys = torch.cat([rows(g.tokens, self.device).repeat(len(g.runs)) for g in self.groups])

@@ -31,6 +31,7 @@ from patchc.ir.ops import (
     Mix,
     Neurons,
     Out,
+    PostNorm,
     Projected,
     Run,
     Scale,
@@ -142,6 +143,8 @@ class Walk:
                 return self.stored.stream(rank, self.dag.values[value], rows(tokens, self.device), block)
             case StoredZ(block, head, value, _):
                 return self.stored.z(block, head, self.dag.values[value], rows(tokens, self.device))
+            case PostNorm(block, x):
+                return self._normed(block, self._add([(tokens, x)], tokens), rows(tokens, self.device))
             case Sum(parts):
                 return self._add([(tokens, p) for p in parts], tokens)
             case Mix(parts):
@@ -152,6 +155,11 @@ class Walk:
                 return self.finals[i] - self.stored.base_run.stream[-1][rows(tokens, self.device)]
             case Core() | Out() | Tokenwise() | Masked() | Projected() | HeadZ() | Entries() | Neurons() as op:
                 raise AssertionError(f"variant {i} was read before its block ran: {op}")
+
+    def _normed(self, block: int, x: Tensor, at: Tensor) -> Tensor:
+        """What a block adds to the stream, less the base run's, where its members write `x` more."""
+        own, layer = self.stored.base_run.written[block][at], self._layer(block)
+        return self.pieces.post_norm(layer, own + x) - self.pieces.post_norm(layer, own)
 
     def _add(self, parts: Sequence[tuple[Tokens, VariantId]], tokens: Tokens) -> Tensor:
         """The sum of parts, each at its own tokens."""
@@ -223,7 +231,8 @@ class Walk:
     def _mlp_kind(self, op: Tokenwise) -> Callable[[int, list[tuple[VariantId, Tokenwise]]], Tensor]:
         if not op.replaced:
             return self._run_mlps
-        return self._run_neurons if op.input else self._stored_neurons
+        stored = not op.input and self.dag.graph.blocks[op.block].neurons_add_up
+        return self._stored_neurons if stored else self._run_neurons
 
     def _run_mlps(self, index: int, batch: list[tuple[VariantId, Tokenwise]]) -> Tensor:
         """MLPs on changed streams, less what the base run's write."""

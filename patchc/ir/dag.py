@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from patchc.ir.experiment import Given, Noise, Value
-from patchc.ir.graph import BlockKind, ResidualGraph
+from patchc.ir.graph import Block, BlockKind, ResidualGraph
 from patchc.ir.laws import ALL_LAWS, Law
 from patchc.ir.ops import (
     EQUAL_TO_BASE,
@@ -25,6 +25,7 @@ from patchc.ir.ops import (
     Neurons,
     Op,
     Out,
+    PostNorm,
     Projected,
     Replaced,
     ReplacedNeurons,
@@ -108,7 +109,8 @@ class Dag:
         return self.make(op, changed or self._idle, low)
 
     def const(self, block: int, members: int, value: Value, tokens: Tokens, site: Site = Site.OUT) -> VariantId:
-        if not any(isinstance(source, Noise | Given) for _, source in value.terms):
+        summed = not any(isinstance(source, Noise | Given) for _, source in value.terms)
+        if summed and not (site is Site.ATTN_OUT and self.graph.blocks[block].post_norm):
             site = Site.OUT  # sums of a node's parts: one value, wherever it is said to enter
         return self.make(Const(block, members, self.value(value), tokens, site), tokens, NEVER)
 
@@ -145,6 +147,13 @@ class Dag:
             changed |= r.tokens
         rank = self.graph.blocks[block].rank
         return self._node(Tokenwise(block, input, replaced), changed, min(rank, self.low[input]))
+
+    def post_norm(self, block: int, input: VariantId) -> VariantId:
+        """What a block adds to the stream where what its members write differs by `input`: that itself, where the
+        block has no norm."""
+        if not self.graph.blocks[block].post_norm:
+            return input
+        return self.make(PostNorm(block, input), self.changed[input], self.low[input])
 
     def projected(
         self, block: int, port: int, head: int, input: VariantId, replaced: tuple[Replaced, ...]
@@ -223,11 +232,15 @@ class Dag:
             parts = [x]
             for index, block in enumerate(self.graph.blocks):
                 if block.rank == rank:
-                    attention = block.kind is BlockKind.ATTENTION
-                    heads = (1 << self.graph.n_heads) - 1
-                    parts.append(self.out(self.core(index, x, x, x), heads) if attention else self.tokenwise(index, x))
+                    parts.append(self._plain(index, block, x))
             x = self.sum(parts)
         return x
+
+    def _plain(self, index: int, block: Block, x: VariantId) -> VariantId:
+        """What a block adds to the stream that it reads."""
+        if block.kind is BlockKind.MLP:
+            return self.tokenwise(index, x)
+        return self.post_norm(index, self.out(self.core(index, x, x, x), (1 << self.graph.n_heads) - 1))
 
     def explicit(self, root: VariantId) -> VariantId:
         """A root with its suffixes written out; they stand at the root, or in its mix over tokens, only."""

@@ -22,6 +22,7 @@ from patchc.ir.ops import (
     Neurons,
     Op,
     Out,
+    PostNorm,
     Projected,
     Replaced,
     ReplacedNeurons,
@@ -92,6 +93,8 @@ def _op(dag: Dag, op: Op) -> str:
             return f"stored {_members(dag, block, 1 << head)}.z of {_value(dag, value)}"
         case Tokenwise(block, x, replaced):
             return f"mlp[{dag.graph.blocks[block].layer}]({_name(x)})" + "".join(_neurons(dag, r) for r in replaced)
+        case PostNorm(block, x):
+            return f"norm of attn_out[{dag.graph.blocks[block].layer}]({_name(x)})"
         case Sum(parts):
             return " + ".join(map(_name, parts))
         case Scale(factor, x):

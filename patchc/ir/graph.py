@@ -79,7 +79,8 @@ class BlockKind(StrEnum):
 class Block:
     """A part of the model that writes at one rank. Its nodes are numbered `first` .. `first + size - 1`; in an
     attention block the heads come first, then the bias where there is one. With `post_norm` what they write together
-    is normalised before it is added to the stream (Gemma 2, OLMo 2)."""
+    is normalised before it is added to the stream (Gemma 2, OLMo 2). An MLP's own norm is a part of its node:
+    `neurons_add_up` says whether what it writes is the sum of what its neurons write, so that there is none."""
 
     kind: BlockKind
     rank: int
@@ -87,6 +88,7 @@ class Block:
     size: int
     layer: int | None = None
     post_norm: bool = False
+    neurons_add_up: bool = True
 
     @property
     def nodes(self) -> Nodes:
@@ -239,11 +241,12 @@ def residual_graph(
     n_ctx: int = 0,
     causal: bool = True,
     post_norm: bool = False,
+    neurons_add_up: bool = True,
 ) -> ResidualGraph:
     """The graph of a decoder: embeddings, then attention and an MLP a layer (one rank for both where `parallel`).
 
     `has_mlp` and `has_attn_bias` may differ from layer to layer. `post_norm`: attention's output passes a norm on its
-    way into the stream.
+    way into the stream. `neurons_add_up`: that of MLPs does not.
     """
     mlp = (has_mlp,) * n_layers if isinstance(has_mlp, bool) else has_mlp
     bias = (has_attn_bias,) * n_layers if isinstance(has_attn_bias, bool) else has_attn_bias
@@ -253,7 +256,8 @@ def residual_graph(
     def block(kind: BlockKind, rank: int, layer: int | None, members: list[tuple[Kind, int | None]]) -> None:
         first, index = len(nodes), len(blocks)
         nodes.extend(Node(first + i, k, rank, index, layer, h) for i, (k, h) in enumerate(members))
-        blocks.append(Block(kind, rank, first, len(members), layer, post_norm and kind is BlockKind.ATTENTION))
+        normed, adds_up = post_norm and kind is BlockKind.ATTENTION, neurons_add_up or kind is not BlockKind.MLP
+        blocks.append(Block(kind, rank, first, len(members), layer, normed, adds_up))
 
     embeddings: list[tuple[Kind, int | None]] = [(Kind.EMBED, None)]
     block(BlockKind.EMBED, 0, None, embeddings + ([(Kind.POS_EMBED, None)] if has_pos_embed else []))

@@ -122,6 +122,15 @@ class Sum:
 
 
 @dataclass(frozen=True, slots=True)
+class PostNorm:
+    """What an attention block with a norm of its own adds to the stream, where what its heads and bias write together
+    differs from the base run by `input`: `norm(base + input) - norm(base)`, token by token."""
+
+    block: int
+    input: VariantId
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """A difference times a number: what is left of `self` in a mixture."""
 
@@ -206,7 +215,7 @@ class StoredZ:
 
 Inner = Projected | Entries | Neurons | HeadZ | StoredZ
 """Values inside a node: metrics read them, and nothing else does."""
-Op = Const | Stream | Core | Out | Tokenwise | Sum | Scale | Mix | Masked | Run | Inner
+Op = Const | Stream | Core | Out | Tokenwise | PostNorm | Sum | Scale | Mix | Masked | Run | Inner
 
 
 def children(op: Op) -> Iterator[VariantId]:
@@ -218,7 +227,7 @@ def children(op: Op) -> Iterator[VariantId]:
             yield from (q, k, v)
         case Out(core, _) | HeadZ(core, _):
             yield core
-        case Tokenwise(_, x) | Scale(_, x) | Run(_, x) | Projected(_, _, _, x) | Neurons(_, x):
+        case Tokenwise(_, x) | PostNorm(_, x) | Scale(_, x) | Run(_, x) | Projected(_, _, _, x) | Neurons(_, x):
             yield x
         case Entries(_, _, _, q, k):
             yield from (q, k)

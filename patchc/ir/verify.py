@@ -23,6 +23,7 @@ from patchc.ir.ops import (
     Neurons,
     Op,
     Out,
+    PostNorm,
     Projected,
     Replaced,
     Run,
@@ -97,6 +98,9 @@ def _broken_by_kind(dag: Dag, i: VariantId, op: Op) -> Iterator[tuple[str, str]]
             if dag.graph.blocks[block].kind is not kind:
                 yield "runs-a-block-of-its-kind", f"v{i} runs block {block}, {dag.graph.blocks[block].kind}"
             yield from _broken_replaced(dag, i, op)
+        case PostNorm(block):
+            if not dag.graph.blocks[block].post_norm:
+                yield "runs-a-block-of-its-kind", f"v{i} norms what block {block} writes, which has no such norm"
         case Projected(block, _, head) | StoredZ(block, head):
             if dag.graph.blocks[block].kind is not BlockKind.ATTENTION or head >= dag.graph.n_heads:
                 yield "names-what-there-is", f"v{i} is of head {head} of block {block}"

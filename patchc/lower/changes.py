@@ -94,6 +94,8 @@ class Changes:
     def node(self, block: int, members: int, site: Site, value: Value, tokens: Tokens) -> VariantId:
         """The stored difference of some members of a block at `tokens`; members that cannot differ are left out."""
         graph, first = self.dag.graph, self.dag.graph.blocks[block].first
+        if site is Site.ATTN_OUT and graph.blocks[block].post_norm:  # no sum of what members add to the stream
+            return self.dag.const(block, members, value, self._where(self.at_node(value, Kind.HEAD), tokens), site)
         by_tokens: dict[Tokens, int] = {}
         for i in bits(members):
             here = self._where(self.at_node(value, graph.nodes[first + i].kind), tokens)

@@ -66,7 +66,7 @@ class EdgeRun:
 
     def _private(self, reader: Reader) -> VariantId:
         """The stream that one reader sees."""
-        return self.dag.sum([self._masked(writer, reader) for writer in self.writers])
+        return self.dag.sum(self._seen(reader))
 
     # ---- nodes
     def nodes(self) -> VariantId:
@@ -81,7 +81,7 @@ class EdgeRun:
 
     def _taken(self) -> list[VariantId]:
         """What the writers that were added last write, with their masks."""
-        parts = [self._masked(writer, None) for writer in self.writers]
+        parts = self._seen(None)
         self.writers.clear()
         return parts
 
@@ -103,6 +103,17 @@ class EdgeRun:
         for i, x in enumerate(variants):
             node = self.dag.graph.nodes[block.first + i]
             self.writers.append(Writer(node.name, 1 << node.id, x))
+
+    def _seen(self, reader: Reader | None) -> list[VariantId]:
+        """What the writers add to the stream as a reader sees them: of a block with a norm, the norm of their sum."""
+        by_block: dict[int, list[VariantId]] = {}
+        for writer in self.writers:
+            by_block.setdefault(self.dag.graph.members(writer.nodes)[0].block, []).append(self._masked(writer, reader))
+        out: list[VariantId] = []
+        for index, parts in by_block.items():
+            normed = self.dag.graph.blocks[index].post_norm
+            out += [self.dag.post_norm(index, self.dag.sum(parts))] if normed else parts
+        return out
 
     def _masked(self, writer: Writer, reader: Reader | None) -> VariantId:
         starts = tuple((mask, t, self._value(writer, value)) for mask, t, value in self.starts(writer, reader))

@@ -115,7 +115,7 @@ class Fold(Entering):
         c &= self.at[block.rank]
         groups = {m: members & mine for m, members in self._groups(block, c).items() if members & mine}
         if probe.site is Site.OUT:
-            c &= ~self.automaton.attn_out_atoms
+            return self.dag.sum(self._raw(node.block, groups))
         return self.dag.sum(self._block(node.block, groups, c))
 
     def _inside(self, node: Node, site: Site, c: Atoms) -> VariantId:
@@ -274,12 +274,20 @@ class Fold(Entering):
         return out
 
     def _block(self, index: int, groups: dict[Atoms, int], c: Atoms) -> list[VariantId]:
-        """What a block writes: its members by the atoms that match them, and a value for the whole where one starts."""
+        """What a block adds to the stream: what its members write, through its norm where it has one, and a value for
+        the whole where one starts."""
+        parts = self._raw(index, groups)
+        if self.graph.blocks[index].post_norm:
+            parts = [self.dag.post_norm(index, self.dag.sum(parts))]
+        return self._enter_attn_out(parts, index, c) if c & self.automaton.attn_out_atoms else parts
+
+    def _raw(self, index: int, groups: dict[Atoms, int]) -> list[VariantId]:
+        """What the members of a block write, by the atoms that match them."""
         parts: list[VariantId] = []
         for m, members in groups.items():
             if m:
                 parts += self._variants(index, m, members)
-        return self._enter_attn_out(parts, index, c) if c & self.automaton.attn_out_atoms else parts
+        return parts
 
     def _groups(self, block: Block, c: Atoms) -> dict[Atoms, int]:
         """The members of a block by the atoms of `c` that match them."""

@@ -24,15 +24,17 @@ from patchc.model.nodes import (
     evaluate,
     is_pointwise,
     need,
+    refusal,
     shape_of,
     single,
 )
-from patchc.model.outputs import output_projection
+from patchc.model.outputs import Output, output_of
 
 
 @dataclass(frozen=True)
 class Port:
-    """A projection. Row `first[h] + j` of the weight of `linear` makes dimension j of head h.
+    """A projection: `linear`, and `whole`, which is split into heads: the same, or what a norm over all heads makes of
+    it. Entry `first[h] + j` of `whole` is dimension j of head h.
 
     `head` is the projection seen as heads ([batch, pos, head, d] where `heads_last`, else [batch, head, pos,
     d]), `prepared` the same after rotary and the like, `operand` what the attention core reads, one per query
@@ -40,27 +42,31 @@ class Port:
     """
 
     linear: fx.Node
+    whole: fx.Node
     head: fx.Node
     heads_last: bool
     first: tuple[int, ...]
     prepared: fx.Node
     operand: fx.Node
 
+    @property
+    def normed(self) -> bool:
+        """Whether a head's projection depends on those of the others."""
+        return self.whole is not self.linear
+
 
 @dataclass(frozen=True)
 class AttentionBlock:
     """`core` is z as [batch, head, pos, d], `weights` the softmax that makes the pattern, or the core itself where it
-    is fused. Column `columns[h] + j` of the output weight reads dimension j of
-    head h; `scales` are static factors between the output projection and the stream. `kv_head[h]` is what
-    query head h reads."""
+    is fused. Column `columns[h] + j` of the output weight reads dimension j of head h. `kv_head[h]` is what query
+    head h reads."""
 
     leaf: fx.Node
     ports: tuple[Port, Port, Port]
     weights: fx.Node
     core: fx.Node
-    out: fx.Node
+    output: Output
     columns: tuple[int, ...]
-    scales: tuple[fx.Node, ...]
     kv_head: tuple[int, ...]
     d_head: int
 
@@ -107,9 +113,9 @@ class AttentionReader:
         need(q[1] == tuple(range(n_heads)), "queries that are shared by heads", core)
         kv_head = k[1] if len(k[1]) == n_heads else k[1] * n_heads  # one key/value head is broadcast
         need(len(kv_head) == n_heads, "keys are not one per query head", core)
-        out, scales = self._output(leaf)
-        columns = self._columns(out, core, n_heads, d_head)
-        return AttentionBlock(leaf, (q[0], k[0], v[0]), weights, core, out, columns, scales, kv_head, d_head)
+        output = self._output(leaf)
+        columns = self._columns(output.linear, core, n_heads, d_head)
+        return AttentionBlock(leaf, (q[0], k[0], v[0]), weights, core, output, columns, kv_head, d_head)
 
     def _heads(self, heads: int, d_head: int) -> tuple[str, ...]:
         return (self.exported.batch, str(heads), self.exported.pos, str(d_head))
@@ -179,7 +185,7 @@ class AttentionReader:
     def _port(self, operand: fx.Node, d_head: int) -> tuple[Port, tuple[int, ...]]:
         """A projection, and for each head of the operand the head of the projection that it is."""
         linear, between = self._linear(operand)
-        head, first = self._head(linear, between, d_head)
+        whole, head, first = self._head(linear, between, operand, d_head)
         prepared = self._prepared(operand, head, d_head)
         need(
             shape_of(prepared) == self._heads(len(first), d_head),
@@ -187,7 +193,7 @@ class AttentionReader:
             prepared,
         )
         heads_last = shape_of(head)[1] == self.exported.pos
-        return Port(linear, head, heads_last, first, prepared, operand), self._shared(
+        return Port(linear, whole, head, heads_last, first, prepared, operand), self._shared(
             prepared, operand, len(first), d_head
         )
 
@@ -213,19 +219,39 @@ class AttentionReader:
             )
         return linears.pop(), between
 
-    def _head(self, linear: fx.Node, between: set[fx.Node], d_head: int) -> tuple[fx.Node, tuple[int, ...]]:
-        """The last node at which the projection is merely seen as heads; each head's first weight row."""
-        path = [linear]
-        while len(nexts := [u for u in path[-1].users if u in between]) == 1 and nexts[0].target in MOVES:
-            path.append(nexts[0])
+    def _head(
+        self, linear: fx.Node, between: set[fx.Node], operand: fx.Node, d_head: int
+    ) -> tuple[fx.Node, fx.Node, tuple[int, ...]]:
+        """What is split into heads, the last node at which it is just seen as heads, each head's first entry in it."""
+        whole, path = linear, self._moved(linear, between)
         seen = [n for n in path if self._is_heads(n, d_head)]
+        if not seen and (normed := self._normed(linear, between, operand)) is not None:
+            whole = normed
+            seen = [n for n in self._moved(whole, between) if self._is_heads(n, d_head)]
         blocking = next((u for u in path[-1].users if u in between), linear)
         need(seen, "a projection is used before it is split into heads", blocking)
         head = seen[-1]
-        rows = self._labels(head, linear, int(shape_of(linear)[-1])).reshape(-1, d_head)
+        rows = self._labels(head, whole, int(shape_of(whole)[-1])).reshape(-1, d_head)
         need(bool((rows.diff(dim=1) == 1).all()), "the weight rows of a head do not stand together", head)
         need(rows.unique().numel() == rows.numel(), "heads share weight rows", head)
-        return head, tuple(int(r) for r in rows[:, 0])
+        return whole, head, tuple(int(r) for r in rows[:, 0])
+
+    def _moved(self, node: fx.Node, between: set[fx.Node]) -> list[fx.Node]:
+        """A node and what merely moves its numbers, one after the other."""
+        path = [node]
+        while len(nexts := [u for u in path[-1].users if u in between]) == 1 and nexts[0].target in MOVES:
+            path.append(nexts[0])
+        return path
+
+    def _normed(self, linear: fx.Node, between: set[fx.Node], operand: fx.Node) -> fx.Node | None:
+        """The last [batch, pos, width] through which alone an operand depends on its projection, where there is one."""
+        inside = between & cone(operand, {linear})
+        widths = (n for n in reversed(self.exported.nodes) if n in inside and n is not linear and self._is_rows(n))
+        return next((n for n in widths if linear not in cone(operand, {n})), None)
+
+    def _is_rows(self, node: fx.Node) -> bool:
+        shape = shape_of(node)
+        return len(shape) == 3 and shape[:2] == (self.exported.batch, self.exported.pos) and shape[2].isdigit()
 
     def _is_heads(self, node: fx.Node, d_head: int) -> bool:
         shape, (b, s) = shape_of(node), (self.exported.batch, self.exported.pos)
@@ -264,15 +290,12 @@ class AttentionReader:
         return tuple(int(h) for h in out[:, 0] // d_head)
 
     # ---- the output
-    def _output(self, leaf: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """The output projection, and the static factors between it and the stream."""
-        linear, scales = output_projection(leaf, self.dynamic)
-        need(
-            linear.target is A.linear.default,
-            "between attention's output projection and the stream stands",
-            linear,
-        )
-        return linear, scales
+    def _output(self, leaf: fx.Node) -> Output:
+        """The output projection, and what stands between it and the stream."""
+        output = output_of(leaf, self.dynamic, self.tree)
+        if isinstance(output, Output):
+            return output
+        raise refusal("between attention's output projection and the stream stands", output)
 
     def _columns(self, out: fx.Node, core: fx.Node, n_heads: int, d_head: int) -> tuple[int, ...]:
         """The first column of the output weight that reads each head."""

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from patchc.model.configs import config_context, config_layers, dtype_named, native_model
 from patchc.model.export import export
+from patchc.model.gguf_files import is_gguf
 from patchc.model.folders import BAD_CONFIG, first_line, is_native, silent_transformers
 from patchc.model.outline_cache import Facts
 from patchc.model.pieces import TracedPieces
@@ -60,19 +61,22 @@ def blank_model(folder: Path, config: dict[str, Any], dtype: torch.dtype | None,
             module = native_model(folder, config)
             module = module if dtype is None else module.to(dtype)
         else:
-            module = _hf(folder, dtype, attention)
+            module = _hf(folder, config, dtype, attention)
     _forget_values(module)
     return module.eval()
 
 
-def _hf(folder: Path, dtype: torch.dtype | None, attention: str | None) -> nn.Module:
+def _hf(folder: Path, given: dict[str, Any], dtype: torch.dtype | None, attention: str | None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"trust_remote_code": False}
     if dtype is not None:
         options["dtype"] = dtype
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if is_gguf(folder):
+            config = AutoConfig.for_model(**given)
+        else:
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
         raise BAD_CONFIG.error(f"transformers cannot build the model of {folder}: {first_line(error)}") from None

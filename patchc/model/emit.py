@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from patchc.model.nodes import A, cone, is_tensor, need
+from patchc.model.nodes import A, cone, is_tensor, need, shape_of
 from patchc.model.trace import Structure
 
 
@@ -46,8 +46,8 @@ class Region:
 
 
 class Emitter:
-    """Writes one GraphModule. `inputs` names its arguments; the first one's axes 0 and `pos_axis` are batch
-    and position. Regions are copied in with `copy`, further operations with `call`."""
+    """Writes one GraphModule. `inputs` names its arguments; axes 0 and `pos_axis` of the first, or of `sized`, are
+    batch and position. Regions are copied in with `copy`, further operations with `call`."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class Emitter:
         self.structure, self.statics = structure, statics
         self.graph, self.root = fx.Graph(), nn.Module()
         self.inputs = [self.graph.placeholder(name) for name in inputs]
+        self.sized: fx.Node | None = self.inputs[0] if self.inputs else None
         self.env: dict[fx.Node, fx.Node] = {}
         self.used: list[int] = []
         self._sizes: dict[int, fx.Node] = {}
@@ -124,7 +125,7 @@ class Emitter:
 
     def _size(self, axis: int) -> fx.Node:
         if axis not in self._sizes:
-            self._sizes[axis] = self.call(A.sym_size.int, self.inputs[0], self._axes[axis])
+            self._sizes[axis] = self.call(A.sym_size.int, self.sized, self._axes[axis])
         return self._sizes[axis]
 
     def _take_statics(self, output: fx.Node, given: Sequence[fx.Node]) -> None:
@@ -140,7 +141,12 @@ class Emitter:
     def _is_static(self, node: fx.Node) -> bool:
         if self.structure.dynamic[node] or not is_tensor(node) or node.op != "call_function":
             return False
-        return self.structure.exported.ids in cone(node)
+        return self.structure.exported.ids in cone(node) and not self._counts_tokens(node)
+
+    def _counts_tokens(self, node: fx.Node) -> bool:
+        """A value as long as the list of all tokens follows from the region's own number of them."""
+        exported = self.structure.exported
+        return any({exported.batch, exported.pos} <= set(size.split("*")) for size in shape_of(node))
 
 
 def statics_region(structure: Structure, statics: Statics) -> Region:

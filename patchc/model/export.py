@@ -1,6 +1,6 @@
 """From a module to a canonical ATen graph `ids [batch, pos] -> logits`, polymorphic in both sizes.
 
-`torch.export` does the work; what it leaves over (no-ops, Conv1D's addmm, flags, baked sizes) is brought to
+`torch.export` does the work; what it leaves over (no-ops, flat lists of tokens, flags, baked sizes) is brought to
 one form here. What the graph means is `model.trace`'s work.
 """
 
@@ -22,7 +22,9 @@ from torch._ops import HigherOrderOperator
 from torch.export import Dim
 
 from patchc.diagnostics import PatchcError
+from patchc.model.unflatten import unflatten_batch
 from patchc.model.fuse import fuse_gelu
+from patchc.model.linears import write_linears
 from patchc.model.nodes import (
     CASTS,
     NOT_UNDERSTOOD,
@@ -35,6 +37,7 @@ from patchc.model.nodes import (
     settle,
     shape_of,
 )
+from patchc.model.picks import write_slices
 
 COPIES = {
     A.expand.default,
@@ -182,6 +185,7 @@ def _canonical(module: fx.GraphModule) -> Exported:
         not batch.isdigit() and not pos.isdigit(),
         f"the model works for one shape of input only ({batch}, {pos})",
     )
+    write_slices(module)
     Canonicaliser(graph, ids, batch, pos).run()
     fuse_gelu(graph)
     graph.eliminate_dead_code()
@@ -212,25 +216,35 @@ class Canonicaliser:
                 need(str(node.target).startswith("_guards"), "a call of a module", node)
                 self.graph.erase_node(node)
             elif node.op == "call_function":
+                self._tidy(node)
+        unflatten_batch(self.graph, self.ids.meta["val"].shape[0])
+        write_linears(self.graph)
+        self.graph.eliminate_dead_code()
+        for node in list(self.graph.nodes):
+            if node.op == "call_function":
                 self._rewrite(node)
 
-    def _rewrite(self, node: fx.Node) -> None:
+    def _tidy(self, node: fx.Node) -> None:
         need(not isinstance(node.target, HigherOrderOperator), "a higher-order operation", node)
         need(not is_mutable(node), "an in-place operation", node)
         if node.target is A._assert_tensor_metadata.default:
             self.graph.erase_node(node)
-        elif self._is_no_op(node):
-            self._replace(node, node.args[0])
-        elif node.target in VIEW and self._is_conv1d(node):
-            self._linear(node)
-        elif node.target in VIEW or node.target is A.expand.default:
+        else:
+            self._drop_no_op(node)
+
+    def _drop_no_op(self, node: fx.Node) -> bool:
+        if is_no_op := self._is_no_op(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            self.graph.erase_node(node)
+        return is_no_op
+
+    def _rewrite(self, node: fx.Node) -> None:
+        if self._drop_no_op(node):
+            return
+        if node.target in VIEW or node.target is A.expand.default:
             self._free_sizes(node)
         elif node.target is SDPA:
             self._attention(node)
-
-    def _replace(self, node: fx.Node, by: Any) -> None:
-        node.replace_all_uses_with(by)
-        self.graph.erase_node(node)
 
     def _is_no_op(self, node: fx.Node) -> bool:
         """Whether the result is the first operand, if shape and type are; a slice of the whole, eval-mode dropout."""
@@ -245,25 +259,6 @@ class Canonicaliser:
         if target is A.slice.Tensor:
             return len(args) < 5 or bool(args[4] == 1)
         return target in CASTS | VIEW | COPIES
-
-    def _is_conv1d(self, node: fx.Node) -> bool:
-        source = node.args[0]
-        return isinstance(source, fx.Node) and source.target in (A.addmm.default, A.mm.default)
-
-    def _linear(self, node: fx.Node) -> None:
-        """view + addmm + view, which is HF's Conv1D, as `linear(x, t(weight), bias)`."""
-        product: Any = node.args[0]
-        flat, weight = product.args[-2:]
-        x = flat.args[0] if flat.target in VIEW else None
-        ok = x is not None and shape_of(x)[:-1] == shape_of(node)[:-1] and len(product.users) == 1
-        need(ok, "a matrix product that is not of the form view, addmm, view", product)
-        with self.graph.inserting_before(node):
-            transposed = self.graph.call_function(A.t.default, (weight,))
-            bias = (product.args[0],) if len(product.args) == 3 else ()
-            linear = self.graph.call_function(A.linear.default, (x, transposed, *bias))
-        transposed.meta = {"val": weight.meta["val"].t()} if is_tensor(weight) else {}
-        linear.meta = dict(node.meta)
-        self._replace(node, linear)
 
     def _free_sizes(self, node: fx.Node) -> None:
         """Every view as `reshape` (new operands have other strides), with -1 for the batch size and the

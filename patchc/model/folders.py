@@ -1,4 +1,5 @@
-"""Where a model's files are (a built-in's folder, a directory, a snapshot of the hub), its config and its tokenizer.
+"""Where a model's files are (a built-in's folder, a package's file, a directory, a snapshot of the hub), its config
+and its tokenizer.
 
 Needs neither torch nor weights: `load` reads the weights, `outline` does without.
 """
@@ -9,12 +10,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from patchc.diagnostics import RULES, closest
+from patchc.model.gguf_files import gguf_config, gguf_tokenizer, is_gguf
+from patchc.model.packaged import PACKAGED, packaged_file
 from patchc.resources import builtin_model, builtin_models
 
 NOT_FOUND = RULES.add("model-not-found", "no built-in model, directory or hub model of that name")
@@ -34,10 +37,13 @@ def is_native(config: dict[str, Any]) -> bool:
 
 
 def model_folder(model: str | Path, base: Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The folder of a built-in model, a directory (relative to `base`) or a hub id. Of a hub model what is missing is
-    fetched: all but the weights without `weights`. Errors: `model-not-found`."""
-    folder = builtin_model(model) if isinstance(model, str) else None
-    folder = folder or base / model
+    """The folder of a built-in model, a directory (relative to `base`) or a hub id, or the GGUF file of a model that
+    comes in a package. Of a hub model what is missing is fetched: all but the weights without `weights`.
+    Errors: `model-not-found`, `model-not-installed`."""
+    folder = (builtin_model(model) or packaged_file(model)) if isinstance(model, str) else None
+    if folder is not None:
+        return folder
+    folder = base / model
     if os.path.isdir(folder):
         return folder
     if isinstance(model, Path) or os.path.exists(folder) or not HUB_NAME.fullmatch(model):
@@ -45,15 +51,20 @@ def model_folder(model: str | Path, base: Path, revision: str | None = None, *, 
     return _snapshot(model, revision, weights)
 
 
+def named_models() -> tuple[str, ...]:
+    """The names that stand for a model by themselves: those of built-in models, and of models that come in packages."""
+    return (*builtin_models(), *PACKAGED)
+
+
 def _suggestion(name: str) -> str:
-    close = closest(name, builtin_models())
-    known = ", ".join(f"`{n}`" for n in builtin_models()) or "none"
-    return f"did you mean `{close}`?" if close else f"the built-in models are {known}"
+    close = closest(name, named_models())
+    known = ", ".join(f"`{n}`" for n in named_models())
+    return f"did you mean `{close}`?" if close else f"the models that have a name are {known}"
 
 
 def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
     """A model of the Hugging Face hub, from its local cache where all that is wanted is there."""
-    close = closest(name, builtin_models())
+    close = closest(name, named_models())
     if close and "/" not in name:
         raise NOT_FOUND.error(f'no model is called "{name}"', fix=f"did you mean `{close}`?")
     from huggingface_hub import snapshot_download
@@ -78,7 +89,10 @@ def _is_complete(folder: Path, weights: bool) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The object in a model directory's `config.json`, of a kind that patchc reads. Errors: `model-config`."""
+    """The object in a model directory's `config.json`, of a kind that patchc reads, or what a GGUF file's header says.
+    Errors: `model-config`."""
+    if is_gguf(folder):
+        return _read_gguf(folder, gguf_config)
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -97,7 +111,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer beside a model, None where there is none. Errors: `model-config`."""
+    """The tokenizer beside a model or in its GGUF file, None where there is none. Errors: `model-config`."""
+    if is_gguf(folder):
+        return _read_gguf(folder, gguf_tokenizer)
     if not any((folder / name).exists() for name in TOKENIZERS):
         return None
     from transformers import AutoTokenizer
@@ -108,9 +124,16 @@ def read_tokenizer(folder: Path) -> Any | None:
         raise BAD_CONFIG.error(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from None
 
 
+def _read_gguf(file: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(file)
+    except Exception as error:
+        raise BAD_CONFIG.error(f"{file} cannot be read: {first_line(error)}") from None
+
+
 def shared_tokenizer(folder: Path) -> Any | None:
     """As `read_tokenizer`, but read once a process while its files stay as they are. Not to be changed."""
-    files = sorted(path for pattern in TEXTS for path in folder.glob(pattern))
+    files = [folder] if is_gguf(folder) else sorted(path for pattern in TEXTS for path in folder.glob(pattern))
     stats = ((path.name, path.stat()) for path in files)
     return _shared(folder.resolve(), tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats))
 

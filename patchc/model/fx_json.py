@@ -6,6 +6,7 @@ graphs and the cache of traces write with this and read with this.
 
 from __future__ import annotations
 
+import importlib
 import keyword
 import math
 import operator
@@ -24,15 +25,17 @@ OPERATORS = {name: getattr(operator, name) for name in ("add", "sub", "mul", "tr
 ATEN = frozenset(
     """_assert_tensor_metadata _softmax _to_copy _unsafe_view abs add addmm alias all amax any arange as_strided baddbmm
     bitwise_and bitwise_not bitwise_or bmm cat chunk clamp clamp_min clone contiguous cos cumsum detach diff div
-    einsum embedding empty eq erf exp expand expand_as floor floor_divide flatten full full_like gather ge gelu
-    gt index index_select isinf layer_norm le lift_fresh_copy linear log logical_and logical_not logical_or lt
+    einsum embedding empty empty_like eq erf exp expand expand_as floor floor_divide flatten full full_like gather ge gelu
+    gt histc index index_put index_select isinf layer_norm le lift_fresh_copy linear log logical_and logical_not logical_or lt
     masked_fill matmul max maximum mean min minimum mm mul narrow native_layer_norm ne neg new_ones new_zeros
     ones ones_like outer permute pow reciprocal relu repeat repeat_interleave reshape rms_norm rsqrt rsub
-    scalar_tensor scaled_dot_product_attention select sigmoid silu sin slice softmax split split_with_sizes sqrt
-    square squeeze stack sub sum sym_size t tanh to transpose tril triu type_as unbind unflatten unsqueeze var
+    scalar_tensor scaled_dot_product_attention select sigmoid silu sin slice softmax sort split split_with_sizes sqrt
+    square squeeze stack sub sum sym_size t tanh to topk transpose tril triu type_as unbind unflatten unsqueeze var
     view where zeros zeros_like __and__ __or__""".split()
 )
 """ATen operations that a saved graph may hold: functions of their arguments alone."""
+EXPERTS = "transformers.grouped_mm_fallback.default"
+"""The product of a list of tokens, sorted by expert, with a matrix for each, which transformers defines."""
 TYPED: dict[str, Any] = {
     **{f"dtype:{str(d).removeprefix('torch.')}": d for d in vars(torch).values() if isinstance(d, torch.dtype)},
     "layout:strided": torch.strided,
@@ -54,8 +57,10 @@ def _target_json(node: fx.Node) -> str:
     name = getattr(target, "__name__", "")
     if OPERATORS.get(name) is target:
         return f"operator.{name}"
-    if isinstance(target, torch._ops.OpOverload) and str(target).split(".")[1] in ATEN:  # pyright: ignore[reportPrivateUsage]
-        return str(target)
+    if isinstance(target, torch._ops.OpOverload):  # pyright: ignore[reportPrivateUsage]
+        kind, op, _ = str(target).split(".")
+        if (kind == "aten" and op in ATEN) or str(target) == EXPERTS:
+            return str(target)
     raise NOT_SAVEABLE.error(f"the graph holds {target}, which a saved graph may not")
 
 
@@ -113,6 +118,9 @@ class GraphReader:
 
 def _function(name: str) -> Any:
     kind, op, *overload = name.split(".")
+    if name == EXPERTS:
+        importlib.import_module("transformers.integrations.moe")  # defines it
+        return torch.ops.transformers.grouped_mm_fallback.default
     if kind == "operator" and op in OPERATORS and not overload:
         return OPERATORS[op]
     if kind == "aten" and op in ATEN and len(overload) == 1:

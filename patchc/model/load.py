@@ -29,7 +29,9 @@ from patchc.model.folders import (
     read_tokenizer,
     silent_transformers,
 )
+from patchc.model.gguf_files import gguf_model, is_gguf
 from patchc.model.identity import identity
+from patchc.model.packaged import PACKAGED
 from patchc.model.pieces import TracedPieces
 from patchc.model.placed import refuse_placement
 from patchc.model.prove import is_causal, prove, prove_insides, prove_parts
@@ -43,6 +45,7 @@ from patchc.model.state import (
 )
 from patchc.model.trace import trace
 from patchc.model.trace_cache import keep_trace, read_trace, trace_key
+from patchc.progress import Progress, silent
 
 BAD_WEIGHTS = RULES.add("model-weights", "a model directory's weights are missing, incomplete or damaged", exit=3)
 
@@ -62,6 +65,8 @@ class LoadedModel:
     content: str
     settings: str | None
     """Its classes and settings, hashed; None where they may compute anything."""
+    packaged: str | None = None
+    """The file of an installed package that its weights are from, by its path there; `fingerprint` is that file's."""
 
     @property
     def element(self) -> int:
@@ -93,6 +98,7 @@ class _Source:
     module: nn.Module
     folder: Path | None = None
     tokenizer: Any | None = None
+    packaged: str | None = None
 
 
 def load(
@@ -105,12 +111,14 @@ def load(
     attention: str | None = None,
     bos: bool | None = None,
     base: Path | None = None,
+    progress: Progress = silent,
 ) -> LoadedModel:
     """Load, trace and prove a model.
 
-    `model`: the name of a built-in model, a model directory (relative to `base`), a hub id, or a module,
-    which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or `eager`.
-    Errors: `model-not-found`, `model-config`, `model-weights`, `model-option`, `nan-in-weights`,
+    `model`: the name of a built-in model or of one that comes in a package, a model directory (relative to `base`),
+    a hub id, or a module, which is left exactly as it was. `attention` is transformers' kind of attention, `sdpa` or
+    `eager`. `progress` is told of what takes seconds: dequantising, and tracing what was not traced before.
+    Errors: `model-not-found`, `model-not-installed`, `model-config`, `model-weights`, `model-option`, `nan-in-weights`,
     `model-has-hooks`, `model-placement`, `model-wrapped`, `quantised-weights`,
     `model-not-understood` (the first place that is not a pre-norm decoder), `trace-differs`."""
     with silent_transformers():
@@ -119,13 +127,13 @@ def load(
         elif not isinstance(model, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise NOT_FOUND.error(f"a model is a name, a path or a torch.nn.Module, not a {type(model).__name__}")
         else:
-            source = _named(model, _Options(dtype_named(dtype), revision, attention), base or Path())
+            source = _named(model, _Options(dtype_named(dtype), revision, attention, progress), base or Path())
             source = replace(source, module=source.module.to(device_named(device)))
     source = replace(source, tokenizer=tokenizer if tokenizer is not None else source.tokenizer)
-    return _traced(source, bos)
+    return _traced(source, bos, progress)
 
 
-def _traced(source: _Source, bos: bool | None) -> LoadedModel:
+def _traced(source: _Source, bos: bool | None, progress: Progress) -> LoadedModel:
     module = source.module
     refuse_placement(module)
     refuse_hooks(module)
@@ -134,7 +142,7 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         key = trace_key(module, content)
         pieces = None if key is None else read_trace(key, module, source.name)
         if pieces is None:
-            pieces = _proved(module, source.name)
+            pieces = _proved(module, source.name, progress)
             if key is not None:
                 keep_trace(key, pieces, module)
     fingerprint = content if source.folder is None else files_fingerprint(source.folder)
@@ -148,18 +156,30 @@ def _traced(source: _Source, bos: bool | None) -> LoadedModel:
         bos,
         content,
         None if key is None else key["module"],
+        source.packaged,
     )
 
 
-def _proved(module: nn.Module, name: str) -> TracedPieces:
+def _proved(module: nn.Module, name: str, progress: Progress) -> TracedPieces:
     """The pieces of a module in eval mode, traced and proved."""
+
+    def step(done: int) -> None:
+        progress(f"{name}: tracing", done, 5)
+
+    step(0)
     refuse_non_finite(module)
-    structure = trace(export(module))
+    exported = export(module)
+    step(1)
+    structure = trace(exported)
     pieces = TracedPieces(structure, structure.graph(name, config_context(module), causal=False))
+    step(2)
     prove(pieces, module, config_layers(module))
     pieces.graph = replace(pieces.graph, causal=is_causal(pieces))
+    step(3)
     prove_parts(pieces)
+    step(4)
     prove_insides(pieces)
+    step(5)
     return pieces
 
 
@@ -194,6 +214,7 @@ class _Options:
     dtype: torch.dtype | None
     revision: str | None
     attention: str | None
+    progress: Progress
 
 
 def _named(model: str | Path, options: _Options, base: Path) -> _Source:
@@ -203,8 +224,9 @@ def _named(model: str | Path, options: _Options, base: Path) -> _Source:
         module = _native(folder, config)
         module = module if options.dtype is None else module.to(options.dtype)
     else:
-        module = _hf(folder, options)
-    return _Source(str(model), module.eval(), folder, read_tokenizer(folder))
+        module = _gguf(str(model), folder, config, options) if is_gguf(folder) else _hf(folder, options)
+    packaged = PACKAGED.get(str(model)) if is_gguf(folder) else None
+    return _Source(str(model), module.eval(), folder, read_tokenizer(folder), packaged and packaged.file)
 
 
 def _native(folder: Path, config: dict[str, Any]) -> nn.Module:
@@ -238,6 +260,22 @@ def _hf(folder: Path, options: _Options) -> nn.Module:
         raise BAD_CONFIG.error(f"transformers cannot build the model of {folder}: {first_line(error)}") from None
     module, info = loaded
     _complete(folder, info)
+    return module
+
+
+def _gguf(name: str, file: Path, config: dict[str, Any], options: _Options) -> nn.Module:
+    """The module of a GGUF file in float32, unless told."""
+    try:
+        module, info = gguf_model(
+            file,
+            config,
+            lambda done, total: options.progress(f"{name}: reading weights", done, total),
+            dtype=options.dtype or torch.float32,
+            attn_implementation=options.attention,
+        )
+    except Exception as error:
+        raise BAD_WEIGHTS.error(f"the weights in {file} cannot be loaded: {first_line(error)}") from None
+    _complete(file, info)
     return module
 
 

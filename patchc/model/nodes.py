@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from patchc.diagnostics import RULES
+from patchc.diagnostics import RULES, PatchcError
 
 NOT_UNDERSTOOD = RULES.add(
     "model-not-understood",
@@ -59,7 +59,12 @@ REPEATS = (
 def need(ok: object, why: str, node: fx.Node | None = None) -> None:
     """Refuse the model unless `ok`, naming the place of `node`."""
     if not ok:
-        raise NOT_UNDERSTOOD.error(why if node is None else f"{why}: {place(node)}")
+        raise refusal(why, node)
+
+
+def refusal(why: str, node: fx.Node | None = None) -> PatchcError:
+    """The error that refuses a model, naming the place of `node`."""
+    return NOT_UNDERSTOOD.error(why if node is None else f"{why}: {place(node)}")
 
 
 def place(node: fx.Node) -> str:
@@ -122,6 +127,20 @@ def is_mutable(node: fx.Node) -> bool:
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each entry of the result is computed from that entry of the operands."""
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in CASTS | FILLS
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument by its name in the operation's schema, its default where it is not given."""
+    schema = getattr(node.target, "_schema", None)
+    for i, known in enumerate(schema.arguments if schema is not None else ()):
+        if known.name in (name, f"{name}s"):
+            return node.args[i] if i < len(node.args) else node.kwargs.get(known.name, known.default_value)
+    return None
+
+
+def reads_input(node: fx.Node) -> bool:
+    """Whether a value depends on the input or its size, and not on weights alone."""
+    return any(n.op == "placeholder" for n in cone(node))
 
 
 def cone(node: fx.Node, stop: Collection[fx.Node] = ()) -> set[fx.Node]:

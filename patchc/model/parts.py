@@ -33,11 +33,11 @@ class Matrix:
     def rows(self, first: Sequence[int], size: int) -> tuple[Tensor, Tensor | None]:
         """Rows `first[i] .. first[i] + size - 1` of each i: a view where they stand together."""
         runs = spans(first, size)
-        return _cut(self.weight, runs, 0), None if self.bias is None else _cut(self.bias, runs, 0)
+        return cut(self.weight, runs, 0), None if self.bias is None else cut(self.bias, runs, 0)
 
     def columns(self, first: Sequence[int], size: int) -> Tensor:
         """The same of the weight's columns."""
-        return _cut(self.weight, spans(first, size), 1)
+        return cut(self.weight, spans(first, size), 1)
 
 
 def _memory(x: Tensor) -> int:
@@ -45,7 +45,8 @@ def _memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-def _cut(x: Tensor, runs: Sequence[tuple[int, int]], dim: int) -> Tensor:
+def cut(x: Tensor, runs: Sequence[tuple[int, int]], dim: int) -> Tensor:
+    """The parts of an axis that start at `run[0]` and are `run[1]` long, one after the other."""
     parts = [x.narrow(dim, start, length) for start, length in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -115,7 +116,9 @@ class Parts:
             return None
         up = self.function(neurons.post, f"Layer{index}Post", layer.mlp_entry, "an MLP")
         down = self.function(layer.mlp, f"Layer{index}Down", neurons.post, "an MLP")
-        return NeuronParts(up, down, self.matrix(neurons.linear), scale_of(self, neurons.scales))
+        output = neurons.output
+        write = None if output.post_norm else (self.matrix(output.linear), scale_of(self, output.scales))
+        return NeuronParts(up, down, write)
 
     def run(self, module: fx.GraphModule, *args: Tensor) -> Any:
         """A module's function, with the detached weights for its own."""
@@ -124,17 +127,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class NeuronParts:
-    """An MLP's functions: from the stream to its neurons, and from those to what it adds. `scale` times `output` is
-    the second without its bias."""
+    """An MLP's functions: from the stream to its neurons, and from those to what it adds. `write` is the second without
+    its bias, a matrix and a factor; None where it is not linear, as with a post-norm."""
 
     up: fx.GraphModule
     down: fx.GraphModule
-    output: Matrix
-    scale: Tensor | float | None
+    write: tuple[Matrix, Tensor | float | None] | None
 
 
 class AttentionParts:
-    """The functions of one attention block. `norms` and `prepares` are None where nothing is done."""
+    """The functions of one attention block. `norms`, `across` (over all heads of a projection), `prepares` and
+    `post_norm` are None where nothing is done."""
 
     def __init__(self, parts: Parts, layer: Layer, index: int) -> None:
         self.block: AttentionBlock = layer.attention
@@ -145,15 +148,27 @@ class AttentionParts:
             None if s is layer.entry else parts.function(s, f"Layer{index}Norm", layer.entry, "a norm") for s in sources
         ]
         self.projections = [parts.matrix(port.linear) for port in ports]
+        self.across = [self._across(parts, port, index) for port in ports]
         self.prepares = [self._prepare(parts, port, index) for port in ports]
         operands = [(name, port.operand) for name, port in zip("qkv", ports, strict=True)]
         structure, statics = parts.structure, parts.statics
         self.core: Region = region(structure, statics, self.block.core, operands, f"Layer{index}Core", 2)
         self.scores: Region = _scores(structure, statics, self.block, f"Layer{index}Scores")
-        self.output = parts.matrix(self.block.out)
-        self.scale = scale_of(parts, self.block.scales)
+        output = self.block.output
+        self.output = parts.matrix(output.linear)
+        self.scale = scale_of(parts, output.scales)
         bias = self.output.bias
-        self.bias = bias if bias is None or self.scale is None else parts.held(bias * self.scale, self.block.out)
+        self.bias = bias if bias is None or self.scale is None else parts.held(bias * self.scale, output.linear)
+        self.post_norm = (
+            parts.function(self.block.leaf, f"Layer{index}PostNorm", output.linear, "a norm after attention")
+            if output.post_norm
+            else None
+        )
+
+    def _across(self, parts: Parts, port: Port, index: int) -> fx.GraphModule | None:
+        if not port.normed:
+            return None
+        return parts.function(port.whole, f"Layer{index}Across", port.linear, "a norm over all heads")
 
     def _prepare(self, parts: Parts, port: Port, index: int) -> Region | None:
         if port.prepared is port.head:

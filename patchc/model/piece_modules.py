@@ -27,10 +27,12 @@ class PieceModules:
     embed(ids) -> [b, s, D];  pos_embed(ids) -> [b or 1, s, D]
     layer{l}_norm(x [b, s, D]) -> y [b, s, D]        what q, k and v read; one each, `layer{l}_norm_q` and so on, where
                                                      they read different things; none where they read the stream itself
-    layer{l}_q, _k, _v(y) -> [b, s, heads or key/value heads, d], before rotary and the like
+    layer{l}_q, _k, _v(y) -> [b, s, heads or key/value heads, d], before rotary and the like; after a norm over all
+                                                     heads, where there is one
     layer{l}_q_by_head, _k_, _v_(y [heads, b, s, D]) -> [b, s, heads, d], of an input for each query head
     layer{l}_attend(q, k, v) -> z [b, s, heads, d]   from those, k and v repeated to one per query head
-    layer{l}_attn(z) -> [b, s, D], all that attention adds, its bias included
+    layer{l}_attn(z) -> [b, s, D], what heads and bias write together
+    layer{l}_post_norm(x [b, s, D]) -> [b, s, D]     from that to what is added to the stream; none where it is the same
     layer{l}_write(z) -> [b, s, heads, D]            layer{l}_attn_bias() -> [D], where there is one
     layer{l}_scores(q, k) -> [b, heads, query, key]  minus infinity where the mask hides
     layer{l}_mix(pattern, v) -> z [b, s, heads, d]   a pattern [b, heads, query, key] applied to values
@@ -87,8 +89,10 @@ def _layer(structure: Structure, statics: Statics, layer: Layer, name: str) -> d
     out["mix"] = _mix(structure, statics, block, f"{name}Mix")
     out["write"] = write_module(structure, statics, block, f"{name}Write")
     out["attn"] = _whole_output(structure, statics, block, f"{name}Attn")
-    if len(block.out.args) > 2:
+    if len(block.output.linear.args) > 2:
         out["attn_bias"] = _bias(structure, statics, block, f"{name}AttnBias")
+    if block.output.post_norm:
+        out["post_norm"] = region(structure, statics, block.leaf, [("x", block.output.linear)], f"{name}PostNorm")
     if layer.mlp is not None and layer.mlp_entry is not None:
         out["mlp"] = region(structure, statics, layer.mlp, [("x", layer.mlp_entry)], f"{name}Mlp")
     return out
@@ -109,9 +113,20 @@ def _norms(structure: Structure, statics: Statics, layer: Layer, name: str) -> d
 def _projection(structure: Structure, statics: Statics, layer: Layer, port: Port, name: str) -> Region:
     emitter = Emitter(structure, statics, ["y"])
     d_head = layer.attention.d_head
+    if port.normed:
+        whole = _across(emitter, port, emitter.inputs[0])
+        whole = _cut(emitter, whole, port.first, d_head, 2)
+        return emitter.finish(emitter.call(A.unflatten.int, whole, -1, [len(port.first), d_head]), name)
     rows = [_cut(emitter, emitter.copy(w), port.first, d_head, 0) for w in _weights(port)]
     projected = emitter.call(A.linear.default, emitter.inputs[0], *rows)
     return emitter.finish(emitter.call(A.unflatten.int, projected, -1, [len(port.first), d_head]), name)
+
+
+def _across(emitter: Emitter, port: Port, y: fx.Node) -> fx.Node:
+    """A projection of `y` [..., pos, D] with the norm over all its heads, [..., pos, width]."""
+    weights = [emitter.copy(w) for w in _weights(port)]
+    emitter.bind(port.linear, emitter.call(A.linear.default, y, *weights))
+    return emitter.copy(port.whole)
 
 
 def _weights(port: Port) -> list[fx.Node]:
@@ -121,6 +136,8 @@ def _weights(port: Port) -> list[fx.Node]:
 
 def _by_head(structure: Structure, statics: Statics, block: AttentionBlock, port: Port, name: str) -> Region:
     """k = key/value head, g = query head among those that share it, d = d_head, m = d_model."""
+    if port.normed:
+        return _normed_by_head(structure, statics, block, port, name)
     emitter = Emitter(structure, statics, ["y"])
     n = len(port.first)
     y = emitter.call(A.unflatten.int, emitter.inputs[0], 0, [n, block.n_heads // n])
@@ -129,6 +146,19 @@ def _by_head(structure: Structure, statics: Statics, block: AttentionBlock, port
     if bias:
         out = emitter.call(A.add.Tensor, out, emitter.call(A.unsqueeze.default, bias[0], 1))
     return emitter.finish(emitter.call(A.flatten.using_ints, out, 2, 3), name)
+
+
+def _normed_by_head(structure: Structure, statics: Statics, block: AttentionBlock, port: Port, name: str) -> Region:
+    """The same where every head's projection reads all of them: from each head's input all are computed, and its own
+    kept."""
+    emitter = Emitter(structure, statics, ["y"])
+    n = len(port.first)
+    emitter.sized = emitter.call(A.flatten.using_ints, emitter.inputs[0], 0, 1)
+    every = _cut(emitter, _across(emitter, port, emitter.sized), port.first, block.d_head, 2)
+    every = emitter.call(A.unflatten.int, every, -1, [n, block.d_head])
+    every = emitter.call(A.unflatten.int, every, 0, [n, block.n_heads // n, -1])  # kgbskd
+    own = emitter.call(A.permute.default, emitter.call(A.diagonal.default, every, 0, 0, 4), [1, 2, 4, 0, 3])
+    return emitter.finish(emitter.call(A.flatten.using_ints, own, 2, 3), name)
 
 
 def _parts(emitter: Emitter, x: fx.Node, first: Sequence[int], size: int, old: fx.Node) -> fx.Node:
@@ -194,7 +224,7 @@ def write_module(
 
 def _columns(emitter: Emitter, block: AttentionBlock, columns: Sequence[int]) -> fx.Node:
     """The rows of the transposed output weight that read the heads at these columns."""
-    weight = block.out.args[1]
+    weight = block.output.linear.args[1]
     assert isinstance(weight, fx.Node)
     return emitter.call(A.t.default, _cut(emitter, emitter.copy(weight), columns, block.d_head, 1))
 
@@ -203,21 +233,21 @@ def _whole_output(structure: Structure, statics: Statics, block: AttentionBlock,
     emitter = Emitter(structure, statics, ["z"])
     z = emitter.call(A.flatten.using_ints, emitter.inputs[0], 2, 3)
     weight = emitter.call(A.t.default, _columns(emitter, block, block.columns))
-    bias = [emitter.copy(b) for b in block.out.args[2:] if isinstance(b, fx.Node)]
+    bias = [emitter.copy(b) for b in block.output.linear.args[2:] if isinstance(b, fx.Node)]
     return emitter.finish(_scaled(emitter, block, emitter.call(A.linear.default, z, weight, *bias)), name)
 
 
 def _bias(structure: Structure, statics: Statics, block: AttentionBlock, name: str) -> Region:
     emitter = Emitter(structure, statics, [])
-    bias = block.out.args[2]
+    bias = block.output.linear.args[2]
     assert isinstance(bias, fx.Node)
     return emitter.finish(_scaled(emitter, block, emitter.copy(bias)), name)
 
 
 def _scaled(emitter: Emitter, block: AttentionBlock, written: fx.Node) -> fx.Node:
-    """What stands between the output projection and the stream, done to a part of it."""
-    emitter.bind(block.out, written)
-    for node in block.scales:
+    """The static factors between the output projection and the stream, on a part of it."""
+    emitter.bind(block.output.linear, written)
+    for node in block.output.scales:
         written = emitter.copy_writer(node)
         emitter.bind(node, written)
     return written

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from patchc.ir.graph import PORTS, ResidualGraph
 from patchc.ir.tokens import Layout
-from patchc.model.emit import Statics, statics_region
+from patchc.model.emit import Statics, spans, statics_region
 from patchc.model.inside import NOT_TAKEN_APART
 from patchc.model.nodes import dtype_of, need, shape_of
-from patchc.model.parts import AttentionParts, NeuronParts, Parts, Unembedding
+from patchc.model.parts import AttentionParts, NeuronParts, Parts, Unembedding, cut
 from patchc.model.piece_modules import PieceModules, piece_modules, write_module
 from patchc.model.trace import Structure
 
@@ -67,7 +67,8 @@ class Pieces(Protocol):
         ...
 
     def project(self, layer: int, port: int, y: Tensor, heads: Sequence[int] | None = None) -> Tensor:
-        """Normalised [n, D] -> [n, h, d], before rotary and the like. For k and v, `heads` are key/value heads."""
+        """Normalised [n, D] -> [n, h, d], before rotary and the like; after a norm over all heads, where there is one.
+        For k and v, `heads` are key/value heads."""
         ...
 
     def prepare(self, layer: int, port: int, r: Tensor, tokens: Tensor, tables: Tables) -> Tensor:
@@ -114,11 +115,11 @@ class Pieces(Protocol):
         ...
 
     def write(self, layer: int, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
-        """z [n, h, d] -> [n, D]: what those heads together add to the stream, without the bias."""
+        """z [n, h, d] -> [n, D]: what those heads together write, without the bias and before a post-norm."""
         ...
 
     def attn_bias(self, layer: int) -> Tensor | None:
-        """What attention adds besides its heads, [D], or None."""
+        """What attention writes besides its heads, [D], before a post-norm; or None."""
         ...
 
     def post_norm(self, layer: int, x: Tensor) -> Tensor:
@@ -139,7 +140,12 @@ class Pieces(Protocol):
         ...
 
     def neurons(self, layer: int, post: Tensor, neurons: Sequence[int]) -> Tensor:
-        """Some neurons [n, m] -> [n, D]: what they together add to the stream, without the bias."""
+        """Some neurons [n, m] -> [n, D]: what they together add to the stream, without the bias. Only where they add
+        up."""
+        ...
+
+    def neurons_add_up(self, layer: int) -> bool:
+        """Whether an MLP adds the sum of what its neurons write, as it does unless a post-norm follows."""
         ...
 
     def unembed(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -251,7 +257,11 @@ class TracedPieces:
         attention = self._attention[layer]
         d_head, first = self.graph.d_head, attention.block.ports[port].first
         chosen = first if heads is None else [first[h] for h in heads]
-        return F.linear(y, *attention.projections[port].rows(chosen, d_head)).unflatten(-1, (len(chosen), d_head))
+        matrix, across = attention.projections[port], attention.across[port]
+        if across is None:
+            return F.linear(y, *matrix.rows(chosen, d_head)).unflatten(-1, (len(chosen), d_head))
+        whole = self._parts.run(across, F.linear(y, matrix.weight, matrix.bias)[None])[0]
+        return cut(whole, spans(chosen, d_head), -1).unflatten(-1, (len(chosen), d_head))
 
     def prepare(self, layer: int, port: int, r: Tensor, tokens: Tensor, tables: Tables) -> Tensor:
         attention = self._attention[layer]
@@ -340,7 +350,8 @@ class TracedPieces:
         return self._attention[layer].bias
 
     def post_norm(self, layer: int, x: Tensor) -> Tensor:
-        return x
+        module = self._attention[layer].post_norm
+        return x if module is None else self._parts.run(module, x[None])[0]
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         module = self._mlps[layer]
@@ -355,9 +366,15 @@ class TracedPieces:
         return self._parts.run(self._hidden(layer).down, post[None])[0]
 
     def neurons(self, layer: int, post: Tensor, neurons: Sequence[int]) -> Tensor:
-        hidden = self._hidden(layer)
-        out = F.linear(post, hidden.output.columns(neurons, 1))
-        return out if hidden.scale is None else out * hidden.scale
+        write = self._hidden(layer).write
+        if write is None:
+            raise ValueError(f"what MLP {layer} writes is not the sum of what its neurons write")
+        matrix, scale = write
+        out = F.linear(post, matrix.columns(neurons, 1))
+        return out if scale is None else out * scale
+
+    def neurons_add_up(self, layer: int) -> bool:
+        return self._hidden(layer).write is not None
 
     def _hidden(self, layer: int) -> NeuronParts:
         self.need_apart("neurons", layer)

@@ -1,7 +1,7 @@
 """Which operations leave every position to itself, as all but attention must.
 
 Decided from each operation's axes; what is not known to keep positions apart is taken to mix them. The values
-say the same once more, in `prove`.
+say the same once more, in `prove`; of lists of tokens that are sent to experts they alone can say it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from patchc.model.export import Exported
-from patchc.model.nodes import CASTS, MOVES, SOFTMAX, VIEW, A, is_pointwise, is_tensor, need, shape_of
+from patchc.model.nodes import CASTS, MOVES, SOFTMAX, VIEW, A, argument, is_pointwise, is_tensor, need, shape_of
 
 LAST_AXES = {A.layer_norm.default, A.rms_norm.default, A.native_layer_norm.default, A._fused_rms_norm.default}
 ALONG = SOFTMAX | {
@@ -25,15 +25,28 @@ ALONG = SOFTMAX | {
     A.linalg_vector_norm.default,
     A.cat.default,
     A.glu.default,
+    A.topk.default,
 }
 """Operations that join entries along the axes that they name."""
 
 
 def check_positions(exported: Exported, nodes: set[fx.Node], dynamic: dict[fx.Node, bool]) -> None:
     """Refuse the first of these nodes that is not known to leave every position to itself."""
+    axes = _Axes(exported, dynamic)
     for node in exported.nodes:
         if node in nodes and dynamic[node] and node.op == "call_function":
-            need(_Axes(exported, dynamic).keep(node), "positions are mixed outside attention, or may be", node)
+            need(axes.keep(node), "positions are mixed outside attention, or may be", node)
+
+
+def listed(exported: Exported, nodes: set[fx.Node], dynamic: dict[fx.Node, bool]) -> set[fx.Node]:
+    """Those of some nodes that work on tokens as one flat list [batch * pos, ...], without their order or their
+    prompts; empty where all that is not known to keep positions apart is none of them."""
+    axes, found = _Axes(exported, dynamic), set[fx.Node]()
+    for node in exported.nodes:
+        if node in nodes and dynamic[node] and node.op == "call_function":
+            if axes.flattens(node) or any(a in found for a in node.all_input_nodes):
+                found.add(node)
+    return found
 
 
 class _Axes:
@@ -55,13 +68,24 @@ class _Axes:
         if target is A.linear.default or target is A.matmul.default:
             return len(sources) == 1 and node.args[0] is sources[0] and self._from_last(sources[0]) < -1
         if target in LAST_AXES:
-            size = len(_argument(node, "normalized_shape") or [0])
+            size = len(argument(node, "normalized_shape") or [0])
             return all(self._from_last(a) < -size for a in sources)
         if target in ALONG:
             return all(self._is_free(a, _axes(node)) for a in sources)
         if target is A.stack.default or target is A.repeat_interleave.self_int:
             return target is A.stack.default or all(self._is_free(a, _axes(node)) for a in sources)
         return target in MOVES and all(self._is_free(a, _axes(node)) or _only_reorders(node) for a in sources)
+
+    def flattens(self, node: fx.Node) -> bool:
+        """Whether a node makes one list of the tokens of all prompts."""
+        source = node.args[0] if node.args else None
+        shape = shape_of(node)
+        return (
+            node.target in VIEW
+            and shape_of(source)[:2] == (self.batch, self.pos)
+            and sorted(shape[0].split("*")) == sorted((self.batch, self.pos))
+            and shape[1:] == shape_of(source)[2:]
+        )
 
     def _from_last(self, node: fx.Node) -> int:
         shape = shape_of(node)
@@ -83,17 +107,8 @@ def _only_reorders(node: fx.Node) -> bool:
 
 def _axes(node: fx.Node) -> list[int]:
     """The axes that an operation names."""
-    found = _argument(node, "dim")
+    found = argument(node, "dim")
     if found is None:
-        found = _argument(node, "start_dim")
+        found = argument(node, "start_dim")
         return list(range(found, 0)) if isinstance(found, int) and found < 0 else [0] if found is not None else []
     return [found] if isinstance(found, int) else list(found)
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """An argument by its name in the operation's schema, its default where it is not given."""
-    schema = getattr(node.target, "_schema", None)
-    for i, argument in enumerate(schema.arguments if schema is not None else ()):
-        if argument.name == name or argument.name == f"{name}s":
-            return node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-    return None

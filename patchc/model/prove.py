@@ -26,6 +26,8 @@ NOT_FINITE = RULES.add("model-not-finite", "the model's own logits hold NaN or i
 
 SHAPES = ((1, 2), (3, 5), (2, 11))
 """Shapes of the ids that are tried, none the traced one; cut to the model's context."""
+CROWDS = ((3, 1.0), (64, 1.0), (17, 1e-3), (128, 1e-3))
+"""Lists of tokens that experts are tried on: how many, and how unlike."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of a part, as a share of the largest value; float32 parts measure 1e-6."""
 
@@ -148,9 +150,8 @@ def _neurons_give_the_mlp(pieces: TracedPieces, layer: int, n: int) -> bool:
     every = range(post.shape[1])
     bias = pieces.mlp_down(layer, torch.zeros_like(post))
     whole = pieces.mlp(layer, x)
-    return _close(pieces, pieces.mlp_down(layer, post), whole) and _close(
-        pieces, pieces.neurons(layer, post, every) + bias, whole
-    )
+    adds_up = not pieces.neurons_add_up(layer) or _close(pieces, pieces.neurons(layer, post, every) + bias, whole)
+    return adds_up and _close(pieces, pieces.mlp_down(layer, post), whole)
 
 
 def _close(pieces: TracedPieces, got: Tensor, want: Tensor) -> bool:
@@ -214,7 +215,7 @@ class Prover:
         s = self.pieces.structure
         wanted = {s.exported.logits, s.final, *s.embeddings}
         for layer in s.layers:
-            wanted |= {layer.entry, layer.attention.leaf}
+            wanted |= {layer.entry, layer.attention.leaf, layer.attention.output.linear}
             if layer.mlp is not None and layer.mlp_entry is not None:
                 wanted |= {layer.mlp, layer.mlp_entry}
         trace = _Trace(s.exported.module, wanted)
@@ -237,12 +238,7 @@ class Prover:
             self._compare(mine, values[node].expand_as(mine), f"the outputs of `{path_of(node)}`")
         for i, layer in enumerate(s.layers):
             x = values[layer.entry].expand(*ids.shape, -1).flatten(0, 1)
-            mine = self.attention(i, x, ids.shape)
-            self._compare(
-                mine,
-                values[layer.attention.leaf].flatten(0, 1),
-                f"the outputs of attention {i} (`{path_of(layer.attention.out)}`)",
-            )
+            self._attention_block(i, x, ids.shape, values)
             if layer.mlp is not None and layer.mlp_entry is not None:
                 x = values[layer.mlp_entry].expand(*ids.shape, -1).flatten(0, 1)
                 self._compare(
@@ -251,8 +247,22 @@ class Prover:
                     f"the outputs of MLP {i} (`{path_of(layer.mlp)}`)",
                 )
 
+    def _attention_block(self, i: int, x: Tensor, shape: Sequence[int], values: dict[fx.Node, Tensor]) -> None:
+        block = self.pieces.structure.layers[i].attention
+        path = path_of(block.output.linear)
+        together = self.heads_and_bias(i, x, shape)
+        if block.output.post_norm:
+            raw = values[block.output.linear].flatten(0, 1)
+            self._compare(together, raw, f"what the heads of attention {i} write (`{path}`)")
+        mine = self.pieces.post_norm(i, together)
+        self._compare(mine, values[block.leaf].flatten(0, 1), f"the outputs of attention {i} (`{path}`)")
+
     def attention(self, layer: int, x: Tensor, shape: Sequence[int]) -> Tensor:
         """What an attention block adds to the stream, [n, D], for the tokens of some equally long prompts."""
+        return self.pieces.post_norm(layer, self.heads_and_bias(layer, x, shape))
+
+    def heads_and_bias(self, layer: int, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The same before a post-norm."""
         p, (batch, length) = self.pieces, shape
         tables = p.tables(Layout((length,) * batch))
         tokens = torch.arange(batch * length, device=p.device)
@@ -298,11 +308,28 @@ class Prover:
                 a, b = (p.prepare(i, port, p.project(i, port, y), tokens, tables) for y in (x, other))
                 self._same_rows(a[keep], b[keep], f"what is done to {name} of attention {i} mixes positions")
                 self._same_heads(i, port, x, tokens, a)
-            if layer.mlp is not None:
+            a, b = (p.post_norm(i, y) for y in (x, other))
+            self._same_rows(a[keep], b[keep], f"the norm after attention {i} mixes positions")
+            if layer.mlp is not None and layer.listed:
+                self._rows_alone(i, f"MLP {i} (`{path_of(layer.mlp)}`) mixes positions")
+            elif layer.mlp is not None:
                 a, b = (p.mlp(i, y) for y in (x, other))
                 self._same_rows(a[keep], b[keep], f"MLP {i} (`{path_of(layer.mlp)}`) mixes positions")
         a, b = (p.unembed(y) for y in (x, other))
         self._same_rows(a[keep], b[keep], "the unembedding mixes positions")
+
+    def _rows_alone(self, layer: int, what: str) -> None:
+        """An MLP gives each token of a list what it gives that token alone: of unlike tokens, and of tokens so alike
+        that all go to the same experts, who then have more than their share."""
+        width = self.pieces.graph.d_model
+        for n, spread in CROWDS:
+            x = torch.randn((1, width), generator=self.generator).repeat(n, 1)
+            x = x + spread * torch.randn((n, width), generator=self.generator)
+            x = x.to(self.pieces.device, self.pieces.dtype)
+            alone = torch.cat([self.pieces.mlp(layer, row) for row in x.split(1)])
+            among = self.pieces.mlp(layer, x)
+            if not torch.allclose(among, alone, rtol=0, atol=self.tolerance * max(alone.abs().max().item(), 1e-6)):
+                raise NOT_UNDERSTOOD.error(f"{what}; only attention may")
 
     def _same_rows(self, a: Tensor, b: Tensor, what: str) -> None:
         if not torch.equal(a, b):

@@ -3,6 +3,9 @@ value matters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +30,17 @@ def rates(pieces: TracedPieces) -> Rates:
 
 def _flops_of_mlp(pieces: Pieces, layer: int) -> int:
     row = torch.zeros(1, pieces.graph.d_model, device=pieces.device, dtype=pieces.dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_experts()) as counter:
         pieces.mlp(layer, row)
     return counter.get_total_flops()
+
+
+def _experts() -> dict[Any, Any]:
+    """How the product of tokens with their experts' matrices is counted, where transformers has defined it."""
+    product = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return {} if product is None else {product: _of_product}
+
+
+def _of_product(tokens: Sequence[int], matrices: Sequence[int], *_: object, **__: object) -> int:
+    """Of tokens [n, in] with matrices [expert, in, out]."""
+    return 2 * tokens[0] * tokens[1] * matrices[2]

@@ -116,7 +116,11 @@ def content_fingerprint(model: nn.Module) -> str:
 
 
 def files_fingerprint(folder: Path) -> str:
-    """A hash of a model directory: its config, and the size, time and header of each weight file."""
+    """A hash of a model directory: its config, and the size, time and header of each weight file; of a model that is
+    one file, all of it, as `sha256:` and hex."""
+    if folder.is_file():
+        with folder.open("rb") as file:
+            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors*")]):
         stat = path.stat()

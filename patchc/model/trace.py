@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx
@@ -19,19 +19,21 @@ from patchc.model.attention import AttentionBlock, AttentionReader
 from patchc.model.export import Exported
 from patchc.model.nodes import SDPA, SOFTMAX, A, cone, need, op_name, path_of, place, shape_of
 from patchc.model.outputs import Neurons, neurons_of
-from patchc.model.positions import check_positions
+from patchc.model.positions import check_positions, listed
 
 ADD = A.add.Tensor
 
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention block and maybe an MLP: `mlp` is what it adds, `mlp_entry` the stream it reads."""
+    """An attention block and maybe an MLP: `mlp` is what it adds, `mlp_entry` the stream it reads. `listed`: the MLP
+    works on a list of tokens, as experts do, and only trying can show that it keeps them apart."""
 
     attention: AttentionBlock
     entry: fx.Node
     mlp: fx.Node | None = None
     mlp_entry: fx.Node | None = None
+    listed: bool = False
 
     @property
     def parallel(self) -> bool:
@@ -62,7 +64,7 @@ class Structure:
         return tuple(
             None
             if layer.mlp is None or layer.mlp_entry is None
-            else neurons_of(layer.mlp, layer.mlp_entry, self.dynamic)
+            else neurons_of(layer.mlp, layer.mlp_entry, self.dynamic, self.tree)
             for layer in self.layers
         )
 
@@ -86,9 +88,11 @@ class Structure:
             n_ctx=n_ctx,
             has_pos_embed=self.pos_embed is not None,
             has_mlp=tuple(layer.mlp is not None for layer in self.layers),
-            has_attn_bias=tuple(len(layer.attention.out.args) > 2 for layer in self.layers),
+            has_attn_bias=tuple(len(layer.attention.output.linear.args) > 2 for layer in self.layers),
             parallel=any(layer.parallel for layer in self.layers),
             causal=causal,
+            post_norm=first.output.post_norm,
+            neurons_add_up=not any(n is not None and n.output.post_norm for n in self.neurons),
         )
 
 
@@ -242,7 +246,14 @@ class Tracer:
         entry = self._entry(leaf)
         if entry is not layer.entry:
             self._reads_all(entry, written, leaf)
-        return Layer(layer.attention, layer.entry, leaf, entry)
+        layer = replace(layer, mlp=leaf, mlp_entry=entry)
+        return replace(layer, listed=bool(self._listed(layer)))
+
+    def _listed(self, layer: Layer) -> set[fx.Node]:
+        """What a layer's MLP does with a list of tokens."""
+        assert layer.mlp is not None and layer.mlp_entry is not None
+        region = cone(layer.mlp, {layer.mlp_entry}) - {layer.mlp_entry}
+        return listed(self.exported, region, self.dynamic)
 
     # ---- all layers together
     def _positions_apart(self, layers: Sequence[Layer], inside: set[fx.Node]) -> None:
@@ -250,6 +261,7 @@ class Tracer:
         for layer in layers:
             prepared = {port.prepared for port in layer.attention.ports}
             inside |= cone(layer.attention.core, prepared) - prepared
+            inside |= self._listed(layer) if layer.listed else set()
         check_positions(self.exported, set(self.exported.nodes) - inside, self.dynamic)
 
     def _same_shape(self, layers: Sequence[Layer]) -> None:
@@ -258,6 +270,8 @@ class Tracer:
             a, b = layer.attention, first.attention
             same = (a.n_heads, a.n_kv_heads, a.d_head) == (b.n_heads, b.n_kv_heads, b.d_head)
             need(same, "a layer with other heads than the first", a.leaf)
+            normed = a.output.post_norm == b.output.post_norm
+            need(normed, "a norm after attention that not every layer has", a.leaf)
             need(
                 layer.mlp is None or layer.parallel == any(x.parallel for x in layers),
                 "some layers run their MLP beside attention, some after it",

@@ -20,6 +20,7 @@ from patchc.ir.ops import (
     Mix,
     Neurons,
     Out,
+    PostNorm,
     Projected,
     Run,
     Scale,
@@ -87,7 +88,7 @@ def _ask_children(dag: Dag, out: Demand, waiting: list[int], i: VariantId) -> No
         case Sum(parts):
             for p in parts:
                 _ask(dag, out, waiting, p, tokens)
-        case Tokenwise(_, x) | Scale(_, x) | Projected(_, _, _, x) | Neurons(_, x):
+        case Tokenwise(_, x) | PostNorm(_, x) | Scale(_, x) | Projected(_, _, _, x) | Neurons(_, x):
             _ask(dag, out, waiting, x, tokens)
         case Entries(_, _, _, q, k):
             _ask(dag, out, waiting, q, tokens)

@@ -38,12 +38,13 @@ KEPT = 2
 
 
 def plain_run_bytes(graph: ResidualGraph, tokens: int, element: int, prepared: bool = True) -> int:
-    """What one world's plain run keeps: embeddings, the stream below each rank, q, k, v, z, MLP outputs; with
-    `prepared` q, k and v both as projected and as attention takes them."""
+    """What one world's plain run keeps: embeddings, the stream below each rank, q, k, v, z, MLP outputs, what a block
+    writes before its own norm; with `prepared` q, k and v both as projected and as attention takes them."""
     heads, kv = graph.n_heads * graph.d_head, graph.n_kv_heads * graph.d_head
     total = (graph.blocks[0].size + graph.top + 1) * graph.d_model
     for block in graph.blocks[1:]:
         total += graph.d_model if block.kind is BlockKind.MLP else (1 + prepared) * (heads + 2 * kv) + heads
+        total += graph.d_model * block.post_norm
     return total * tokens * element
 
 

@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Probe
 from patchc.ir.graph import BlockKind, ResidualGraph
-from patchc.ir.ops import Const, Core, Entries, HeadZ, Neurons, Out, Projected, Run, StoredZ, Tokenwise, VariantId
+from patchc.ir.ops import (
+    Const,
+    Core,
+    Entries,
+    HeadZ,
+    Neurons,
+    Out,
+    PostNorm,
+    Projected,
+    Run,
+    StoredZ,
+    Tokenwise,
+    VariantId,
+)
 from patchc.ir.paths import Site
 from patchc.ir.program import Program, Rates
 from patchc.ir.tokens import Layout
@@ -135,6 +148,8 @@ def _class_of(dag: Dag, i: VariantId) -> str:
             return "neurons, read by metrics"
         case Out():
             return "heads, written again"
+        case PostNorm():
+            return "attention outputs, normalised again"
         case Tokenwise(_, 0):
             return "neurons, stored values"
         case Tokenwise():

@@ -19,6 +19,7 @@ from patchc.ir.ops import (
     Neurons,
     Op,
     Out,
+    PostNorm,
     Projected,
     Replaced,
     ReplacedNeurons,
@@ -93,6 +94,8 @@ class _Rebuild:
                 return new.head_z(known[core], head)
             case Tokenwise(block, x, replaced):
                 return new.tokenwise(block, known[x], self._neuron_sets(replaced, known[x]))
+            case PostNorm(block, x):
+                return new.post_norm(block, known[x])
             case Neurons(block, x, replaced):
                 return new.neurons(block, known[x], self._neuron_sets(replaced, known[x]))
             case Projected(block, port, head, x, replaced):

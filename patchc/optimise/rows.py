@@ -44,7 +44,8 @@ class Rows:
                 case Core(block) | Projected(block) | Neurons(block):
                     counts[block] += demand.tokens[i].bit_count()
                 case Tokenwise(block, x, replaced):
-                    counts[block] += demand.tokens[i].bit_count() if x or not replaced else 0
+                    stored = replaced and not x and dag.graph.blocks[block].neurons_add_up
+                    counts[block] += 0 if stored else demand.tokens[i].bit_count()
                 case Run(rank, x):
                     for block, n in self._of_run(rank, dag.changed[x], demand.tokens[i]):
                         counts[block] += n

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from patchc.ir.dag import Dag
 from patchc.ir.graph import BlockKind
 from patchc.ir.ops import Const, Core, Entries, Neurons, Out, Projected, Run, Tokenwise, VariantId
+from patchc.ir.paths import Site
 from patchc.ir.program import FULL, Rates, Schedule
 from patchc.ir.tokens import Layout, Tokens
 from patchc.optimise.course import Courses
@@ -91,7 +92,7 @@ class Counter:
 
     def _read_inside(self, op: Tokenwise | Neurons) -> Iterator[str]:
         """The worlds whose neurons are computed for an operation: a pass keeps those of one block at a time."""
-        if isinstance(op, Neurons) or not op.input:
+        if isinstance(op, Neurons) or self._is_stored(op):
             yield self.base
         for replaced in op.replaced:
             yield from (w for _, source in self.dag.values[replaced.value].terms if (w := world_of(source)) is not None)
@@ -99,7 +100,7 @@ class Counter:
     def _add_variant(self, out: Work, op: object, i: int, needs: Demand) -> None:
         tokens = needs.tokens[i]
         match op:
-            case Tokenwise(block, 0) as mlp if mlp.replaced:
+            case Tokenwise(block) as mlp if self._is_stored(mlp):
                 self._add(out.neurons, block, tokens.bit_count() * mlp.neurons.bit_count())
             case Tokenwise(block):
                 self._add(out.mlp, block, tokens.bit_count())
@@ -117,11 +118,17 @@ class Counter:
                 inner = self.dag.ops[core]
                 assert isinstance(inner, Core)
                 self._add(out.written, inner.block, tokens.bit_count() * heads.bit_count())
+            case Const(block, _, _, _, Site.ATTN_OUT) if self.dag.graph.blocks[block].post_norm:
+                pass  # plain runs keep what their heads write together
             case Const(block, members) if self.dag.graph.blocks[block].kind is BlockKind.ATTENTION:
                 heads = members & ((1 << self.dag.graph.n_heads) - 1)
                 self._add(out.written, block, tokens.bit_count() * heads.bit_count())
             case _:
                 pass
+
+    def _is_stored(self, op: Tokenwise) -> bool:
+        """Whether stored neurons are written, each for itself, and no MLP is run."""
+        return bool(op.replaced) and not op.input and self.dag.graph.blocks[op.block].neurons_add_up
 
     def plain(self) -> Work:
         """One plain run of all prompts."""

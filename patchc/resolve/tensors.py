@@ -67,7 +67,9 @@ class Tensors:
     def _take(self, tensor: TensorFrom, shape: Sequence[int], span: Span | None) -> str:
         key = tensor.key
         if len(shape) not in (1, 3):
-            message = f"tensor {key!r} has shape {list(shape)}; a value has one axis, [d], or a row a token, [prompt, pos, d]"
+            message = (
+                f"tensor {key!r} has shape {list(shape)}; a value has one axis, [d], or a row a token, [prompt, pos, d]"
+            )
             raise TENSOR_SHAPE.error(message, span=span)
         self.used[key], self.shapes[key] = tensor, tuple(shape)
         return key

@@ -133,9 +133,7 @@ def checked_sweep(
     if (axes is None) == (index_df is None):
         raise failure(SweepError, BAD_SWEEP, "a sweep takes either index_axis_names or an index_df")
     rows = _grid(found, activation_name, axes or ()) if index_df is None else index_df
-    out = Sweep(
-        patch_setter, activation_name, axes, rows, metrics, has_metric_axis, reduce, baseline, return_index_df
-    )
+    out = Sweep(patch_setter, activation_name, axes, rows, metrics, has_metric_axis, reduce, baseline, return_index_df)
     if out.wants_result and return_index_df:
         message = "return_index_df goes with the tensor return; a PatchingResult has its index_df"
         raise failure(SweepError, BAD_SWEEP, message, "leave `return_index_df` out")
@@ -178,7 +176,9 @@ def values_of(found: Runs, sweep: Sweep) -> Found:
     numbers = _measured(found, sweep)
     axes = [len(sweep.index_df)] if sweep.axes is None else [int(sweep.index_df[a].iloc[-1]) + 1 for a in sweep.axes]
     values = numbers.values.unflatten(1, axes)
-    return Found(values.mean(-1), numbers.baseline.mean(-1)) if sweep.reduce == "mean" else Found(values, numbers.baseline)
+    return (
+        Found(values.mean(-1), numbers.baseline.mean(-1)) if sweep.reduce == "mean" else Found(values, numbers.baseline)
+    )
 
 
 def _result(sweep: Sweep, numbers: Found) -> PatchingResult:

@@ -6,15 +6,13 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-import torch
 
-from patchc.execute.hooks import Oracle
 from patchc.ir.dag import Dag
 from patchc.ir.experiment import Blocked, Cell, FromWorld, Itself, Mean, Moved, Noise, Patch, Prompts, Value
 from patchc.ir.graph import ResidualGraph
 from patchc.ir.paths import Seq, Site, Star, Step
 from patchc.lower.fold import Fold
-from tests.differential.test_compiled_equals_hooks import VALUES, compiled, experiment, plain_runs, prompts
+from tests.differential.test_compiled_equals_hooks import VALUES, experiment, must_agree, prompts
 from tests.drawn import Draw
 from tests.models import MODELS, loaded_model
 
@@ -37,17 +35,7 @@ def drawn_cells(graph: ResidualGraph, data: Prompts, rng: Random) -> list[Cell]:
 
 
 def equal(kind: str, data: Prompts, cells: list[Cell]) -> None:
-    """Both backends give the same logits, and some of the cells change them."""
-    m, e = loaded_model(kind), experiment(cells)
-    oracle = Oracle(m.eager, m.graph, data)
-    largest = 0.0
-    with torch.no_grad():
-        base = m.pieces.unembed(plain_runs(m, data)["clean"].stream[-1])
-        for cell, got in zip(e.cells, compiled(m, data, e), strict=True):
-            expected = torch.cat(oracle.logits(e, cell))
-            assert (got - expected).abs().max() < TOLERANCE, cell
-            largest = max(largest, float((expected - base).abs().max()))
-    assert largest > 100 * TOLERANCE  # two backends that do nothing agree too
+    must_agree(loaded_model(kind), data, experiment(cells))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -42,7 +42,7 @@ from patchc.pipeline import to_program
 from tests.models import D_VOCAB, loaded_model
 
 TOLERANCE = 1e-4
-KINDS = ["gpt2-sdpa", "native-rms-rotary", "neox-parallel"]
+KINDS = ["gpt2-sdpa", "native-rms-rotary", "neox-parallel", "gemma2"]
 
 
 def worlds(rng: Random, layout: Layout) -> tuple[World, ...]:

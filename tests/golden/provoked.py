@@ -6,6 +6,7 @@ The hooks backend's own are here too: a spec never gets as far, because the comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from patchc.diagnostics import Diagnostic, PatchcError
 from patchc.execute import check, hook_proof, oracle_metrics
 from patchc.ir.experiment import FromWorld, Given, Patch, Value
 from patchc.ir.paths import Edges, Seq, Site, Step
-from patchc.model import fx_json, prove
+from patchc.model import fx_json, packaged, prove
 from tests.unit.oracle_models import Fixture, gpt2, head, native, to_logits
 from tests.unit.resolving import Words, errors
 
@@ -71,6 +72,15 @@ experiment e { for h in head run clean patch node h with corrupt measure logit(a
     kept.mkdir(parents=True)
     (kept / "run.json").write_text('{"format_version": 1, "binding": {}}', encoding="utf-8")
     return patchc.load("induction-2l").compile(spec, partial="kept").warnings
+
+
+def _model_not_installed(patched: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    patched.setattr(packaged.metadata, "distribution", missing)
+    patched.setattr(packaged, "find_spec", lambda _: None)
+    return _raised(lambda: patchc.load("smollm2-135m"))
 
 
 def _trace_differs(_: pytest.MonkeyPatch) -> tuple[Diagnostic, ...]:
@@ -131,6 +141,7 @@ PROVOKED: dict[str, Provoke] = {
     "answer-not-as-written": _answer_not_as_written,
     "internal": _internal,
     "interrupted": _interrupted,
+    "model-not-installed": _model_not_installed,
     "not-resumed": _not_resumed,
     "trace-differs": _trace_differs,
     "hooks-model": _hooks_model,

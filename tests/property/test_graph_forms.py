@@ -38,7 +38,7 @@ from patchc.model.load import LoadedModel
 from tests.models import D_VOCAB, gpt2, llama, loaded_model
 
 TOLERANCE = 1e-5
-KINDS = ["gpt2-sdpa", "llama-sdpa", "neox-parallel", "native-rms-rotary"]
+KINDS = ["gpt2-sdpa", "llama-sdpa", "neox-parallel", "native-rms-rotary", "gemma2"]
 CORRUPT = Value(((1.0, FromWorld("corrupt")),))
 VALUES = [
     CORRUPT,

@@ -146,6 +146,10 @@ class NodeFunctions:
             case _:
                 return z @ block.attn.o.weight[:, columns].T
 
+    def added(self, members: list[Node], written: list[Tensor]) -> Tensor:
+        """What the nodes of a block together add to the stream, `[token, d_model]`."""
+        return sum(written[1:], written[0])
+
     def mlp(self, node: Node, x: Tensor) -> Tensor:
         return self.from_neurons(node, self.neurons(node, x))
 

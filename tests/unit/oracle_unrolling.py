@@ -90,7 +90,7 @@ class Unrolled:
         members = self.graph.members(probe.nodes)
         word = ((members[0], None, 0),)
         if probe.site is Site.ATTN_OUT:
-            out = sum(self.variant(((node, None, 0),), self.active) for node in members)
+            out = self.functions.added(members, [self.variant(((node, None, 0),), self.active) for node in members])
             return self.entered(out, self.entering(word, self.active, probe.site), self.attn_out_spot(members))
         return self.variant(word, self.active, probe.site)
 
@@ -115,7 +115,9 @@ class Unrolled:
             for block in self.graph.blocks:
                 if block.rank == rank < reader.rank:
                     members = self.graph.members(block.nodes)
-                    out = sum(self.variant(((node, None, 0), *word), active) for node in members)
+                    out = self.functions.added(
+                        members, [self.variant(((node, None, 0), *word), active) for node in members]
+                    )
                     whole = self.entering(((members[0], None, 0), *word), active, Site.ATTN_OUT)
                     x = x + self.entered(out, whole, self.attn_out_spot(members))
         return x
@@ -124,8 +126,7 @@ class Unrolled:
         return Spot(f"stream[{rank}]", lambda plain: plain.stream(rank), Site.STREAM)
 
     def attn_out_spot(self, members: list[Node]) -> Spot:
-        name = f"attn_out[{members[0].layer}]"
-        return Spot(name, lambda plain: sum((plain.out[n] for n in members[1:]), plain.out[members[0]]), Site.ATTN_OUT)
+        return Spot(f"attn_out[{members[0].layer}]", lambda plain: plain.added(members), Site.ATTN_OUT)
 
     def entering(self, word: Word, active: tuple[int, ...], site: Site) -> Entering:
         """The values of ordinary patches that enter at one kind of place at the beginning of `word`."""
@@ -354,22 +355,23 @@ class Plain:
     """A world's run: every node's output, and all that is inside it."""
 
     def __init__(self, functions: NodeFunctions, ids: tuple[tuple[int, ...], ...]):
-        f, flat = functions, torch.tensor([i for row in ids for i in row])
+        self.functions = f = functions
+        flat = torch.tensor([i for row in ids for i in row])
         self.out: dict[Node, Tensor] = {}
         self.qkv: dict[Node, list[Tensor]] = {}
         self.inside: dict[Node, dict[Site, Tensor]] = {}
         for node in f.graph.nodes[:-1]:
-            below = [x for n, x in self.out.items() if n.rank < node.rank]
+            below = self.stream(node.rank)
             match node.kind:
                 case Kind.EMBED | Kind.POS_EMBED:
                     self.out[node] = f.embedding(node, flat)
                 case Kind.ATTN_BIAS:
                     self.out[node] = f.attn_bias(node)
                 case Kind.MLP:
-                    self.inside[node] = {Site.IN: sum(below), Site.POST: f.neurons(node, sum(below))}
+                    self.inside[node] = {Site.IN: below, Site.POST: f.neurons(node, below)}
                     self.out[node] = f.from_neurons(node, self.inside[node][Site.POST])
                 case _:
-                    q, k, v = self.qkv[node] = [f.project(node, port, sum(below)) for port in range(3)]
+                    q, k, v = self.qkv[node] = [f.project(node, port, below) for port in range(3)]
                     scores = f.scores(node, q, k)
                     pattern = f.pattern(scores)
                     self.inside[node] = {
@@ -380,5 +382,10 @@ class Plain:
 
     def stream(self, rank: int) -> Tensor:
         """The stream below a rank."""
-        below = [x for node, x in self.out.items() if node.rank < rank]
-        return sum(below, torch.zeros_like(next(iter(self.out.values()))))
+        g, f = self.functions.graph, self.functions
+        nothing = torch.zeros(f.layout.n_tokens, g.d_model, dtype=next(f.model.parameters()).dtype)
+        return sum((self.added(g.members(block.nodes)) for block in g.blocks if block.rank < rank), nothing)
+
+    def added(self, members: list[Node]) -> Tensor:
+        """What the nodes of a block add to the stream."""
+        return self.functions.added(members, [self.out[node] for node in members])

@@ -16,7 +16,7 @@ from patchc.model.rates import rates
 from patchc.model.trace import trace
 from patchc.optimise.plan import Cost
 from patchc.report import plans
-from tests.models import MODELS, gpt2, llama, loaded_model, neox
+from tests.models import TRACED, gpt2, llama, loaded_model, neox
 from tests.unit.test_plan import DATA, model
 
 
@@ -41,7 +41,7 @@ def test_pieces_hold_what_they_say(build: Any) -> None:
     assert more == sum(pieces.copied.values()) == 0
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", TRACED)
 def test_nothing_is_copied_of_any_kind(kind: str) -> None:
     assert loaded_model(kind).pieces.copied == {}
 

@@ -4,6 +4,7 @@ cannot be had are refused when they are needed."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from patchc.ir.graph import Kind
 from patchc.ir.tokens import Layout
 from patchc.model.load import LoadedModel, load
 from tests.composed import packed_embedding, packed_qkv
-from tests.models import MODELS, jittered, llama, loaded_model
+from tests.models import TRACED, jittered, llama, loaded_model
 from tests.unit.test_model_refusals import Attention
 
 CLOSE = 5e-6
@@ -23,7 +24,7 @@ HIDDEN = float("-inf")
 D = 32
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=sorted(TRACED))
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return loaded_model(request.param)
 
@@ -38,7 +39,11 @@ def test_scores_softmax_to_what_values_are_mixed_by(loaded: LoadedModel, layer: 
     tables, at = pieces.tables(Layout((n,))), torch.arange(n)[None]
     q, k, v = (x[None] for x in packed_qkv(pieces, layer, packed_embedding(pieces, [prompt(n)]), tables))
     scores = pieces.scores(layer, q, k, at, n, tables)
-    assert torch.equal(scores[0, 0] == HIDDEN, torch.ones(n, n).triu(1).bool())
+    hidden = torch.ones(n, n).triu(1).bool()
+    kinds: Any = getattr(getattr(loaded.eager, "config", None), "layer_types", None)
+    if kinds and kinds[layer] == "sliding_attention":
+        hidden |= torch.ones(n, n).tril(-4).bool()
+    assert torch.equal(scores[0, 0] == HIDDEN, hidden)
     z = torch.einsum("chqk,ckhd->cqhd", scores.softmax(-1), v)
     assert torch.allclose(z, pieces.attend(layer, q, k, v, at, n, tables), atol=CLOSE)
     some = torch.tensor([[5, 2]])
@@ -57,6 +62,11 @@ def test_neurons_add_up_to_the_mlp(loaded: LoadedModel) -> None:
     post = pieces.mlp_post(1, x)
     assert post.shape == (6, graph.d_mlp)
     assert torch.allclose(pieces.mlp_down(1, post), pieces.mlp(1, x), atol=CLOSE)
+    assert pieces.neurons_add_up(1) != graph.blocks[1].post_norm
+    if not pieces.neurons_add_up(1):
+        with pytest.raises(ValueError, match="not the sum"):
+            pieces.neurons(1, post, range(graph.d_mlp))
+        return
     bias = pieces.mlp_down(1, torch.zeros_like(post))
     parts = [pieces.neurons(1, post[:, some], some) for some in ([3, 1], [0, 2, *range(4, graph.d_mlp)])]
     assert torch.allclose(parts[0] + parts[1] + bias, pieces.mlp(1, x), atol=CLOSE)
@@ -123,9 +133,8 @@ class Odd(nn.Module):
         return self.unembed(x + self.mlp(self.ln2(x)))
 
 
-@pytest.mark.parametrize("kind", ["norm after the MLP", "gate behind the MLP"])
-def test_an_mlp_without_an_output_matrix_has_no_neurons(kind: str) -> None:
-    loaded = load(jittered(Odd(kind)))
+def test_an_mlp_without_an_output_matrix_has_no_neurons() -> None:
+    loaded = load(jittered(Odd("gate behind the MLP")))
     assert loaded.graph.d_mlp == 0
     assert loaded.graph.node(Kind.MLP, 0) is not None
     x = torch.zeros(2, D)
@@ -141,6 +150,12 @@ def test_an_mlp_without_an_output_matrix_has_no_neurons(kind: str) -> None:
         (fault,) = caught.value.diagnostics
         assert (fault.code, fault.exit) == ("no-inside", 3)
         assert "`mlp[0]`" in fault.message
+
+
+def test_neurons_before_a_norm_do_not_add_up() -> None:
+    pieces, x = load(jittered(Odd("norm after the MLP"))).pieces, torch.randn(4, D)
+    assert torch.allclose(pieces.mlp_down(0, pieces.mlp_post(0, x)), pieces.mlp(0, x), atol=CLOSE)
+    assert not pieces.neurons_add_up(0)
 
 
 def test_a_factor_behind_the_output_matrix_is_part_of_it() -> None:

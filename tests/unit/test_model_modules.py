@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchc.ir.graph import Kind
+from patchc.ir.graph import BlockKind, Kind
 from patchc.model.load import LoadedModel
-from tests.models import D_VOCAB, MODELS, loaded_model, logits_of
+from tests.models import D_VOCAB, TRACED, loaded_model, logits_of
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=sorted(TRACED))
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return loaded_model(request.param)
 
@@ -46,6 +46,9 @@ def run_modules(loaded: LoadedModel, ids: Tensor) -> Tensor:
         if graph.node(Kind.ATTN_BIAS, layer) is not None:
             written = written + call(f"layer{layer}_attn_bias")
         assert torch.allclose(call(f"layer{layer}_attn", z), written, atol=5e-6)
+        normed = graph.layer_block(BlockKind.ATTENTION, layer).post_norm
+        assert normed == (f"layer{layer}_post_norm" in pieces.modules)
+        written = call(f"layer{layer}_post_norm", written) if normed else written
         after = x + written
         parallel = len({b.rank for b in graph.blocks if b.layer == layer}) == 1
         mlp = graph.node(Kind.MLP, layer) is not None

@@ -9,13 +9,13 @@ from torch import Tensor
 from patchc.ir.tokens import Layout
 from patchc.model.load import LoadedModel, load
 from tests.composed import packed_embedding, packed_qkv, streams
-from tests.models import D_VOCAB, MODELS, loaded_model, logits_of, neox
+from tests.models import D_VOCAB, TRACED, loaded_model, logits_of, neox
 
 CLOSE = 5e-6
 RAGGED = (5, 9, 1, 5)
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=sorted(TRACED))
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return loaded_model(request.param)
 

@@ -28,7 +28,7 @@ from patchc.model.prove import Prover
 from patchc.model.state import content_fingerprint
 from patchc.model.trace import trace
 from patchc.model.trace_cache import computed, keep_trace, read_trace, trace_key
-from tests.models import MODELS, gpt2, llama, loaded_model
+from tests.models import TRACED, gpt2, llama, loaded_model
 from tests.unit.test_model_refusals import Model
 
 
@@ -60,7 +60,7 @@ def key_of(loaded: LoadedModel) -> dict[str, Any]:
     return key
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", TRACED)
 def test_what_is_kept_is_what_was_proved(kind: str) -> None:
     fresh = loaded_model(kind)
     keep_trace(key_of(fresh), fresh.pieces, fresh.eager)

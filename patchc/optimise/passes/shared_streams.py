@@ -25,6 +25,7 @@ from patchc.ir.ops import (
     Neurons,
     Op,
     Out,
+    PostNorm,
     Projected,
     Run,
     Scale,
@@ -84,7 +85,7 @@ def _ranks(dag: Dag, read: list[VariantId]) -> dict[VariantId, int]:
 
 def _rank(dag: Dag, op: Op, known: dict[VariantId, int]) -> int:
     match op:
-        case Const(block) | Core(block) | Tokenwise(block):
+        case Const(block) | Core(block) | Tokenwise(block) | PostNorm(block):
             return dag.graph.blocks[block].rank
         case Projected(block) | Entries(block) | Neurons(block) | StoredZ(block):
             return dag.graph.blocks[block].rank
