@@ -214,9 +214,3 @@ def activation(hook: str, pieces: Pieces, layout: Layout, of_mlp: bool = False) 
         message = f"no {hook!r}: the model has layers 0..{pieces.graph.n_layers - 1}"
         raise failure(SweepNameError, NO_ACTIVATION, message)
     return Activation(hook, name, shape, layer, pieces, layout, of_mlp and name == "resid_mid")
-
-
-def changed_members(x: Activation, changed: Tensor) -> list[tuple[int, Tensor]]:
-    """Of each member that `changed` (bool, the activation's shape) marks somewhere: what is marked, `[token, width]`."""
-    parts = ((m, x.of_member(changed, m)) for m in x.members())
-    return [(m, part) for m, part in parts if bool(part.any())]

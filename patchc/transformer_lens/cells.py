@@ -98,10 +98,8 @@ class Cells:
     def _called(self, x: Activation, index: Index, rows: Rows) -> tuple[Patch, ...]:
         """What a setter changes, row by row: a row that it touches is set as a whole, to what it made of it."""
         own = self._own(x)
-        before = own.clone()
         with torch.no_grad():
-            after: Any = self.setter(before, index, self.runs.clean(x))
-        after = self._checked(x, own, before if after is None else after)
+            after = self._checked(x, own, self.setter(own.clone(), index, self.runs.clean(x)))
         changed = (after != own) & ~(after.isnan() & own.isnan())
         if x.shape is Shape.ENTRIES:
             self._refuse_hidden(x, after, changed)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from patchc import pipeline
 from patchc.diagnostics import PatchcError
-from patchc.execute.readout import METRIC_SHAPE
+from patchc.execute.read_logits import NotHeld, reads_of
+from patchc.execute.readout import METRIC_READS, METRIC_SHAPE
 from patchc.execute.sweep import Outcome
 from patchc.free_memory import default_budget
 from patchc.ir.experiment import Called, Cell, Dim, Experiment, Metric, Patch
@@ -34,6 +35,19 @@ class Metrics:
     any_shape: bool = False
     """Whether one number may come in any shape."""
     raised: list[Exception] = field(default_factory=list[Exception])
+    _leaves: dict[str, Called] = field(default_factory=dict[str, Called])
+
+    def leaf(self, name: str, runs: Runs) -> Called:
+        """A metric with the logits that it reads, where that can be told."""
+        if name not in self._leaves:
+            shape = self.n_batch, runs.layout.lengths[0], runs.pieces.graph.d_vocab
+            reads = reads_of(self.functions[name], *shape, runs.pieces.dtype)
+            self._leaves[name] = Called(name) if reads is None else Called(name, reads.rows, reads.columns)
+        return self._leaves[name]
+
+    def read_all(self) -> None:
+        """Give every metric all logits from here on."""
+        self._leaves = {name: Called(name) for name in self.functions}
 
     def given(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """As a program calls them, by name."""
@@ -43,6 +57,8 @@ class Metrics:
         def call(logits: Tensor) -> Tensor:
             try:
                 return self._checked(name, torch.as_tensor(function(logits)).detach())
+            except NotHeld:
+                raise
             except Exception as error:
                 self.raised.append(error)
                 raise
@@ -76,21 +92,30 @@ def measured(
     progress: Callable[[int], None] | None = None,
 ) -> Found:
     """Every cell's numbers, in torch's default dtype on the model's device."""
-    experiment = Experiment(
+    try:
+        outcome = _outcome(runs, _experiment(runs, cells, metrics), tensors, metrics, progress)
+    except PatchcError as error:
+        if any(d.code != METRIC_READS.code for d in error.diagnostics):
+            raise
+        metrics.read_all()
+        outcome = _outcome(runs, _experiment(runs, cells, metrics), tensors, metrics, progress)
+    keep: Any = slice(None) if metrics.per_example else 0
+    names = list(metrics.functions)
+    values = torch.stack([outcome.numbers[name].per_prompt[:, keep] for name in names])
+    baseline = torch.stack([outcome.unpatched[name][CORRUPTED].per_prompt[0][keep] for name in names])
+    device, dtype = runs.pieces.device, torch.get_default_dtype()
+    return Found(values.to(device, dtype), baseline.to(device, dtype))
+
+
+def _experiment(runs: Runs, cells: Sequence[tuple[Patch, ...]], metrics: Metrics) -> Experiment:
+    return Experiment(
         "sweep",
         None,
         CORRUPTED,
         (Dim("cell", tuple(range(len(cells)))),),
         tuple(Cell((i,), patches) for i, patches in enumerate(cells)),
-        tuple(Metric(name, Called(name)) for name in metrics.functions),
+        tuple(Metric(name, metrics.leaf(name, runs)) for name in metrics.functions),
     )
-    outcome = _outcome(runs, experiment, tensors, metrics, progress)
-    keep: Any = slice(None) if metrics.per_example else 0
-    names = list(metrics.functions)
-    values = torch.stack([outcome.numbers[name].per_prompt[:, keep] for name in names])
-    baseline = torch.stack([outcome.unpatched[name][CORRUPTED].per_prompt[0][keep] for name in names])
-    like = {"dtype": torch.get_default_dtype(), "device": runs.pieces.device}
-    return Found(values.to(**like), baseline.to(**like))
 
 
 def _outcome(

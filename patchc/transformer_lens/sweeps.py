@@ -154,7 +154,9 @@ def _grid(found: Runs, activation_name: str, axes: Sequence[str]) -> pd.DataFram
 @lru_cache
 def _hook_name(activation_name: str, layer: Any) -> str:
     """TransformerLens' full name of an activation."""
-    from transformer_lens.utilities import get_act_name  # costs seconds where nothing else has imported it
+    from transformer_lens.utilities.components_utils import (
+        get_act_name,
+    )  # costs seconds where nothing else has imported it
 
     return get_act_name(activation_name, layer=layer)
 

@@ -5,6 +5,8 @@ What a sweep does with it is for `sweeps`.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ _named: dict[str, Model] = {}
 """The last model that was asked for by name."""
 
 NOTHING = nn.Identity()
+FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,34 @@ def _of_module(module: nn.Module) -> Traced:
     is_bridge = type(module).__name__ == "TransformerBridge"
     inner: nn.Module = module.original_model if is_bridge else module  # pyright: ignore[reportAssignmentType]
     _refuse_training(module, inner)
-    if is_bridge:
-        refuse_hooks(module)
+    if not is_bridge:
+        return _kept(module, inner, None)
+    refuse_hooks(module)
+    with _without_copies(module):
+        return _kept(module, inner, module)
+
+
+def _kept(module: nn.Module, inner: nn.Module, bridge: Any | None) -> Traced:
     kept = _traced.get(module)
-    bridge = module if is_bridge else None
     if kept is not None and (loaded := _unchanged(replace(kept.loaded, eager=inner))) is not None:
         return Traced(loaded, bridge, kept.checked)
     loaded = load(module).loaded
     kept = _traced[module] = Traced(replace(loaded, eager=NOTHING))
     return Traced(loaded, bridge, kept.checked)
+
+
+@contextmanager
+def _without_copies(bridge: Any) -> Generator[None]:
+    """A bridge that computes as the model does: with these flags it copies what heads read, or adds up what each
+    writes, for hooks to be put there. The numbers are the same."""
+    flags = [flag for flag in FLAGS if getattr(bridge.cfg, flag, False)]
+    try:
+        for flag in flags:
+            getattr(bridge, f"set_{flag}")(False)
+        yield
+    finally:
+        for flag in flags:
+            getattr(bridge, f"set_{flag}")(True)
 
 
 def _unchanged(loaded: LoadedModel) -> LoadedModel | None:

@@ -156,6 +156,6 @@ PROVOKED: dict[str, Provoke] = {
 
 WITHOUT_EXAMPLE = frozenset(
     "file-too-large double-bos edge-positions complement-of-a-part no-inside mean-position no-text-column "
-    "offset-of-number hooks-point hooks-read-tensor no-starter".split()
+    "offset-of-number hooks-point hooks-read-tensor no-starter other-activation".split()
 )
 """Codes whose page says what they mean without an example; tests of the stage that raises them bring them about."""

@@ -1,0 +1,332 @@
+"""Clean activations from anywhere: whole, edited, filtered and broadcast caches, tokens; and setters of any kind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens import patching as theirs
+
+import patchc
+from patchc import transformer_lens as ours
+from patchc.api import Model
+from patchc.ir.experiment import ModelChoice
+from patchc.transformer_lens import runs as running
+from patchc.transformer_lens import traced as tracing
+from patchc.transformer_lens.traced import Traced, traced
+from tests.transformer_lens_bridges import Setting, bridge, metric, setting
+from tests.unit.test_transformer_lens_arguments import assert_equal
+
+KINDS = ("gpt2", "llama")
+NAMES = {
+    "resid_pre": ("hook_resid_pre", "get_act_patch_resid_pre"),
+    "resid_mid": ("hook_resid_mid", "get_act_patch_resid_mid"),
+    "attn_out": ("hook_attn_out", "get_act_patch_attn_out"),
+    "mlp_out": ("hook_mlp_out", "get_act_patch_mlp_out"),
+    "z": ("attn.hook_z", "get_act_patch_attn_head_out_by_pos"),
+    "q": ("attn.hook_q", "get_act_patch_attn_head_q_all_pos"),
+    "k": ("attn.hook_k", "get_act_patch_attn_head_k_by_pos"),
+    "v": ("attn.hook_v", "get_act_patch_attn_head_v_all_pos"),
+    "pattern": ("attn.hook_pattern", "get_act_patch_attn_head_pattern_by_pos"),
+}
+
+
+def filtered(s: Setting, name: str) -> dict[str, Tensor]:
+    """The cache with one activation alone: nothing says what the clean tokens were."""
+    return {k: v.clone() for k, v in s.clean_cache.items() if k.endswith(NAMES[name][0])}
+
+
+def compared(s: Setting, name: str, cache: Any) -> None:
+    given = (s.bridge, s.corrupted, cache, metric)
+    assert_equal(getattr(theirs, NAMES[name][1])(*given), getattr(ours, NAMES[name][1])(*given))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_filtered_cache(kind: str, name: str) -> None:
+    compared(setting(kind), name, filtered(setting(kind), name))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_edited_cache(kind: str, name: str) -> None:
+    """The tokens are in the cache still, and what it has is no longer what they give."""
+    s = setting(kind)
+    cache = {k: v.clone() for k, v in s.clean_cache.items()}
+    for hook, x in cache.items():
+        if hook.endswith(NAMES[name][0]):
+            x *= 1.5
+            if name != "pattern":
+                x += 0.1 * x.mean(0, keepdim=True)
+    compared(s, name, cache)
+    assert not torch.equal(cache["blocks.1." + NAMES[name][0]], s.clean_cache["blocks.1." + NAMES[name][0]])
+
+
+def test_one_edited_number_is_noticed() -> None:
+    s = setting("gpt2")
+    cache = {k: v.clone() for k, v in s.clean_cache.items()}
+    cache["blocks.1.attn.hook_z"][1, 4, 2, 3] += 1.0
+    whole = ours.get_act_patch_attn_head_out_by_pos(s.bridge, s.corrupted, s.clean_cache, metric)
+    edited = ours.get_act_patch_attn_head_out_by_pos(s.bridge, s.corrupted, cache, metric)
+    assert (whole != edited).nonzero().tolist().count([1, 4, 2]) == 1
+    assert float((whole - edited).abs()[1, 4, 2]) > 1e-4
+    compared(s, "z", cache)
+
+
+@pytest.mark.parametrize("name", ["resid_pre", "z"])
+def test_a_cache_of_one_prompt_is_broadcast(name: str) -> None:
+    s = setting("gpt2")
+    compared(s, name, {k: v[:1] for k, v in s.clean_cache.items()})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_clean_tokens_in_place_of_a_cache(kind: str, name: str) -> None:
+    s = setting(kind)
+    sweep = getattr(ours, NAMES[name][1])
+    want = getattr(theirs, NAMES[name][1])(s.bridge, s.corrupted, s.clean_cache, metric)
+    assert_equal(want, sweep(s.bridge, s.corrupted, s.clean, metric))
+
+
+def test_a_cache_is_the_clean_runs_own_where_its_tokens_say_so() -> None:
+    """Then positions before the first difference need not be computed."""
+    s = setting("gpt2")
+    with_tokens = running.runs(s.bridge, s.corrupted, s.clean_cache)
+    x = with_tokens.activation("blocks.1.hook_resid_pre")
+    assert with_tokens.is_own(x)
+    without = running.runs(s.bridge, s.corrupted, filtered(s, "resid_pre"))
+    assert not without.is_own(x)
+
+
+def test_equal_runs_change_nothing() -> None:
+    s = setting("gpt2")
+    got = ours.get_act_patch_resid_pre(s.bridge, s.corrupted, s.corrupted_cache, metric)
+    assert torch.equal(got, torch.full_like(got, float(got[0, 0])))
+    with torch.no_grad():
+        want = metric(s.bridge(s.corrupted))
+    assert float(got[0, 0]) == pytest.approx(float(want), abs=1e-5)
+
+
+def test_a_missing_entry() -> None:
+    s = setting("gpt2")
+    with pytest.raises(KeyError, match=r"no 'blocks\.0\.hook_resid_pre'"):
+        ours.get_act_patch_resid_pre(s.bridge, s.corrupted, {}, metric)
+
+
+# ---- setters
+
+
+def mean_over_heads(corrupted: Tensor, index: Any, clean: Tensor) -> Tensor:
+    corrupted[:, index[1]] = (corrupted + clean)[:, index[1]].mean(1, keepdim=True)
+    return corrupted
+
+
+def halves(corrupted: Tensor, index: Any, clean: Tensor) -> Tensor:
+    return torch.cat([corrupted[..., : corrupted.shape[-1] // 2], clean[..., clean.shape[-1] // 2 :]], -1)
+
+
+def swapped_rows(corrupted: Tensor, index: Any, clean: Tensor) -> Tensor:
+    corrupted[:, index[1], 3, :3] = clean[:, index[1], 4, :3].flip(-1)
+    return corrupted
+
+
+def knocked_out(corrupted: Tensor, index: Any, clean: Tensor) -> Tensor:
+    corrupted[:, index[1], 4, 2] = float("-inf")
+    return corrupted
+
+
+SETTERS = (
+    ("z", ("layer", "pos"), mean_over_heads),
+    ("k", ("layer", "pos"), mean_over_heads),
+    ("v", ("layer",), halves),
+    ("resid_pre", ("layer",), halves),
+    ("mlp_out", ("layer",), halves),
+    ("post", ("layer",), halves),
+    ("pattern", ("layer", "head"), swapped_rows),
+    ("attn_scores", ("layer", "head"), knocked_out),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "axes", "setter"), SETTERS)
+def test_any_function_is_a_setter(kind: str, name: str, axes: tuple[str, ...], setter: Any) -> None:
+    s = setting(kind)
+    given = (s.bridge, s.corrupted, s.clean_cache, metric, setter, name, axes)
+    assert_equal(theirs.generic_activation_patch(*given), ours.generic_activation_patch(*given))
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "setter"),
+    [
+        ("z", ("layer", "pos"), "layer_pos_patch_setter"),
+        ("post", ("layer", "pos"), "layer_pos_patch_setter"),
+        ("attn_scores", ("layer", "head_index"), "layer_head_pattern_patch_setter"),
+        ("attn_scores", ("layer", "head_index", "dest_pos", "src_pos"), "layer_head_dest_src_pos_pattern_patch_setter"),
+        ("resid_pre", ("layer", "pos", "head"), "layer_pos_head_vector_patch_setter"),
+        ("pattern", ("layer", "pos"), "layer_head_vector_patch_setter"),
+    ],
+)
+def test_known_setters_on_other_activations(name: str, axes: tuple[str, ...], setter: str) -> None:
+    """Where the index means something else than usual too: a neuron of the stream, a row of all heads' patterns."""
+    s = setting("gpt2")
+    given = (s.bridge, s.corrupted, s.clean_cache, metric)
+    want = theirs.generic_activation_patch(*given, getattr(theirs, setter), name, axes)
+    for known in (getattr(theirs, setter), getattr(ours, setter)):
+        assert_equal(want, ours.generic_activation_patch(*given, known, name, axes), effect=1e-5)
+
+
+def test_our_setters_are_theirs() -> None:
+    x, y = torch.randn(2, 3, 3, 3), torch.randn(2, 3, 3, 3)
+    for name, index in {
+        "layer_pos_patch_setter": [0, 1],
+        "layer_pos_head_vector_patch_setter": [0, 1, 2],
+        "layer_head_vector_patch_setter": [0, 1],
+        "layer_head_pattern_patch_setter": [0, 1],
+        "layer_head_pos_pattern_patch_setter": [0, 1, 2],
+        "layer_head_dest_src_pos_pattern_patch_setter": [0, 1, 2, 0],
+    }.items():
+        want, got = (getattr(m, name)(x.clone(), index, y) for m in (theirs, ours))
+        assert torch.equal(want, got)
+        assert not torch.equal(got, x)
+
+
+def refused_setter(setter: Any, name: str = "resid_pre") -> str:
+    s = setting("gpt2")
+    with pytest.raises(ValueError, match=r"sweep-arguments") as caught:
+        ours.generic_activation_patch(s.bridge, s.corrupted, s.clean_cache, metric, setter, name, ("layer",))
+    return str(caught.value)
+
+
+def test_what_a_setter_gives_is_checked() -> None:
+    assert "gave shape [3, 5]" in refused_setter(lambda x, i, c: x[:, :, 0])
+    assert "gave NoneType" in refused_setter(lambda x, i, c: None)
+    assert "where the model's mask lets nothing look" in refused_setter(lambda x, i, c: x + 0.1, "pattern")
+
+
+def test_many_rows_of_a_setter_are_cut_into_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = setting("gpt2")
+    given = (s.bridge, s.corrupted, s.clean_cache, metric, mean_over_heads, "z", ("layer", "pos"))
+    whole = ours.generic_activation_patch(*given)
+    monkeypatch.setattr("patchc.transformer_lens.sweeps.GROUP_BYTES", 5000)
+    assert_equal(whole, ours.generic_activation_patch(*given))
+
+
+# ---- models
+
+
+def test_modules_and_traced_models_are_swept_as_bridges_are() -> None:
+    s = setting("llama")
+    want = theirs.get_act_patch_attn_head_v_by_pos(s.bridge, s.corrupted, s.clean_cache, metric)
+    model = Model(traced(s.bridge).loaded, ModelChoice("traced"))
+    for given in (model, s.bridge.original_model):
+        for clean in (s.clean_cache, s.clean):
+            assert_equal(want, ours.get_act_patch_attn_head_v_by_pos(given, s.corrupted, clean, metric))
+
+
+def test_a_name_is_a_model_too() -> None:
+    clean, corrupted = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 4]])
+    got = ours.get_act_patch_resid_pre("induction-2l", corrupted, clean, lambda x: x[0, -1, 2])
+    assert got.shape[1] == 4
+    assert torch.equal(got[:, 0], got[:1, 0].expand(len(got)))
+
+
+def test_a_model_is_traced_once_and_again_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, s, traces = bridge("gpt2"), setting("gpt2"), list[Any]()
+    load = tracing.load
+
+    def counted(model: Any) -> Any:
+        traces.append(model)
+        return load(model)
+
+    monkeypatch.setattr(tracing, "load", counted)
+    sweep = ours.get_act_patch_resid_pre
+    first = sweep(made, s.corrupted, s.clean, metric)
+    sweep(made, s.corrupted, s.clean, metric)
+    assert len(traces) == 1
+    with torch.no_grad():
+        made.original_model.lm_head.weight.mul_(2)
+    _, cache = made.run_with_cache(s.clean)
+    second = sweep(made, s.corrupted, cache, metric)
+    assert len(traces) == 2
+    assert not torch.allclose(first, second)
+    assert_equal(theirs.get_act_patch_resid_pre(made, s.corrupted, cache, metric), second)
+    alive = weakref.ref(made)  # and what is known of it does not keep it alive
+    del made, traces[:]
+    gc.collect()
+    assert alive() is None
+
+
+def test_hooks_and_training_are_refused() -> None:
+    made, s = bridge("gpt2"), setting("gpt2")
+    made.add_hook("blocks.0.attn.hook_z", lambda x, hook: x * 0)
+    with pytest.raises(patchc.PatchcError, match="model-has-hooks"):
+        ours.get_act_patch_resid_pre(made, s.corrupted, s.clean, metric)
+    made.reset_hooks()
+    made.train()
+    with pytest.raises(ValueError, match="in training mode"):
+        ours.get_act_patch_resid_pre(made, s.corrupted, s.clean, metric)
+
+
+def test_a_bridges_flags_change_no_number() -> None:
+    made, s = bridge("gpt2"), setting("gpt2")
+    for flag in ("use_attn_result", "use_split_qkv_input"):
+        getattr(made, f"set_{flag}")(True)
+        for name in ("get_act_patch_attn_head_out_all_pos", "get_act_patch_attn_head_q_all_pos"):
+            want = getattr(ours, name)(s.bridge, s.corrupted, s.clean_cache, metric)
+            assert_equal(want, getattr(ours, name)(made, s.corrupted, s.clean_cache, metric))
+            assert_equal(want, getattr(ours, name)(made, s.corrupted, s.clean, metric))
+        assert getattr(made.cfg, flag)
+
+
+def test_a_hook_that_stands_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = setting("gpt2")
+    found = running.runs(s.bridge, s.corrupted, s.clean)
+    found.model = Traced(found.model.loaded, s.bridge)
+    monkeypatch.setattr(running, "alike", lambda *_: False)
+    with pytest.raises(ValueError, match="other-activation"):
+        found.check_place(found.activation("blocks.1.attn.hook_q"))
+
+
+# ---- direct paths
+
+
+@pytest.mark.parametrize("component", ["q", "k", "v"])
+def test_direct_paths(component: str) -> None:
+    s = setting("gpt2")
+    given = (s.bridge, s.corrupted, s.clean_cache, s.corrupted_cache, metric)
+    want = theirs.get_act_patch_direct_path_all_sources(*given, component, verbose=False)
+    got = ours.get_act_patch_direct_path_all_sources(*given, component, verbose=False)
+    assert_equal(want, got)
+    one = ours.get_act_patch_direct_path(*given, 0, 2, component, verbose=False)
+    assert_equal(got[0, 2], one)
+    assert torch.equal(one[0], torch.zeros_like(one[0]))
+    tokens = (s.bridge, s.corrupted, s.clean, None, metric)
+    assert_equal(want, ours.get_act_patch_direct_path_all_sources(*tokens, component, verbose=False))
+
+
+@pytest.mark.parametrize("edited", ["clean", "corrupted", "neither"])
+def test_direct_paths_of_any_caches(edited: str) -> None:
+    s = setting("llama")
+    caches = [{k: v.clone() for k, v in c.items() if k.endswith("hook_z")} for c in (s.clean_cache, s.corrupted_cache)]
+    for name, cache in zip(("clean", "corrupted"), caches, strict=True):
+        for x in cache.values() if name == edited else ():
+            x *= 3
+    given = (s.bridge, s.corrupted, *caches, metric, 0, 1)
+    want, got = (m.get_act_patch_direct_path(*given, verbose=False) for m in (theirs, ours))
+    assert_equal(want, got)
+
+
+def test_direct_paths_are_checked() -> None:
+    s = setting("gpt2")
+    given: tuple[Any, ...] = (s.bridge, s.corrupted, s.clean_cache, s.corrupted_cache, metric)
+    with pytest.raises(ValueError, match="component must be one of"):
+        ours.get_act_patch_direct_path(*given, 0, 1, "z")
+    with pytest.raises(IndexError, match=r"no head \(2, 0\)"):
+        ours.get_act_patch_direct_path(*given, 2, 0)
+    short = {k: v[:, :3] for k, v in s.clean_cache.items()}
+    with pytest.raises(ValueError, match="the tokens are"):
+        ours.get_act_patch_direct_path(s.bridge, s.corrupted, short, s.corrupted_cache, metric, 0, 1)
