@@ -89,8 +89,7 @@ def _theirs(work: Work, on: Subject) -> tuple[Any, str | None, float]:
     """What TransformerLens gives, or its error; and CPU seconds."""
     _ = on.model, on.clean_cache, on.corrupt_cache  # made here, so that they are not in what is timed
     try:
-        with torch.no_grad():
-            found, seconds = _timed(lambda: work.call(transformer_lens.patching, on))
+        found, seconds = _timed(lambda: work.call(transformer_lens.patching, on))
         return found, None, seconds
     except (ValueError, NotImplementedError) as error:
         return None, f"{type(error).__name__}: {error}", math.nan
@@ -136,7 +135,7 @@ def _side(theirs: Any, give: Callable[[], Any], calls: int) -> Side:
 
 
 def _timed(give: Callable[[], Any]) -> tuple[Any, float]:
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         start = time.process_time()
         found = give()
         return found, time.process_time() - start

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import transformer_lens.patching
 from torch import Tensor
 
 from patchc.report.results import Results
@@ -46,7 +47,7 @@ class Work:
 
 def public_names() -> set[str]:
     """Every function and class that `transformer_lens.patching` defines and does not call private."""
-    from transformer_lens import patching
+    patching = transformer_lens.patching
 
     def is_its_own(found: object) -> bool:
         return isinstance(found, functools.partial) or getattr(found, "__module__", None) == patching.__name__
@@ -120,15 +121,31 @@ def generic(activation: str, setter: str | Callable[..., Tensor], axes: Sequence
     return call
 
 
-def of_results(module: Any, subject: Subject) -> Any:
-    """What each head writes, `result` there, which a bridge shows only when it is told to."""
-    subject.bridge.set_use_attn_result(True)
+def of_results(m: Any, s: Subject) -> Any:
+    """What each head writes, `result` there: a bridge has to be told to keep it, where it can; patchc is given the
+    clean tokens in place of a cache."""
+
+    def call(cache: Any) -> Any:
+        setter = m.layer_head_vector_patch_setter
+        return m.generic_activation_patch(s.bridge, s.corrupt, cache, s.diff, setter, "result", ("layer", "head"))
+
+    if m is not transformer_lens.patching:
+        return call(s.clean)
+    s.bridge.set_use_attn_result(True)
     try:
-        cache = subject.bridge.run_with_cache(subject.clean)[1]
-        given = (subject.bridge, subject.corrupt, cache, subject.diff, module.layer_head_vector_patch_setter)
-        return module.generic_activation_patch(*given, "result", ("layer", "head"))
+        return call(s.bridge.run_with_cache(s.clean)[1])
     finally:
-        subject.bridge.set_use_attn_result(False)
+        s.bridge.set_use_attn_result(False)
+
+
+def with_gradients(call: Call) -> Call:
+    """Other calls are made under `torch.no_grad()`."""
+
+    def graded(m: Any, s: Subject) -> Any:
+        with torch.enable_grad():
+            return call(m, s)
+
+    return graded
 
 
 def half(corrupted: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:
@@ -186,6 +203,8 @@ SWEEPS = (
     *(_simple(f"attn_head_{s}_all_pos", f"head_{s}", *ALL_POS) for s in ("out", "q", "pattern")),
     *(_simple(f"attn_head_{s}_all_pos", f"head_{s}", *KV_ALL_POS) for s in ("k", "v")),
 )
+MID = "get_act_patch_resid_mid"
+GRADED = Work(MID, with_gradients(sweep(MID)), "gradients on", "resid_mid", grid("mlp_in", *LAYER_POS))
 
 
 def _typed_sites(own: Sequence[str], shared: Sequence[str]) -> Arrange:
@@ -305,7 +324,7 @@ SETTERS = (
     Work("make_df_from_ranges", lambda m, _: m.make_df_from_ranges((2, 3), ("layer", "pos")), subjects=_ONE),
 )
 
-WORKS = (*SWEEPS, *EVERY, *DIRECT, *GENERIC, *FORMS, *SETTERS)
+WORKS = (*SWEEPS, GRADED, *EVERY, *DIRECT, *GENERIC, *FORMS, *SETTERS)
 
 
 def pairs() -> list[tuple[Work, str]]:
