@@ -147,7 +147,7 @@ class Model:
         """Compile a spec (a path, or its text) against this model; its own `model` statement, if any, is not looked at.
 
         `data`: records (dicts), a DataFrame, or columns by name, where the spec's own data are not to be used.
-        `tensors`: what the spec's `tensor("name")` reads, `[d_model]`. `metrics`: functions of the logits
+        `tensors`: what `tensor("name")` reads, `[d]` or `[prompt, pos, d]`. `metrics`: functions of the logits
         `[prompt, pos, d_vocab]` that give one number a prompt, under names that the spec measures.
         `parameters`: the values of `${NAME}`.
         `memory`: the bytes beyond the model that a pass aims at; one cell is always run. Without it, what an

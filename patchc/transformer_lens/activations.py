@@ -22,7 +22,7 @@ from patchc.ir.ops import PATTERN, SCORES
 from patchc.ir.paths import EVERYWHERE, Site, Step
 from patchc.ir.tokens import Layout, Tokens
 from patchc.model.pieces import Pieces
-from patchc.transformer_lens.errors import NO_ACTIVATION, SweepNameError, failure
+from patchc.transformer_lens.errors import BAD_SWEEP, NO_ACTIVATION, SweepError, SweepNameError, failure
 
 
 class Shape(StrEnum):
@@ -103,6 +103,13 @@ class Activation:
     @cached_property
     def _mlp(self) -> Block:
         return self._block(BlockKind.MLP)
+
+    def refuse_post_norm(self) -> None:
+        """Raise `sweep-arguments` where what one head writes is no fixed part of what its layer adds to the stream."""
+        if self._attention.post_norm:
+            what = f"what heads of layer {self.layer} write is normalised together"
+            message = f"{what}: a cache's numbers for one head do not say what it adds to the stream"
+            raise failure(SweepError, BAD_SWEEP, message, "give the clean tokens, or the whole cache of the clean run")
 
     def _block(self, kind: BlockKind) -> Block:
         found = self.graph.layer_block(kind, self.layer)

@@ -34,10 +34,13 @@ class Rows:
 
     patches: list[tuple[Patch, ...]] = field(default_factory=list[tuple[Patch, ...]])
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    bytes: int = 0
+    """What the tensors take."""
 
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+    def keep(self, key: str, tensor: Tensor) -> None:
+        """Name a tensor."""
+        self.tensors[key] = tensor
+        self.bytes += tensor.numel() * tensor.element_size()
 
 
 @dataclass
@@ -77,7 +80,8 @@ class Cells:
     def _own(self, x: Activation) -> Tensor:
         """The corrupted run's activation, in TransformerLens' shape."""
         if x.hook not in self._corrupted:
-            self._corrupted.clear()
+            if len(self._corrupted) > 1:  # a layer's: of a pattern its scores too
+                self._corrupted.clear()
             self._corrupted[x.hook] = self.runs.own(x, CORRUPTED)
         return self._corrupted[x.hook]
 
@@ -85,10 +89,12 @@ class Cells:
         """A cache's own tensor at a place."""
         key = f"{x.hook}[{place[0]}]"
         if key not in rows.tensors:
-            rows.tensors[key] = self._placed(x.of_member(clean, place[0]))
+            rows.keep(key, self._placed(x.of_member(clean, place[0])))
         return self._patch(x, place, key)
 
     def _patch(self, x: Activation, place: Place, key: str) -> Patch:
+        if x.name == "result":
+            x.refuse_post_norm()
         return Patch(self.paths.of([x.step(*place)]), Value(((1.0, Given(key)),)))
 
     def _placed(self, tensor: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class Cells:
             touched = x.of_member(changed, member).any(-1)
             if bool(touched.any()):
                 key = f"{x.hook}[{member}] of row {len(rows.patches)}"
-                rows.tensors[key] = x.of_member(after, member)
+                rows.keep(key, x.of_member(after, member))
                 out.append(self._patch(x, (member, x.tokens(touched), EVERYWHERE), key))
         return tuple(out)
 

@@ -152,7 +152,8 @@ class Edges:
             return Value(((1.0, FromWorld(CLEAN)),))
         key = f"head[{layer}, {head}], clean less corrupted"
         if key not in rows.tensors:
-            rows.tensors[key] = self._difference(x, head)
+            x.refuse_post_norm()
+            rows.keep(key, self._difference(x, head))
         return Value(((1.0, FromWorld(CORRUPTED)), (1.0, Given(key))))
 
     def _are_own(self, x: Activation) -> bool:

@@ -87,7 +87,9 @@ def generic_activation_patch(
     ones too), or clean token ids `[batch, pos]`. `patching_metric`: a function of the logits `[batch, pos, d_vocab]`
     that gives a scalar, with `reduce` "mean" or "none" `[batch]`; or a mapping of such functions. It may be called in
     any order, and for the unpatched runs too. `patch_setter(corrupted_activation, index, clean_activation)` gives the
-    patched activation. `activation_name`: `resid_pre`, `z`, `pattern`, ...; its layer is the index's first number.
+    patched activation. `activation_name`: `resid_pre`, `z`, `pattern`, ...; its layer is the index's first number. Of a
+    bridge `resid_mid` is what its hook sets, the stream as the MLP reads it and not beside it; of anything else it is
+    the stream itself.
     `index_axis_names`: the axes to go over in full (`layer`, `pos`, `head`, `head_index`, `src_pos`, `dest_pos`);
     or `index_df`: a row for each cell.
 
@@ -153,10 +155,8 @@ def _grid(found: Runs, activation_name: str, axes: Sequence[str]) -> pd.DataFram
 
 @lru_cache
 def _hook_name(activation_name: str, layer: Any) -> str:
-    """TransformerLens' full name of an activation."""
-    from transformer_lens.utilities.components_utils import (
-        get_act_name,
-    )  # costs seconds where nothing else has imported it
+    """TransformerLens' full name of an activation. It takes seconds to import where nothing else has."""
+    from transformer_lens.utilities.components_utils import get_act_name
 
     return get_act_name(activation_name, layer=layer)
 

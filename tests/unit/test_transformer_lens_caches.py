@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from patchc.transformer_lens import runs as running
 from patchc.transformer_lens import traced as tracing
 from patchc.transformer_lens.traced import Traced, traced
 from tests.transformer_lens_bridges import Setting, bridge, metric, setting
-from tests.unit.test_transformer_lens_arguments import assert_equal
+from tests.unit.test_transformer_lens_arguments import TOLERANCE, assert_equal
 
 KINDS = ("gpt2", "llama")
 NAMES = {
@@ -165,7 +166,7 @@ def test_any_function_is_a_setter(kind: str, name: str, axes: tuple[str, ...], s
         ("z", ("layer", "pos"), "layer_pos_patch_setter"),
         ("post", ("layer", "pos"), "layer_pos_patch_setter"),
         ("attn_scores", ("layer", "head_index"), "layer_head_pattern_patch_setter"),
-        ("attn_scores", ("layer", "head_index", "dest_pos", "src_pos"), "layer_head_dest_src_pos_pattern_patch_setter"),
+        ("attn_scores", ("layer", "head_index", "dest_pos"), "layer_head_pos_pattern_patch_setter"),
         ("resid_pre", ("layer", "pos", "head"), "layer_pos_head_vector_patch_setter"),
         ("pattern", ("layer", "pos"), "layer_head_vector_patch_setter"),
     ],
@@ -255,7 +256,7 @@ def test_a_model_is_traced_once_and_again_when_it_has_changed(monkeypatch: pytes
     assert not torch.allclose(first, second)
     assert_equal(theirs.get_act_patch_resid_pre(made, s.corrupted, cache, metric), second)
     alive = weakref.ref(made)  # and what is known of it does not keep it alive
-    del made, traces[:]
+    del made, cache, traces[:]
     gc.collect()
     assert alive() is None
 
@@ -330,3 +331,28 @@ def test_direct_paths_are_checked() -> None:
     short = {k: v[:, :3] for k, v in s.clean_cache.items()}
     with pytest.raises(ValueError, match="the tokens are"):
         ours.get_act_patch_direct_path(s.bridge, s.corrupted, short, s.corrupted_cache, metric, 0, 1)
+
+
+def test_heads_that_are_normalised_together_take_no_numbers_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = setting("gpt2")
+    found = running.runs(s.bridge, s.corrupted, s.clean_cache)
+    blocks = tuple(replace(b, post_norm=b.layer == 0) for b in found.pieces.graph.blocks)
+    monkeypatch.setattr(found.pieces, "graph", replace(found.pieces.graph, blocks=blocks))
+    with pytest.raises(ValueError, match="normalised together"):
+        ours.get_act_patch_direct_path(
+            s.bridge, s.corrupted, filtered(s, "z"), s.corrupted_cache, metric, 0, 1, verbose=False
+        )
+
+
+def test_a_traced_models_stream_is_patched_itself() -> None:
+    """A bridge's `hook_resid_mid` is what the MLP reads; a model's `resid_mid` is what a spec means by it."""
+    s = setting("gpt2")
+    model = Model(traced(s.bridge).loaded, ModelChoice("traced"))
+    spec = "experiment e { for l in layers, p in positions run corrupted "
+    spec += "patch node resid_mid[l] @ p with clean measure f }"
+    data = {"clean": s.clean.tolist(), "corrupted": s.corrupted.tolist()}
+    want = model.compile(spec, data, metrics={"f": metric}).run(progress=False, write=False)["e"].values["f"]
+    got = ours.get_act_patch_resid_mid(model, s.corrupted, s.clean, metric)
+    torch.testing.assert_close(got.double(), torch.as_tensor(want), atol=TOLERANCE, rtol=0)
+    of_bridge = ours.get_act_patch_resid_mid(s.bridge, s.corrupted, s.clean_cache, metric)
+    assert float((got - of_bridge).abs().max()) > 1e-3
