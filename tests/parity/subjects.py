@@ -19,7 +19,6 @@ from patchc.transformer_lens.traced import traced
 from tests.models import D_VOCAB, gpt2, llama, native
 
 
-
 @dataclass(frozen=True)
 class Subject:
     """A bridge and its prompts. `clean`, `corrupt`: `[prompt, pos]`; `answer`, `wrong`: `[prompt]`, token ids."""
@@ -59,7 +58,7 @@ class Subject:
         """The columns that the example specs read."""
         worlds = {"clean": self.clean.tolist(), "corrupt": self.corrupt.tolist()}
         answers = {"answer": self.answer.tolist(), "wrong": self.wrong.tolist()}
-    
+
         return {**worlds, **answers}
 
     # ---- metrics as TransformerLens takes them: functions of the logits [prompt, pos, d_vocab]

@@ -1,4 +1,4 @@
-"""What is compared: for each public function of `transformer_lens.patching`, calls of it and the spec that does the same.
+"""What is compared: calls of each public function of `transformer_lens.patching`, and the spec that does the same.
 
 A call is given the module that has the function, TransformerLens' or patchc's, so that both get the same arguments.
 """
@@ -233,9 +233,7 @@ def _direct(component: str) -> tuple[Work, Work]:
     experiment, variant = _COMPONENTS[component], f"component={component!r}"
     pairs = grid(experiment, "s.layer", "s.head", "r.layer", "r.head")
     return (
-        Work(
-            one, direct(one, component, src_layer=0, src_head=1), variant, "direct_path", grid(experiment, *ALL_POS)
-        ),
+        Work(one, direct(one, component, src_layer=0, src_head=1), variant, "direct_path", grid(experiment, *ALL_POS)),
         Work(every, direct(every, component), variant, "direct_path_all_sources", pairs),
     )
 
@@ -330,5 +328,3 @@ WORKS = (*SWEEPS, GRADED, *EVERY, *DIRECT, *GENERIC, *FORMS, *SETTERS)
 def pairs() -> list[tuple[Work, str]]:
     """Every row of the table: work and model."""
     return [(work, name) for work in WORKS for name in work.subjects]
-
-
