@@ -20,7 +20,8 @@ def page() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the kernel's own client, which the page does not hear
-def test_the_page_runs(page: Any, tmp_path: Path) -> None:
+def test_the_page_runs(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in the tests' own process: more would wait for each other, busily
     NotebookClient(page, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
