@@ -40,11 +40,13 @@ Cache = Mapping[str, Tensor]
 
 @dataclass
 class Runs:
-    """The runs of one call, by world; `cache`: the clean activations that were given, None where clean tokens were."""
+    """The runs of one call, by world; `cache`: the clean activations that were given, None where clean tokens were.
+    `gradients`: whether they were on when it was called."""
 
     model: Traced
     prompts: Prompts
     cache: Cache | None
+    gradients: bool = True
     runs: dict[str, PlainRun] = field(default_factory=dict[str, PlainRun])
     _same: dict[str, bool] = field(default_factory=dict[str, bool])
     _clean: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -80,7 +82,9 @@ class Runs:
     @cached_property
     def _mid_is_of_mlp(self) -> bool:
         """A bridge's `hook_resid_mid` is another name of the hook on what its MLP reads, before the norm: setting it
-        leaves the stream beside the MLP as it is."""
+        leaves the stream beside the MLP as it is. Without gradients it is set in place, and with it the stream."""
+        if not self.gradients:
+            return False
         blocks = getattr(self.model.bridge, "blocks", None)
         aliases = getattr(blocks[0], "hook_aliases", {}) if blocks is not None and len(blocks) else {}
         return "hook_resid_mid" in aliases
@@ -120,6 +124,9 @@ class Runs:
         bridge = self.model.bridge
         if bridge is None or x.hook in self.model.checked or (self.cache is not None and self.is_own(x)):
             return
+        if x.name == "result":  # a bridge shows it only where it is told to, and not every bridge can
+            self.check_place(self.activation(x.hook.replace("hook_result", "hook_z")))
+            return
         ids = torch.tensor(self.prompts.worlds[0].ids, device=self.pieces.device)
         suffix = x.hook.partition(str(x.layer))[2]
         with torch.no_grad():
@@ -149,7 +156,8 @@ def alike(theirs: Tensor, own: Tensor, x: Activation) -> bool:
     if x.shape is Shape.ENTRIES:
         hidden = own.isneginf()
         theirs, own = (t.masked_fill(hidden, 0) for t in (theirs, own))
-    size = own.abs() + own.abs().mean(-1, keepdim=True)
+    # A row of scores may have one number alone, and that near 0: the mean is over all rows of the head.
+    size = own.abs() + own.abs().mean((-2, -1) if x.shape is Shape.ENTRIES else -1, keepdim=True)
     allowed = torch.finfo(x.pieces.dtype).eps ** 0.8 * (x.layer + 2)
     return bool(((theirs - own).abs() <= allowed * size).all())
 
@@ -174,7 +182,8 @@ def runs(model: ANY_MODEL, corrupted_tokens: Any, clean_cache: Any) -> Runs:
     elif cache is None:
         shapes = " and ".join(f"[{len(x)}, {len(x[0])}]" for x in (clean or ((),), ids))
         raise failure(SweepError, BAD_SWEEP, f"clean and corrupted tokens are of equal shape, not {shapes}")
-    return Runs(found, Prompts(Layout((len(ids[0]),) * len(ids)), tuple(worlds)), cache)
+    gradients = torch.is_grad_enabled() and any(p.requires_grad for p in found.loaded.eager.parameters())
+    return Runs(found, Prompts(Layout((len(ids[0]),) * len(ids)), tuple(worlds)), cache, gradients)
 
 
 def _cached_ids(cache: Cache) -> tuple[tuple[int, ...], ...] | None:
