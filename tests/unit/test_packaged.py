@@ -227,7 +227,7 @@ def test_smollm2_s_heads_agree_with_hooks(smollm2: patchc.Model) -> None:
     result = patched(smollm2, "node h with clean", "for h in head[23, *] run corrupt", "recovered")
     assert result.check is not None
     assert result.check.max_abs_diff < 1e-4
-    assert int(result["recovered"].argmax()) == 3
+    assert int(result["recovered"].to_numpy().argmax()) == 3
 
 
 def patched(model: patchc.Model, patch: str, clauses: str, metric: str) -> Result:

@@ -81,7 +81,7 @@ def test_a_model_is_traced_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     traced: list[str] = []
     pieces = loaded_model("gpt2-sdpa").pieces
 
-    def proved(module: nn.Module, name: str) -> Any:
+    def proved(module: nn.Module, name: str, progress: Any) -> Any:
         traced.append(name)
         return pieces
 
