@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from patchc.diagnostics import RULES, PatchcError
 from patchc.execute.hook_points import At, Driver, Edit, Point, logits_of, softmaxes_hooked
-from patchc.execute.hook_taps import Tap, Taps, decoder, found, out_weight
+from patchc.execute.hook_taps import decoder, normed_over_heads, out_weight
 from patchc.ir.graph import ResidualGraph
 
 NO_DRIVER = RULES.add("hooks-model", "the hooks backend has no way to hook this model", exit=3)
@@ -65,7 +65,7 @@ class TransformerLens(Driver):
         self._weights = [block.attn.W_O.detach() for block in self.bridge.blocks]
         self._d_head = self._weights[0].shape[1]
         blocks = enumerate(self.bridge.blocks)
-        self._normed = {p for layer, block in blocks for p in _normed_over_heads(layer, block.attn, self._d_head)}
+        self._normed = {p for layer, block in blocks for p in normed_over_heads(layer, block.attn, self._d_head)}
 
     @contextmanager
     def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
@@ -100,16 +100,6 @@ class TransformerLens(Driver):
         return None if weight is None else weight.detach()
 
 
-def _normed_over_heads(layer: int, attention: Any, d_head: int) -> list[Point]:
-    """The points of queries and keys that one norm has as a whole, all heads together."""
-    norms = {at: getattr(attention, f"{at}_norm", None) for at in (At.Q, At.K)}
-    return [Point(at, layer) for at, norm in norms.items() if norm is not None and _width(norm) not in (d_head, None)]
-
-
-def _width(norm: nn.Module) -> int | None:
-    return next((p.numel() for p in norm.parameters()), None)
-
-
 # ---- plain forward hooks
 
 
@@ -121,15 +111,8 @@ class ForwardHooks(Driver):
         self.model: Any = model.eval()
         self.n_layers = graph.n_layers
         self._ids: list[int] = []
-        if _is_gpt2(model):
-            self._taps, self._weights = _gpt2(model, graph)
-            self._attentions = [block.attn for block in self.model.transformer.h]
-        elif _is_llama(model):
-            self._taps, self._weights = _llama(model, graph)
-            self._attentions = [block.self_attn for block in self.model.model.layers]
-        else:
-            other = decoder(model, graph, self._ids)
-            self._taps, self._attentions, self._weights = other.taps, other.attentions, other.weights
+        found = decoder(model, graph, self._ids)
+        self._taps, self._attentions, self._weights = found.taps, found.attentions, found.weights
 
     @contextmanager
     def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
@@ -172,72 +155,6 @@ class ForwardHooks(Driver):
         if tap is None:
             return None
         return out_weight(tap.module) * getattr(self._taps[Point(At.MLP_OUT, layer)], "scale", 1.0)
-
-
-def _is_gpt2(model: Any) -> bool:
-    layers = getattr(getattr(model, "transformer", None), "h", None) or [None]
-    return all(found(layers[0], (part,)) is not None for part in ("attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_proj"))
-
-
-def _gpt2(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:
-    body, d = model.transformer, graph.d_head
-    width = graph.n_heads * d
-    taps: Taps = {Point(At.EMBED): Tap(body.wte), Point(At.POS_EMBED): Tap(body.wpe)}
-    for layer, block in enumerate(body.h):
-        taps[Point(At.RESID_PRE, layer)] = Tap(block, is_input=True)
-        for i, at in enumerate((At.Q, At.K, At.V)):
-            taps[Point(at, layer)] = Tap(block.attn.c_attn, start=i * width, stop=(i + 1) * width, d_head=d)
-        taps |= _after_heads(layer, block.attn.c_proj, block.ln_2, block.mlp, block.mlp.c_proj, d)
-    taps[Point(At.FINAL_IN)] = Tap(body.ln_f, is_input=True)
-    return taps, [block.attn.c_proj.weight.detach().unflatten(0, (-1, d)) for block in body.h]
-
-
-def _is_llama(model: Any) -> bool:
-    layers = getattr(getattr(model, "model", None), "layers", None) or [None]
-    parts = ("self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
-    one_by_one = not hasattr(model.config, "residual_multiplier")
-    return one_by_one and all(found(layers[0], (part,)) is not None for part in parts)
-
-
-def _llama(model: Any, graph: ResidualGraph) -> tuple[Taps, list[Tensor]]:
-    body, d = model.model, graph.d_head
-    taps: Taps = {Point(At.EMBED): Tap(body.embed_tokens)}
-    for layer, block in enumerate(body.layers):
-        attn = block.self_attn
-        taps[Point(At.RESID_PRE, layer)] = Tap(block, is_input=True)
-        for at, module in ((At.Q, attn.q_proj), (At.K, attn.k_proj), (At.V, attn.v_proj)):
-            taps[Point(at, layer)] = Tap(module, d_head=d)
-        for point in _normed_over_heads(layer, attn, d):
-            taps[point] = Tap(getattr(attn, f"{point.at}_norm"), d_head=d)
-        before, after = block.post_attention_layernorm, None
-        if hasattr(block, "post_feedforward_layernorm"):  # Then the one called so stands behind attention.
-            before = getattr(block, "pre_feedforward_layernorm", block.mlp)
-            after = block.post_attention_layernorm, block.post_feedforward_layernorm
-        taps |= _after_heads(layer, attn.o_proj, before, block.mlp, block.mlp.down_proj, d, after)
-    taps[Point(At.FINAL_IN)] = Tap(body.norm, is_input=True)
-    return taps, [block.self_attn.o_proj.weight.detach().T.unflatten(0, (-1, d)) for block in body.layers]
-
-
-def _after_heads(
-    layer: int,
-    projection: nn.Module,
-    before: nn.Module,
-    mlp: nn.Module,
-    down: nn.Module,
-    d_head: int,
-    after: tuple[nn.Module, nn.Module] | None = None,
-) -> Taps:
-    """`before` reads the stream for the MLP; `after`: the norms of what attention and the MLP write, if any."""
-    attn_out, mlp_out = after or (projection, mlp)
-    return {
-        Point(At.Z, layer): Tap(projection, is_input=True, d_head=d_head),
-        Point(At.HEADS_OUT, layer): Tap(projection),
-        Point(At.ATTN_OUT, layer): Tap(attn_out),
-        Point(At.MLP_IN, layer): Tap(before, is_input=True),
-        Point(At.POST, layer): Tap(down, is_input=True),
-        Point(At.NEURONS_OUT, layer): Tap(down),
-        Point(At.MLP_OUT, layer): Tap(mlp_out),
-    }
 
 
 def unknown(model: nn.Module) -> PatchcError:

@@ -162,7 +162,9 @@ def decoder(model: Any, graph: ResidualGraph, ids: list[int]) -> Decoder:
         taps[Point(At.RESID_PRE, layer)] = Tap(block, is_input=True)
         taps |= _projections(layer, attention, graph, config)
         taps[Point(At.Z, layer)] = Tap(out, is_input=True, d_head=graph.d_head)
-        taps[Point(At.ATTN_OUT, layer)] = WritingTap(out, scale=scale)
+        taps[Point(At.HEADS_OUT, layer)] = WritingTap(out, scale=scale)
+        normed = block.post_attention_layernorm if _norms_after(block) else out
+        taps[Point(At.ATTN_OUT, layer)] = WritingTap(normed, scale=scale)
         if graph.layer_block(BlockKind.MLP, layer):
             taps |= _mlp(layer, block, scale, ids)
         attentions.append(attention)
@@ -182,7 +184,10 @@ def _projections(layer: int, attention: Any, graph: ResidualGraph, config: Any) 
     d, points = graph.d_head, [Point(at, layer) for at in (At.Q, At.K, At.V)]
     fused = found(attention, FUSED)
     if fused is None:
-        return {p: Tap(getattr(attention, f"{p.at}_proj"), d_head=d) for p in points}
+        plain: Taps = {p: Tap(getattr(attention, f"{p.at}_proj"), d_head=d) for p in points}
+        for p in normed_over_heads(layer, attention, d):
+            plain[p] = Tap(getattr(attention, f"{p.at}_norm"), d_head=d)
+        return plain
     groups, heads = _grouping(graph, config)
     starts = [sum(heads[:i]) for i in range(4)]
     return {
@@ -205,15 +210,37 @@ def _grouping(graph: ResidualGraph, config: Any) -> tuple[int, Sequence[int]]:
             return 1, (q, kv, kv)
 
 
+def normed_over_heads(layer: int, attention: Any, d_head: int) -> list[Point]:
+    """The points of queries and keys that one norm has as a whole, all heads together."""
+    norms = {at: getattr(attention, f"{at}_norm", None) for at in (At.Q, At.K)}
+    return [Point(at, layer) for at, norm in norms.items() if norm is not None and _width(norm) not in (d_head, None)]
+
+
+def _width(norm: nn.Module) -> int | None:
+    return next((p.numel() for p in norm.parameters()), None)
+
+
+def _norms_after(block: Any) -> bool:
+    """Whether norms stand between what a layer's parts write and the stream; the parts' own are named after those."""
+    return hasattr(block, "post_feedforward_layernorm")
+
+
 def _mlp(layer: int, block: Any, scale: float, ids: list[int]) -> Taps:
-    taps: Taps = {Point(At.MLP_OUT, layer): WritingTap(_first(block, WRITERS), scale=scale, ids=ids)}
-    if (norm := found(block, MLP_NORMS)) is not None:
-        taps[Point(At.MLP_IN, layer)] = WritingTap(norm, is_input=True, ids=ids)
-    else:
-        taps[Point(At.MLP_IN, layer)] = SharedNormTap(block.mlp, norm=_first(block, SHARED_NORMS))
+    taps: Taps = {Point(At.MLP_IN, layer): _mlp_in(block, ids)}
     if (down := found(block, DOWNS)) is not None:
         taps[Point(At.POST, layer)] = WritingTap(down, is_input=True, ids=ids)
+        taps[Point(At.NEURONS_OUT, layer)] = WritingTap(down, scale=scale, ids=ids)
+    written = block.post_feedforward_layernorm if _norms_after(block) else _first(block, WRITERS)
+    taps[Point(At.MLP_OUT, layer)] = WritingTap(written, scale=scale, ids=ids)
     return taps
+
+
+def _mlp_in(block: Any, ids: list[int]) -> Tap:
+    if _norms_after(block):
+        return Tap(getattr(block, "pre_feedforward_layernorm", block.mlp), is_input=True)
+    if (norm := found(block, MLP_NORMS)) is not None:
+        return WritingTap(norm, is_input=True, ids=ids)
+    return SharedNormTap(block.mlp, norm=_first(block, SHARED_NORMS))
 
 
 def _first(module: Any, names: Sequence[str]) -> Any:

@@ -183,7 +183,10 @@ def _canonical(module: fx.GraphModule) -> Exported:
     refuse_without_attention(graph)
     batch, pos = shape_of(ids)
     need(not batch.isdigit(), f"the model works for {batch} prompts at once only")
-    need(not pos.isdigit(), f"the model as traced works for {pos} tokens only: it goes from one to the next")
+    need(
+        not pos.isdigit(),
+        f"the model as traced works for {pos} tokens only, as where a layer takes them one by one (state space)",
+    )
     write_slices(module)
     Canonicaliser(graph, ids, batch, pos).run()
     fuse_gelu(graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.families.unknown import unknown
-from tests.models import D_VOCAB, gpt2, jittered, llama, native, neox
+from tests.models import D_VOCAB, gemma2, gemma3, gpt2, jittered, llama, native, neox, olmo2
 
 WIDTHS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": D_VOCAB}
 """By the names that most configs have."""
@@ -19,21 +20,31 @@ LLAMA: dict[str, Any] = {**WIDTHS, "num_key_value_heads": 2, "intermediate_size"
 SPECIAL: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
+class Bridged(StrEnum):
+    """How a bridge around a model is tried; compatibility mode folds norms into weights and centres them."""
+
+    COMPATIBLE = "compatibility mode"
+    RAW = "raw"
+    """Of those whose norms TransformerLens does not fold."""
+    SAME = "as above"
+    """It is the bridge of the row before."""
+
+
 @dataclass(frozen=True)
 class Family:
-    """A row. `attention` are the kinds that it is tried with; `no_bridge` says why patchc does not take a
-    TransformerBridge around one, where it does not; `note` is for the reader. `refused` is a part of the message of one
-    that patchc does not take; `driver`: how the hooks backend hooks it; `shows_attention`: whether there are kinds.
+    """A row. `attention` is the kind that it is tried with, empty where it has none; `bridge`: how a TransformerBridge
+    around one is tried, or else `no_bridge` says why patchc does not take it; `note` is for the reader. `refused` is a
+    part of the message of one that patchc does not take; `driver`: how the hooks backend hooks it.
     """
 
     name: str
     build: Callable[..., nn.Module]
-    attention: tuple[str, ...] = ("sdpa",)
+    attention: str = "sdpa"
     no_bridge: str = ""
     note: str = ""
     refused: str = ""
     driver: str = "forward_hooks"
-    shows_attention: bool = True
+    bridge: Bridged = Bridged.COMPATIBLE
 
 
 def hf(
@@ -53,6 +64,7 @@ def _neox(attention: str, **more: Any) -> nn.Module:
     return neox(attn_implementation=attention, **more)
 
 
+PHI = {**LLAMA, "num_key_value_heads": 4}
 WIDE_HEADS = {**LLAMA, "head_dim": 8}
 GPT_NEO = {**WIDTHS, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}
 GPT_J = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64, "vocab_size": D_VOCAB}
@@ -61,9 +73,9 @@ FALCON_RW = {**WIDTHS, "alibi": True, "multi_query": False, "parallel_attn": Fal
 FALCON_NEW = {**WIDTHS, "new_decoder_architecture": True, "num_kv_heads": 2}
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": D_VOCAB}
 GRANITE = {**LLAMA, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}
-MIXTRAL = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTRAL = {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}
 QWEN_MOE = {
-    **LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    **LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }  # fmt: skip
 BERT = {**WIDTHS, "intermediate_size": 64, "pad_token_id": 0}
@@ -80,42 +92,45 @@ METHODS = "the bridge replaces methods of the model's modules"
 EXPERTS = "the bridge compares values while it runs"
 
 FAMILIES: tuple[Family, ...] = (
-    Family("GPT-2", gpt2, ("sdpa",)),
+    Family("GPT-2", gpt2),
     Family("GPT-NeoX, Pythia", _neox, note="parallel; interleaved projections"),
-    Family("GPT-NeoX, sequential", partial(_neox, use_parallel_residual=False), ("eager",)),
-    Family("Llama", llama, ("eager",), note="grouped keys and values"),
-    Family("Llama, multi-query", partial(llama, num_key_value_heads=1), note="one key-value head"),
+    Family("GPT-NeoX, sequential", partial(_neox, use_parallel_residual=False), "eager", bridge=Bridged.SAME),
+    Family("Llama", llama, "eager", note="grouped keys and values"),
+    Family("Llama, multi-query", partial(llama, num_key_value_heads=1), note="one key-value head", bridge=Bridged.SAME),
     Family("Mistral", partial(hf, "Mistral", WIDE_HEADS, sliding_window=4), note="sliding window"),
     Family("Qwen2", partial(hf, "Qwen2", LLAMA), note="biases of q, k and v"),
-    Family("Qwen3", partial(hf, "Qwen3", WIDE_HEADS), ("eager",), note="norms of q and k"),
+    Family("Qwen3", partial(hf, "Qwen3", WIDE_HEADS), "eager", note="norms of q and k"),
     Family("Gemma", partial(hf, "Gemma", WIDE_HEADS), note="scaled embedding"),
-    Family("Phi", partial(hf, "Phi", LLAMA), note="parallel, one norm; partial rotary"),
-    Family("Phi-3", partial(hf, "Phi3", LLAMA), ("eager",), note="fused projections"),
-    Family("GPT-Neo", partial(hf, "GPTNeo", GPT_NEO), ("eager",), note="local attention"),
-    Family("GPT-J", partial(hf, "GPTJ", GPT_J), ("eager",), note="parallel, one norm; rotary of pairs"),
-    Family("OPT", partial(hf, "OPT", OPT), ("sdpa", "eager"), HOOKS, "OPT-350m is post-norm"),
-    Family("Falcon", partial(hf, "Falcon", WIDTHS), ("sdpa", "eager"), METHODS, "7b: multi-query, parallel"),
-    Family("Falcon, ALiBi", partial(hf, "Falcon", FALCON_RW), ("eager",), METHODS, "rw: sequential"),
-    Family("Bloom", partial(hf, "Bloom", BLOOM), ("eager",), note="ALiBi"),
+    Family("Gemma 2", lambda _: gemma2(), "eager", note="norms after; soft caps; every second layer a window"),
+    Family("Gemma 3", gemma3, note="norms after, of q and k; windows with a rotary table of their own"),
+    Family("OLMo 2", olmo2, note="norms after, none before; norms of q and k over all heads", bridge=Bridged.RAW),
+    Family("Phi", partial(hf, "Phi", PHI), note="parallel, one norm; partial rotary"),
+    Family("Phi-3", partial(hf, "Phi3", LLAMA), "eager", note="fused projections", bridge=Bridged.RAW),
+    Family("GPT-Neo", partial(hf, "GPTNeo", GPT_NEO), "eager", note="local attention"),
+    Family("GPT-J", partial(hf, "GPTJ", GPT_J), "eager", note="parallel, one norm; rotary of pairs"),
+    Family("OPT", partial(hf, "OPT", OPT), "eager", HOOKS, "OPT-350m is post-norm"),
+    Family("Falcon", partial(hf, "Falcon", WIDTHS), "sdpa", METHODS, "7b: multi-query, parallel"),
+    Family("Falcon, ALiBi", partial(hf, "Falcon", FALCON_RW), "eager", METHODS, "rw: sequential"),
+    Family("Bloom", partial(hf, "Bloom", BLOOM), "eager", note="ALiBi"),
     Family("StableLM", partial(hf, "StableLm", LLAMA), note="partial rotary"),
     Family("OLMo", partial(hf, "Olmo", LLAMA), note="norms without weights"),
     Family("Cohere", partial(hf, "Cohere", LLAMA), note="parallel, one norm; scaled logits"),
-    Family("Granite", partial(hf, "Granite", GRANITE), ("eager",), note="scaled writes"),
-    Family("Mixtral", partial(hf, "Mixtral", MIXTRAL), ("sdpa",), EXPERTS, "a block of experts is one `mlp`"),
-    Family("Qwen2-MoE", partial(hf, "Qwen2Moe", QWEN_MOE), ("eager",), EXPERTS, "the same, with a shared expert"),
+    Family("Granite", partial(hf, "Granite", GRANITE), "eager", note="scaled writes"),
+    Family("Mixtral", partial(hf, "Mixtral", MIXTRAL), "sdpa", EXPERTS, "a block of experts is one `mlp`"),
+    Family("Qwen2-MoE", partial(hf, "Qwen2Moe", QWEN_MOE), "eager", EXPERTS, "the same, with a shared expert"),
     Family(
         "TransformerLens native",
         lambda _: native(),
-        no_bridge="yes, as itself",
+        "",
         driver="transformer_lens",
-        shows_attention=False,
+        note="learned positions; LayerNorm",
     ),
     Family(
         "a decoder that nobody knows",
         lambda _: unknown(),
+        "",
         no_bridge="no architecture of TransformerLens",
         note="one written by hand",
-        shows_attention=False,
     ),
     Family(
         "BERT",
@@ -126,7 +141,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "GPT",
         partial(hf, "OpenAIGPT", GPT, kind="LMHeadModel"),
-        ("eager",),
+        "eager",
         refused="as the norms of post-norm models do",
         note="post-norm",
     ),
@@ -151,14 +166,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "XLNet",
         partial(hf, "XLNet", XLNET, kind="LMHeadModel"),
-        ("eager",),
+        "eager",
         refused="mixes the batch axis with others",
         note="relative attention over [pos, batch]",
     ),
     Family(
         "Mamba",
         partial(hf, "Mamba", MAMBA),
-        ("eager",),
+        "eager",
         refused="the model has no attention",
         note="no attention: state space",
     ),

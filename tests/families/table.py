@@ -15,8 +15,8 @@ def table() -> str:
 
 
 def _traced(family: Family) -> str:
-    kinds = " ".join(f"`{a}`" for a in family.attention) if family.shows_attention else "own"
-    return f"| {family.name} | {kinds} | {family.no_bridge or 'yes'} | {family.note} |"
+    kind = f"`{family.attention}`" if family.attention else "own"
+    return f"| {family.name} | {kind} | {family.no_bridge or family.bridge} | {family.note} |"
 
 
 def _refused(family: Family) -> str:
