@@ -23,10 +23,10 @@ SPECIAL: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_to
 class Bridged(StrEnum):
     """How a bridge around a model is tried; compatibility mode folds norms into weights and centres them."""
 
-    COMPATIBLE = "compatibility mode"
-    RAW = "raw"
+    COMPATIBLE = "yes (compatibility mode)"
+    RAW = "yes (raw)"
     """Of those whose norms TransformerLens does not fold."""
-    SAME = "as above"
+    SAME = "yes (as above)"
     """It is the bridge of the row before."""
 
 
@@ -129,7 +129,7 @@ FAMILIES: tuple[Family, ...] = (
         "a decoder that nobody knows",
         lambda _: unknown(),
         "",
-        no_bridge="no architecture of TransformerLens",
+        no_bridge="TransformerLens has no such architecture",
         note="one written by hand",
     ),
     Family(

@@ -16,7 +16,8 @@ def table() -> str:
 
 def _traced(family: Family) -> str:
     kind = f"`{family.attention}`" if family.attention else "own"
-    return f"| {family.name} | {kind} | {family.no_bridge or family.bridge} | {family.note} |"
+    bridge = f"no: {family.no_bridge}" if family.no_bridge else family.bridge
+    return f"| {family.name} | {kind} | {bridge} | {family.note} |"
 
 
 def _refused(family: Family) -> str:

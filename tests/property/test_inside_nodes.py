@@ -102,7 +102,7 @@ def test_attention_identities(kind: str, lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("kind", WITH_MLPS)
 @pytest.mark.parametrize("lengths", [(5,), (4, 6, 4)], ids=["one prompt", "two lengths"])
 def test_mlp_identities(kind: str, lengths: tuple[int, ...]) -> None:
-    """An MLP's input, its neurons and its output in another world are one thing; neurons add up but for a norm after them."""
+    """An MLP's input, its neurons and its output in another world are one thing; neurons add up but for a norm."""
     data, graph = prompts(Random(f"{kind} {lengths}"), lengths), loaded_model(kind).graph
     tokens = bitset([0, 2, 3])
     upper = -1 << graph.d_mlp // 3
