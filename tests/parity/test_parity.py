@@ -20,6 +20,10 @@ REFUSED = {
     for component in "kv"
     for model in SUBJECTS
     if model.startswith("Llama GQA")
+} | {
+    (function, f"component={component!r}", "Gemma 2"): "per-head attention outputs are normalized or scaled"
+    for function in ("get_act_patch_direct_path", "get_act_patch_direct_path_all_sources")
+    for component in "qkv"
 } | {("generic_activation_patch", "'result'", "native"): "Per-head result computation is unavailable"}
 """What TransformerLens refuses, and what it says."""
 
