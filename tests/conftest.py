@@ -30,8 +30,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What patchc keeps on disk stays out of the user's own cache directory."""
-    folder = tmp_path_factory.mktemp("cache")
+    """What patchc keeps on disk stays out of the user's own cache directory; the processes that share the tests share
+    it, so that a model is traced once for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     os.environ["PATCHC_CACHE"] = str(folder)
     return folder
 

@@ -54,8 +54,7 @@ def identity(model: nn.Module) -> str | None:
     """
     parts = list(model.named_modules(remove_duplicate=False))
     try:
-        for kind in {type(part) for _, part in parts}:
-            _check_class(kind)
+        _check_classes({base for kind in {type(part) for _, part in parts} for base in kind.__mro__[:-1]})
         _check_functions(v for space in (torch, nn.functional, Tensor) for v in list(vars(space).values()))
         teller = _Teller({id(part): name for name, part in reversed(parts)})
         return digest([[name, teller.part(part)] for name, part in parts])
@@ -66,16 +65,22 @@ def identity(model: nn.Module) -> str | None:
 # ---- code
 
 
+def _check_classes(kinds: set[type]) -> None:
+    """Classes with all their bases, and the files that they stand in, each once."""
+    for kind in kinds:
+        _check_class(kind)
+    # torch's own files are large, and call nothing by hook
+    for name in {kind.__module__ for kind in kinds if kind.__module__.split(".")[0] in PACKAGES[1:]}:
+        _check_functions(_registered(sys.modules[name]))
+
+
 def _check_class(kind: type) -> None:
-    for base in kind.__mro__[:-1]:
-        _check_functions(vars(base).values())
-        module = sys.modules.get(base.__module__)
-        if base.__module__.split(".")[0] not in (*PACKAGES, "builtins", *sys.stdlib_module_names) or module is None:
-            raise _NotTellableError(base)
-        if issubclass(base, nn.Module) and vars(module).get(base.__name__, base) is not base:
-            raise _NotTellableError(base)
-        if base.__module__.split(".")[0] in PACKAGES[1:]:  # torch's own files are large, and call nothing by hook
-            _check_functions(_registered(module))
+    _check_functions(vars(kind).values())
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__.split(".")[0] not in (*PACKAGES, "builtins", *sys.stdlib_module_names) or module is None:
+        raise _NotTellableError(kind)
+    if issubclass(kind, nn.Module) and vars(module).get(kind.__name__, kind) is not kind:
+        raise _NotTellableError(kind)
 
 
 def _registered(module: ModuleType) -> Iterator[Any]:

@@ -7,7 +7,7 @@ what it changed is what is set.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -104,9 +104,10 @@ class Cells:
     def _called(self, x: Activation, index: Index, rows: Rows) -> tuple[Patch, ...]:
         """What a setter changes, row by row: a row that it touches is set as a whole, to what it made of it."""
         own = self._own(x)
+        given = own.clone()
         with torch.no_grad():
-            after = self._checked(x, own, self.setter(own.clone(), index, self.runs.clean(x)))
-        changed = (after != own) & ~(after.isnan() & own.isnan())
+            after = self._checked(x, own, self.setter(given, index, self.runs.clean(x)))
+        x, changed = self._set_by(x, own, given, after), _unlike(after, own)
         if x.shape is Shape.ENTRIES:
             self._refuse_hidden(x, after, changed)
         out: list[Patch] = []
@@ -117,6 +118,17 @@ class Cells:
                 rows.keep(key, x.of_member(after, member))
                 out.append(self._patch(x, (member, x.tokens(touched), EVERYWHERE), key))
         return tuple(out)
+
+    def _set_by(self, x: Activation, own: Tensor, given: Tensor, after: Tensor) -> Activation:
+        """What a setter's tensor is set in: of a bridge's `resid_mid` what the MLP reads, unless it is the tensor that
+        the setter was given and wrote into."""
+        if x.name != "resid_mid" or not self.runs.mid_is_of_mlp or not bool(_unlike(after, given).any()):
+            return x
+        if not x.of_mlp and bool(_unlike(given, own).any()):
+            message = f"the patch setter writes into {x.hook} and gives another tensor back: on a bridge without "
+            message += "gradients the first is the stream, the second what the MLP reads of it"
+            raise failure(SweepError, BAD_SWEEP, message, "write into the tensor and return it, or leave it as it is")
+        return replace(x, of_mlp=True)
 
     def _checked(self, x: Activation, own: Tensor, after: Any) -> Tensor:
         if not isinstance(after, Tensor) or after.shape != own.shape:
@@ -136,6 +148,11 @@ class Cells:
         if bool((changed & hidden).any()):
             message = f"the patch setter lets {x.hook} look where the model's mask lets nothing look"
             raise failure(SweepError, BAD_SWEEP, message)
+
+
+def _unlike(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors differ."""
+    return (a != b) & ~(a.isnan() & b.isnan())
 
 
 @dataclass

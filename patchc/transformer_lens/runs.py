@@ -77,14 +77,12 @@ class Runs:
 
     # ---- activations
     def activation(self, hook: str) -> Activation:
-        return activation(hook, self.pieces, self.layout, self._mid_is_of_mlp)
+        return activation(hook, self.pieces, self.layout, self.gradients and self.mid_is_of_mlp)
 
     @cached_property
-    def _mid_is_of_mlp(self) -> bool:
+    def mid_is_of_mlp(self) -> bool:
         """A bridge's `hook_resid_mid` is another name of the hook on what its MLP reads, before the norm: setting it
-        leaves the stream beside the MLP as it is. Without gradients it is set in place, and with it the stream."""
-        if not self.gradients:
-            return False
+        leaves the stream beside the MLP as it is. Without gradients, what is written in place is in the stream too."""
         blocks = getattr(self.model.bridge, "blocks", None)
         aliases = getattr(blocks[0], "hook_aliases", {}) if blocks is not None and len(blocks) else {}
         return "hook_resid_mid" in aliases

@@ -87,9 +87,11 @@ def generic_activation_patch(
     ones too), or clean token ids `[batch, pos]`. `patching_metric`: a function of the logits `[batch, pos, d_vocab]`
     that gives a scalar, with `reduce` "mean" or "none" `[batch]`; or a mapping of such functions. It may be called in
     any order, and for the unpatched runs too. `patch_setter(corrupted_activation, index, clean_activation)` gives the
-    patched activation. `activation_name`: `resid_pre`, `z`, `pattern`, ...; its layer is the index's first number. Of a
-    bridge `resid_mid` is what its hook sets, the stream as the MLP reads it and not beside it; of anything else it is
-    the stream itself.
+    patched activation. `activation_name`: `resid_pre`, `z`, `pattern`, ...; its layer is the index's first number.
+    `resid_mid` of a bridge is what its hook sets, which stands on what the MLP reads: with gradients on, that alone,
+    and the stream beside the MLP stays as it is. Under `torch.no_grad()` both are one tensor, so that a setter that
+    writes in place (each of TransformerLens' own) sets the stream too, and one that gives a new tensor does not. Of
+    anything but a bridge `resid_mid` is the stream itself.
     `index_axis_names`: the axes to go over in full (`layer`, `pos`, `head`, `head_index`, `src_pos`, `dest_pos`);
     or `index_df`: a row for each cell.
 

@@ -6,7 +6,6 @@ The hooks backend shares nothing with the compiler but the data that describe an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from random import Random
 
 import pytest
@@ -27,20 +26,17 @@ from patchc.lower.masked import lower_masked
 from patchc.model.load import LoadedModel, load
 from tests import drawn
 from tests.drawn import Draw
-from tests.models import D_VOCAB, MODELS
+from tests.models import D_VOCAB, MODELS, loaded_model
 
 TOLERANCE = 1e-4
 CASES = 5
+KINDS = [kind for kind in MODELS if kind != "gemma3-sdpa"]
+"""Random cells of Gemma 2 pass the same norms."""
 VALUES = (
     *drawn.VALUES,
     Value(((1.0, Mean("corrupt")),)),
     Value(((0.5, Mean("other", over_positions=True)), (0.5, Itself()))),
 )
-
-
-@cache
-def model(kind: str) -> LoadedModel:
-    return load(MODELS[kind]())
 
 
 def prompts(rng: Random, lengths: tuple[int, ...]) -> Prompts:
@@ -104,20 +100,20 @@ def accepted(m: LoadedModel, data: Prompts, rng: Random, n: int) -> list[Cell]:
     return out
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [(5,), (4, 6)], ids=["one prompt", "two lengths"])
 def test_random_cells(kind: str, lengths: tuple[int, ...]) -> None:
     rng = Random(f"{kind} {lengths}")
-    m, data = model(kind), prompts(rng, lengths)
+    m, data = loaded_model(kind), prompts(rng, lengths)
     e = experiment(accepted(m, data, rng, CASES))
     must_agree(m, data, e)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_graph_equals_sweep(kind: str) -> None:
     """One differentiable graph: a mask of one cell is that cell, no mask is the plain model, halves blend."""
     rng = Random(f"graph {kind}")
-    m, data = model(kind), prompts(rng, (5, 5))
+    m, data = loaded_model(kind), prompts(rng, (5, 5))
     corrupt = Value(((1.0, FromWorld("corrupt")),))
     tail = (Star(Step(m.graph.all)), Step(m.graph.logits_set))
     nodes = [Cell((), (Patch(Seq((Step(1 << n.id), *tail)), corrupt),)) for n in m.graph.members(m.graph.heads)]
@@ -148,7 +144,7 @@ SITES = {
 def test_means_and_tensors(kind: str, site: str) -> None:
     """The same numbers from the sweep, the graph and the hooks, for values that are no world's; biases included."""
     rng = Random(f"{kind} {site}")
-    m, data = model(kind), prompts(rng, (5, 5))
+    m, data = loaded_model(kind), prompts(rng, (5, 5))
     tensors = {"x": torch.randn(m.graph.d_model, generator=torch.Generator().manual_seed(0))}
     values = [
         Value(((1.0, Mean("corrupt")),)),

@@ -109,7 +109,9 @@ def hooked(work: Work, on: Subject) -> Tensor:
     """The same numbers by torch's forward hooks, cell by cell, without the compiler."""
     assert work.arrange is not None
     compiled = _compiled(work, on)
-    oracle = Oracle(on.plain or on.model.loaded.eager, on.graph, compiled.study.prompts)
+    # Of Hugging Face models alone are the modules known that plain hooks stand on.
+    driver = "forward_hooks" if hasattr(on.plain, "config") else "auto"
+    oracle = Oracle(on.plain or on.model.loaded.eager, on.graph, compiled.study.prompts, driver=driver)
     results = {e.name: _by_hooks(oracle, e, len(on.clean)) for e in compiled.study.experiments}
     return work.arrange(Results(results, {}), on)
 

@@ -16,7 +16,7 @@ import patchc
 from patchc.ir.experiment import ModelChoice
 from patchc.ir.graph import ResidualGraph
 from patchc.transformer_lens.traced import traced
-from tests.models import D_VOCAB, gpt2, llama, native
+from tests.models import D_VOCAB, gemma2, gpt2, llama, native
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ _MAKERS: dict[str, Callable[[str], Subject]] = {
     "Llama GQA": lambda name: _drawn(name, bridged(llama("eager"))),
     "Llama GQA, compatibility mode": lambda name: _drawn(name, bridged(llama("eager"), processed=True)),
     "ioi-tiny": _ioi,
+    "Gemma 2": lambda name: _drawn(name, bridged(gemma2()), gemma2()),
     "native": lambda name: _drawn(name, native_bridge(), native()),
 }
 SUBJECTS = tuple(_MAKERS)

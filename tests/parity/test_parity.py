@@ -14,13 +14,21 @@ from tests.parity.subjects import SUBJECTS
 from tests.parity.table import markdown
 from tests.parity.works import SETTERS, WORKS, Work, pairs, public_names
 
-REFUSED = {
-    (function, f"component={component!r}", model): "n_key_value_heads=2 for n_heads=4"
-    for function in ("get_act_patch_direct_path", "get_act_patch_direct_path_all_sources")
-    for component in "kv"
-    for model in SUBJECTS
-    if model.startswith("Llama GQA")
-} | {("generic_activation_patch", "'result'", "native"): "Per-head result computation is unavailable"}
+REFUSED = (
+    {
+        (function, f"component={component!r}", model): "n_key_value_heads=2 for n_heads=4"
+        for function in ("get_act_patch_direct_path", "get_act_patch_direct_path_all_sources")
+        for component in "kv"
+        for model in SUBJECTS
+        if model.startswith("Llama GQA")
+    }
+    | {
+        (function, f"component={component!r}", "Gemma 2"): "per-head attention outputs are normalized or scaled"
+        for function in ("get_act_patch_direct_path", "get_act_patch_direct_path_all_sources")
+        for component in "qkv"
+    }
+    | {("generic_activation_patch", "'result'", "native"): "Per-head result computation is unavailable"}
+)
 """What TransformerLens refuses, and what it says."""
 
 # By model, so that each is made by few of the processes that share the tests.

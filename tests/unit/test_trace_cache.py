@@ -60,9 +60,9 @@ def key_of(loaded: LoadedModel) -> dict[str, Any]:
     return key
 
 
-@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.parametrize("kind", ["gpt2-sdpa", "llama-sdpa", "neox-parallel", "native-rms-rotary", "olmo2"])
 def test_what_is_kept_is_what_was_proved(kind: str) -> None:
-    fresh = loaded_model(kind)
+    fresh = load(TRACED[kind]())
     keep_trace(key_of(fresh), fresh.pieces, fresh.eager)
     pieces = read_trace(key_of(fresh), fresh.eager, fresh.name)
     assert pieces is not None
@@ -81,7 +81,7 @@ def test_a_model_is_traced_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     traced: list[str] = []
     pieces = loaded_model("gpt2-sdpa").pieces
 
-    def proved(module: nn.Module, name: str, progress: Any) -> Any:
+    def proved(module: nn.Module, name: str, _: Any) -> Any:
         traced.append(name)
         return pieces
 

@@ -160,6 +160,45 @@ def test_any_function_is_a_setter(kind: str, name: str, axes: tuple[str, ...], s
     assert_equal(theirs.generic_activation_patch(*given), ours.generic_activation_patch(*given))
 
 
+def in_place(corrupted: Tensor, index: Any, clean: Tensor) -> Tensor:
+    corrupted[:, index[1]] = 2 * clean[:, index[1]]
+    return corrupted
+
+
+def in_place_and_copied(corrupted: Tensor, index: Any, clean: Tensor) -> Tensor:
+    return in_place(corrupted, index, clean).clone()
+
+
+def anew(corrupted: Tensor, index: Any, clean: Tensor) -> Tensor:
+    return in_place(corrupted.clone(), index, clean)
+
+
+def both_ways(corrupted: Tensor, index: Any, clean: Tensor) -> Tensor:
+    return in_place(corrupted, index, clean) + 1
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resid_mid_of_a_bridge_is_set_as_its_hook_sets_it(kind: str, gradients: bool) -> None:
+    """Without gradients the tensor that the setter is given is the stream's own."""
+    s = setting(kind)
+    given: tuple[Any, ...] = (s.bridge, s.corrupted, s.clean_cache, metric)
+    there: Any = ("resid_mid", ("layer", "pos"))
+    found = list[Tensor]()
+    with torch.set_grad_enabled(gradients):
+        for setter in (in_place, in_place_and_copied, anew):
+            found.append(ours.generic_activation_patch(*given, setter, *there))
+            assert_equal(theirs.generic_activation_patch(*given, setter, *there).detach(), found[-1])
+        if gradients:
+            want = theirs.generic_activation_patch(*given, both_ways, *there).detach()
+            assert_equal(want, ours.generic_activation_patch(*given, both_ways, *there))
+        else:
+            with pytest.raises(ValueError, match="the first is the stream, the second what the MLP reads"):
+                ours.generic_activation_patch(*given, both_ways, *there)
+    stream, _, mlp = found
+    assert (float((stream - mlp).abs().max()) > 1e-3) != gradients
+
+
 @pytest.mark.parametrize(
     ("name", "axes", "setter"),
     [
