@@ -15,7 +15,7 @@ from patchc.diagnostics import RULES, Report
 from patchc.execute.read_logits import reads_of
 from patchc.execute.readout import MetricFunction
 from patchc.ir.bits import bits
-from patchc.ir.experiment import Called, Experiment, Leaf, Study
+from patchc.ir.experiment import Called, Experiment, Leaf, Prompts, Study
 from patchc.ir.leaves import leaves, with_leaves
 from patchc.model.load import LoadedModel
 
@@ -44,13 +44,17 @@ def all_tensors(study: Study, base: Path, given: Mapping[str, Tensor], model: Lo
 
 def read_by(study: Study, functions: Mapping[str, MetricFunction], model: LoadedModel) -> Study:
     """The study with each Python metric knowing which logits it reads, where that can be told."""
-    prompts, metrics = study.prompts, [m for e in study.experiments for m in e.metrics]
-    tokens, known = list(bits(prompts.alone)), dict[Leaf, Leaf]()
-    for leaf in {leaf for m in metrics for leaf in leaves(m.expression) if isinstance(leaf, Called)}:
-        shape = prompts.n, prompts.own_lengths[0], model.graph.d_vocab
-        if (reads := reads_of(functions[leaf.name], shape, model.pieces.dtype, model.pieces.device)) is not None:
-            known[leaf] = Called(leaf.name, tuple(tokens[row] for row in reads.rows), reads.columns)
+    metrics = [m for e in study.experiments for m in e.metrics]
+    called = {leaf for m in metrics for leaf in leaves(m.expression) if isinstance(leaf, Called)}
+    known: dict[Leaf, Leaf] = {x: known_reads(x.name, functions[x.name], study.prompts, model) for x in called}
     return study if not known else replace(study, experiments=tuple(_reading(e, known) for e in study.experiments))
+
+
+def known_reads(name: str, function: MetricFunction, prompts: Prompts, model: LoadedModel) -> Called:
+    """A Python metric with the logits that it reads, of prompts of one length, where that can be told."""
+    shape, tokens = (prompts.n, prompts.own_lengths[0], model.graph.d_vocab), list(bits(prompts.alone))
+    reads = reads_of(function, shape, model.pieces.dtype, model.pieces.device)
+    return Called(name) if reads is None else Called(name, tuple(tokens[row] for row in reads.rows), reads.columns)
 
 
 def _reading(experiment: Experiment, known: Mapping[Leaf, Leaf]) -> Experiment:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 A: Any = torch.ops.aten
 
@@ -70,6 +70,28 @@ class Recorder:
 
 
 @dataclass
+class Seen:
+    """What a metric got of a table, each tensor with its version then, and whether it asked for what is not there."""
+
+    tensors: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
+    missed: bool = False
+
+    def note(self, x: Tensor) -> Tensor:
+        self.tensors.append((x, x._version))
+        return x
+
+    def miss(self) -> NotHeld:
+        """To be raised; a metric may catch it."""
+        self.missed = True
+        return NotHeld()
+
+    @property
+    def is_faithful(self) -> bool:
+        """Whether the metric had what it would have had of all logits: nothing was missed, and nothing written to."""
+        return not self.missed and all(x._version == version for x, version in self.tensors)
+
+
+@dataclass
 class Held:
     """Logits `[row, column]` of some tokens (`place`: the row of each, or `NOT_HELD`) and token ids (`columns`
     likewise; None: all of them)."""
@@ -100,20 +122,20 @@ class Logits(Tensor):
 
     _table: Table
     _rows: Tensor
-    _seen: list[tuple[Tensor, int]]
-    """What was looked up, and its version then."""
+    _seen: Seen
 
     @staticmethod
-    def __new__(cls: Any, table: Table, where: Tensor, d_vocab: int, dtype: torch.dtype, seen: Any = None) -> Logits:
+    def __new__(
+        cls: Any, table: Table, where: Tensor, d_vocab: int, dtype: torch.dtype, seen: Seen | None = None
+    ) -> Logits:
         make: Any = torch.Tensor._make_wrapper_subclass  # pyright: ignore[reportPrivateUsage]
         out: Logits = make(cls, (*where.shape, d_vocab), dtype=dtype, device=where.device)
-        out._table, out._rows, out._seen = table, where, [] if seen is None else seen
+        out._table, out._rows, out._seen = table, where, seen or Seen()
         return out
 
     @property
-    def is_written_to(self) -> bool:
-        """Whether what was looked up has been changed since."""
-        return any(x._version != version for x, version in self._seen)
+    def seen(self) -> Seen:
+        return self._seen
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Logits({list(self.shape)})"
@@ -123,7 +145,7 @@ class Logits(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func._schema.is_mutable:
-            raise NotHeld
+            raise next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Logits)).seen.miss()
         if args and isinstance(args[0], Logits):
             out = args[0]._moved(func, args[1:], kwargs or {})
             if out is not None:
@@ -135,7 +157,7 @@ class Logits(Tensor):
     def _moved(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The result where it is a matter of rows or of single logits; None otherwise."""
         last = self.dim() - 1
-        if func is A._to_copy.default and set(kwargs) <= {"dtype"}:
+        if func is A._to_copy.default and set(kwargs) <= {"dtype"} and self._widens(kwargs.get("dtype")):
             return Logits(self._table, self._rows, self.shape[-1], kwargs.get("dtype") or self.dtype, self._seen)
         if func in RESHAPES and self._keeps_rows(args[0]):
             return self._at(self._rows.reshape(args[0][:-1]))
@@ -150,6 +172,10 @@ class Logits(Tensor):
         if func in MOVES and (where := self._where_after(func, args)) is not None:
             return self._at(where)
         return None
+
+    def _widens(self, dtype: torch.dtype | None) -> bool:
+        """Whether a cast to `dtype` loses nothing, so that it may come after the last look-up."""
+        return dtype is None or torch.promote_types(self.dtype, dtype) == dtype
 
     def _keeps_rows(self, shape: Sequence[int]) -> bool:
         """Whether the vocabulary stays the last axis of a new shape."""
@@ -189,11 +215,13 @@ class Logits(Tensor):
     def _gathered(self, axis: int, index: Tensor) -> Tensor | None:
         if axis % self.dim() != self.dim() - 1 or index.dim() != self.dim():
             return None
+        if bool((index < 0).any()):
+            raise IndexError("gather takes no negative index")
         where = self._rows[tuple(slice(n) for n in index.shape[:-1])]
         return self._entries(where[..., None].expand(index.shape), index)
 
     def _indexed(self, index: list[Tensor | None]) -> Tensor | None:
-        if any(i is not None and i.dtype == torch.bool for i in index):
+        if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in index):
             return None
         index += [None] * (self.dim() - len(index))
         *before, columns = index
@@ -212,14 +240,19 @@ class Logits(Tensor):
         return Logits(self._table, where, self.shape[-1], self.dtype, self._seen)
 
     def _entries(self, where: Tensor, columns: Tensor) -> Tensor:
-        return self._noted(self._table.entries(where, columns.remainder(self.shape[-1])).to(self.dtype))
-
-    def _noted(self, x: Tensor) -> Tensor:
-        self._seen.append((x, x._version))
-        return x
+        size = self.shape[-1]
+        if bool(((columns < -size) | (columns >= size)).any()):
+            raise IndexError(f"a token id is out of bounds for a vocabulary of {size}")
+        return self._found(lambda: self._table.entries(where, columns.remainder(size)))
 
     def _looked_up(self) -> Tensor:
-        return self._noted(self._table.rows(self._rows).to(self.dtype))
+        return self._found(lambda: self._table.rows(self._rows))
+
+    def _found(self, look_up: Callable[[], Tensor]) -> Tensor:
+        try:
+            return self._seen.note(look_up().to(self.dtype))
+        except NotHeld:
+            raise self._seen.miss() from None
 
 
 # ---- as metrics get them
@@ -262,9 +295,9 @@ def held_logits(logits: Tensor, place: Tensor, column_of: Mapping[int, int], d_v
 
 
 def result_of(metric: Metric, logits: Tensor) -> Tensor:
-    """What a metric gives. Raises `NotHeld` where it wrote into logits that had been looked up: what it wrote would be
-    lost."""
+    """What a metric gives. Raises `NotHeld` where it asked for logits that are not there, whatever it did then, or
+    wrote into some: what it wrote would be lost."""
     out = torch.as_tensor(metric(logits))
-    if isinstance(logits, Logits) and logits.is_written_to:
+    if isinstance(logits, Logits) and not logits.seen.is_faithful:
         raise NotHeld
     return out.clone() if isinstance(out, Logits) else out

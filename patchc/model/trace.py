@@ -203,7 +203,7 @@ class Tracer:
             # Otherwise a scaled, subtracted or normalised stream would vanish, layers and all, into an
             # "embedding".
             changing = self._changes_all()
-            post = ", as the norms of post-norm models do" if changing.target in NORMS else ""
+            post = ", as where the stream itself is normalised" if changing.target in NORMS else ""
             need(
                 False,
                 f"the stream is not a plain sum of writers: {place(changing)} changes all of it{post}, "

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from patchc import pipeline
 from patchc.diagnostics import PatchcError
-from patchc.execute.read_logits import NotHeld, reads_of
+from patchc.execute.read_logits import NotHeld
 from patchc.execute.readout import METRIC_READS, METRIC_SHAPE
 from patchc.execute.sweep import Outcome
 from patchc.free_memory import default_budget
+from patchc.given import known_reads
 from patchc.ir.experiment import Called, Cell, Dim, Experiment, Metric, Patch
 from patchc.lower.unfelt import NO_EFFECT
 from patchc.transformer_lens.errors import SweepError, failure
@@ -40,9 +41,7 @@ class Metrics:
     def leaf(self, name: str, runs: Runs) -> Called:
         """A metric with the logits that it reads, where that can be told."""
         if name not in self._leaves:
-            shape = self.n_batch, runs.layout.lengths[0], runs.pieces.graph.d_vocab
-            reads = reads_of(self.functions[name], shape, runs.pieces.dtype, runs.pieces.device)
-            self._leaves[name] = Called(name) if reads is None else Called(name, reads.rows, reads.columns)
+            self._leaves[name] = known_reads(name, self.functions[name], runs.prompts, runs.model.loaded)
         return self._leaves[name]
 
     def read_all(self) -> None:

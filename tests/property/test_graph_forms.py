@@ -188,7 +188,7 @@ def test_gradients_of_every_edge_are_slopes(at: float) -> None:
     graph = small().compile(ONE, TEXTS, masks="edge").graph.double()
     masks = torch.full(graph.mask_shape, at, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(diff(graph, masks), masks)
-    assert gradient.abs().min() >= 0
+    assert bool(gradient.isfinite().all())
     assert (gradient != 0).float().mean() > 0.8
     with torch.no_grad():
         for i in range(0, gradient.numel(), 7):

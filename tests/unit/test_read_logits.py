@@ -103,6 +103,43 @@ def test_what_is_not_held_cannot_be_read() -> None:
         result_of(_takes_away, held(LAST, None))
 
 
+def _catches(x: Tensor) -> Tensor:
+    try:
+        return x[:, 1 if x[0, -1, 3] else -1, 3].mean()
+    except Exception:
+        return torch.tensor(0.0)
+
+
+def test_what_a_metric_catches_is_not_forgotten() -> None:
+    reads = reads_of(_catches, (N, LENGTH, D_VOCAB), FULL.dtype)
+    assert reads is not None
+    with pytest.raises(NotHeld):
+        result_of(_catches, held(reads.rows, reads.columns))
+
+
+OUT_OF_BOUNDS: dict[str, Callable[[Tensor], Any]] = {
+    "gathered": lambda x: x[:, -1].gather(-1, PAIRS + D_VOCAB),
+    "gathered from the end": lambda x: x[:, -1].gather(-1, -PAIRS),
+    "indexed": lambda x: x[torch.arange(N), -1, PAIRS[:, 0] + D_VOCAB],
+    "selected": lambda x: x[:, -1].select(-1, D_VOCAB),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_BOUNDS)
+def test_an_id_out_of_bounds_is_left_to_torch(name: str) -> None:
+    assert reads_of(OUT_OF_BOUNDS[name], (N, LENGTH, D_VOCAB), FULL.dtype) is None
+    with pytest.raises((IndexError, RuntimeError)):
+        OUT_OF_BOUNDS[name](FULL)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bool])
+def test_a_cast_that_loses_something_is_made(dtype: torch.dtype) -> None:
+    def metric(x: Tensor) -> Tensor:
+        return x.to(dtype).float()[:, -1, 3]
+
+    assert torch.equal(result_of(metric, held(EVERY, None)), metric(FULL))
+
+
 SPEC = "experiment e { for h in head  run clean  patch node h with corrupt  measure mine, logit(answer) }"
 DATA = {"clean": [[3, 5, 7, 9], [2, 5, 1, 9]], "corrupt": [[3, 6, 7, 9], [2, 4, 1, 9]], "answer": [11, 12]}
 
