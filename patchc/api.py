@@ -390,7 +390,7 @@ def _refuse_silent(program: Program, outcome: Outcome) -> None:
     experiment = program.experiment
     if outcome.silent and len(outcome.silent) + len(program.no_effect) == len(program.roots):
         raise NO_EFFECT.error(
-            "every value that is patched in came out as the run's own: nothing changes",
+            f"in `{experiment.name}` every value that is patched in came out as the run's own: nothing changes",
             span=experiment.cells[0].patches[0].span,
         )
 

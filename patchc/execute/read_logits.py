@@ -77,7 +77,7 @@ class Seen:
     missed: bool = False
 
     def note(self, x: Tensor) -> Tensor:
-        self.tensors.append((x, x._version))
+        self.tensors.append((x, _version(x)))
         return x
 
     def miss(self) -> NotHeld:
@@ -88,7 +88,12 @@ class Seen:
     @property
     def is_faithful(self) -> bool:
         """Whether the metric had what it would have had of all logits: nothing was missed, and nothing written to."""
-        return not self.missed and all(x._version == version for x, version in self.tensors)
+        return not self.missed and all(_version(x) == version for x, version in self.tensors)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor has been written into; not known of those made under inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 @dataclass

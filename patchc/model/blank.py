@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from patchc.model.configs import config_context, config_layers, dtype_named, native_model
 from patchc.model.export import export
-from patchc.model.folders import BAD_CONFIG, first_line, is_native, silent_transformers
+from patchc.model.folders import is_native, silent_transformers, unbuildable
 from patchc.model.gguf_files import is_gguf
 from patchc.model.outline_cache import Facts
 from patchc.model.pieces import TracedPieces
@@ -79,7 +79,7 @@ def _hf(folder: Path, given: dict[str, Any], dtype: torch.dtype | None, attentio
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
-        raise BAD_CONFIG.error(f"transformers cannot build the model of {folder}: {first_line(error)}") from None
+        raise unbuildable(folder, error) from None
 
 
 class _Unfilled(TorchFunctionMode):

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from patchc.diagnostics import RULES, closest
+from patchc.diagnostics import RULES, PatchcError, closest
 from patchc.model.gguf_files import gguf_config, gguf_tokenizer, is_gguf
 from patchc.model.packaged import PACKAGED, packaged_file
 from patchc.resources import builtin_model, builtin_models
@@ -142,6 +142,14 @@ def shared_tokenizer(folder: Path) -> Any | None:
 def _shared(folder: Path, _files: tuple[tuple[str, int, int], ...]) -> Any | None:
     with silent_transformers():
         return read_tokenizer(folder)
+
+
+def unbuildable(folder: Path, error: Exception) -> PatchcError:
+    """`model-config`: why transformers does not build a directory's model."""
+    why = first_line(error)
+    if "AutoModelForCausalLM" in why:  # and a list of every class that it would have taken
+        why = "its config.json is not that of a decoder of token ids (a causal language model), which patchc traces"
+    return BAD_CONFIG.error(f"transformers cannot build the model of {folder}: {why}")
 
 
 def first_line(error: Exception) -> str:

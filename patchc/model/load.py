@@ -20,7 +20,6 @@ from patchc.model.configs import BAD_OPTION, config_context, config_layers, dtyp
 from patchc.model.devices import device_named
 from patchc.model.export import export
 from patchc.model.folders import (
-    BAD_CONFIG,
     NOT_FOUND,
     first_line,
     is_native,
@@ -28,6 +27,7 @@ from patchc.model.folders import (
     read_config,
     read_tokenizer,
     silent_transformers,
+    unbuildable,
 )
 from patchc.model.gguf_files import gguf_model, is_gguf
 from patchc.model.identity import identity
@@ -257,7 +257,7 @@ def _hf(folder: Path, options: _Options) -> nn.Module:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise BAD_WEIGHTS.error(f"the weights in {folder} cannot be loaded: {first_line(error)}") from None
     except (ValueError, KeyError, TypeError, ImportError) as error:
-        raise BAD_CONFIG.error(f"transformers cannot build the model of {folder}: {first_line(error)}") from None
+        raise unbuildable(folder, error) from None
     module, info = loaded
     _complete(folder, info)
     return module

@@ -5,7 +5,7 @@ Says of each activation of a cache whether it is the clean run's own, so that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -17,7 +17,7 @@ from patchc.execute.base import PlainRun, run_world
 from patchc.execute.patterns import PlainRows
 from patchc.execute.stored import Stored
 from patchc.ir.experiment import Prompts, World
-from patchc.ir.graph import Block
+from patchc.ir.graph import Block, ResidualGraph
 from patchc.ir.tokens import Layout
 from patchc.transformer_lens.activations import Activation, Shape, activation, parsed
 from patchc.transformer_lens.errors import (
@@ -25,6 +25,7 @@ from patchc.transformer_lens.errors import (
     NO_ACTIVATION,
     OTHER_ACTIVATION,
     SweepError,
+    SweepIndexError,
     SweepNameError,
     failure,
 )
@@ -170,8 +171,15 @@ def entry(cache: Cache, hook: str) -> Tensor:
 
 def runs(model: ANY_MODEL, corrupted_tokens: Any, clean_cache: Any) -> Runs:
     """What is known before a sweep. `corrupted_tokens` `[batch, pos]`; `clean_cache`: a cache, or clean tokens."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        message = "autocast is on: what a layer computes then depends on what is around it"
+        raise failure(SweepError, BAD_SWEEP, message, "sweep outside of `torch.autocast`, on a model in that dtype")
+    if not isinstance(clean_cache, Tensor) and not hasattr(clean_cache, "keys"):
+        got = type(clean_cache).__name__
+        raise failure(SweepError, BAD_SWEEP, f"clean_cache is a cache or a tensor of clean token ids, not a {got}")
     found = traced(model)
     ids = token_ids(corrupted_tokens, "corrupted_tokens")
+    _check_ids(found.loaded.graph, ids)
     worlds = [World(CORRUPTED, ids)]
     cache = None if isinstance(clean_cache, Tensor) else cast(Cache, clean_cache)
     clean = token_ids(clean_cache, "clean tokens") if cache is None else _cached_ids(cast(Cache, clean_cache))
@@ -182,6 +190,14 @@ def runs(model: ANY_MODEL, corrupted_tokens: Any, clean_cache: Any) -> Runs:
         raise failure(SweepError, BAD_SWEEP, f"clean and corrupted tokens are of equal shape, not {shapes}")
     gradients = torch.is_grad_enabled() and any(p.requires_grad for p in found.loaded.eager.parameters())
     return Runs(found, Prompts(Layout((len(ids[0]),) * len(ids)), tuple(worlds)), cache, gradients)
+
+
+def _check_ids(graph: ResidualGraph, ids: Sequence[Sequence[int]]) -> None:
+    """Raise `sweep-arguments` for tokens that the model does not have."""
+    strange = next((i for row in ids for i in row if not 0 <= i < graph.d_vocab), None)
+    if strange is not None:
+        message = f"corrupted_tokens has the id {strange}; the model's are 0..{graph.d_vocab - 1}"
+        raise failure(SweepIndexError, BAD_SWEEP, message)
 
 
 def _cached_ids(cache: Cache) -> tuple[tuple[int, ...], ...] | None:

@@ -86,7 +86,8 @@ def generic_activation_patch(
     `corrupted_tokens` `[batch, pos]`. `clean_cache`: activations by hook name (an `ActivationCache`, edited and partial
     ones too), or clean token ids `[batch, pos]`. `patching_metric`: a function of the logits `[batch, pos, d_vocab]`
     that gives a scalar, with `reduce` "mean" or "none" `[batch]`; or a mapping of such functions. It may be called in
-    any order, and for the unpatched runs too. `patch_setter(corrupted_activation, index, clean_activation)` gives the
+    any order, for the unpatched runs too, and first with logits that are all zero, to see which of them it reads; only
+    those are computed. `patch_setter(corrupted_activation, index, clean_activation)` gives the
     patched activation. `activation_name`: `resid_pre`, `z`, `pattern`, ...; its layer is the index's first number.
     `resid_mid` of a bridge is what its hook sets, which stands on what the MLP reads: with gradients on, that alone,
     and the stream beside the MLP stays as it is. Under `torch.no_grad()` both are one tensor, so that a setter that

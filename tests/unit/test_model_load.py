@@ -310,6 +310,14 @@ def test_configs_that_cannot_be_used(tmp_path: Path, config: str) -> None:
     assert caught.value.exit == 1
 
 
+@pytest.mark.parametrize("kind", ["t5", "vit"])
+def test_a_directory_of_no_decoder_says_so(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.raises(PatchcError, match="a decoder of token ids") as caught:
+        load(tmp_path)
+    assert code_of(caught) == "model-config"
+
+
 def test_a_directory_without_config(tmp_path: Path) -> None:
     with pytest.raises(PatchcError, match=r"no config\.json") as caught:
         load(tmp_path)

@@ -197,6 +197,24 @@ def test_an_activation_without_a_site(gpt2: Setting, name: str) -> None:
     assert "activations that can be set are resid_pre" in str(refused(gpt2, KeyError, activation_name=name))
 
 
+def test_in_inference_mode(gpt2: Setting) -> None:
+    with torch.inference_mode():
+        want, got = both(SWEEP, gpt2, metric)
+    assert_equal(want, got)
+
+
+def test_autocast_is_refused(gpt2: Setting) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        ours.get_act_patch_resid_pre(gpt2.bridge, gpt2.corrupted, gpt2.clean_cache, metric)
+
+
+def test_what_is_no_cache_and_no_token(gpt2: Setting) -> None:
+    with pytest.raises(ValueError, match="not a str"):
+        ours.get_act_patch_resid_pre(gpt2.bridge, gpt2.corrupted, "cache", metric)
+    with pytest.raises(IndexError, match="id 9999"):
+        ours.get_act_patch_resid_pre(gpt2.bridge, gpt2.corrupted.clone().fill_(9999), gpt2.clean_cache, metric)
+
+
 def test_an_index_outside(gpt2: Setting) -> None:
     late = pd.DataFrame([[0, POS]], columns=["layer", "pos"])
     refused(gpt2, IndexError, index_axis_names=None, index_df=late)
