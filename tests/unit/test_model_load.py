@@ -178,10 +178,9 @@ def test_settings_of_code_that_cannot_be_told_are_noticed() -> None:
 def test_a_probe_allows_for_rounding_alone(dtype: torch.dtype) -> None:
     one, eps = torch.linspace(-3, 3, 60).reshape(2, 30).to(dtype), torch.finfo(dtype).eps
     assert probes_alike(one, one * (1 + 2 * eps))
-    assert probes_alike(
-        one.index_fill(1, torch.tensor([3]), -torch.inf), one.index_fill(1, torch.tensor([3]), -torch.inf)
-    )
-    assert not probes_alike(one, one.index_fill(1, torch.tensor([3]), -torch.inf))
+    hidden = one.index_fill(1, torch.tensor([3]), -torch.inf)
+    assert probes_alike(hidden, hidden * (1 + 2 * eps))
+    assert not probes_alike(one, hidden)
     assert not probes_alike(one, one * 1.5)
     assert not probes_alike(one, one[:1])
 

@@ -382,10 +382,8 @@ def test_a_hook_before_a_norm_over_all_heads_is_refused(name: str) -> None:
     sweep = getattr(ours, f"get_act_patch_attn_head_{name}_all_pos")
     with pytest.raises(ValueError, match="other-activation") as caught:
         sweep(made, s.corrupted, s.clean, metric)
-    message = (
-        f"stands before the norm of {name}, and the site {name} after it, which a spec sets by `head[l, h].{name}`"
-    )
-    assert f"attn.hook_{name} of this bridge {message}" in str(caught.value)
+    assert f"attn.hook_{name} of this bridge stands before the norm of {name}" in str(caught.value)
+    assert f"the site {name} after it, which a spec sets by `head[l, h].{name}`" in str(caught.value)
 
 
 def test_hooks_and_training_are_refused() -> None:
