@@ -104,7 +104,7 @@ class TransformerLens(Driver):
 
 
 class ForwardHooks(Driver):
-    """Plain torch hooks on the copy: models built like HF's GPT-2 or Llama, and other decoders of transformers."""
+    """Plain torch hooks on the copy: decoders whose modules have the names that transformers gives them."""
 
     def __init__(self, model: nn.Module, graph: ResidualGraph):
         """`model` belongs to the driver from now on."""
@@ -113,6 +113,9 @@ class ForwardHooks(Driver):
         self._ids: list[int] = []
         found = decoder(model, graph, self._ids)
         self._taps, self._attentions, self._weights = found.taps, found.attentions, found.weights
+
+    def lacks(self, point: Point) -> bool:
+        return point not in self._taps and point.at not in (At.SCORES, At.PATTERN, At.LOGITS)
 
     @contextmanager
     def _hooked(self, handlers: Mapping[Point, Edit]) -> Generator[None]:
@@ -161,5 +164,5 @@ def unknown(model: nn.Module) -> PatchcError:
     """The error that names a model which no driver can hook."""
     return NO_DRIVER.error(
         f"the hooks backend cannot hook a {type(model).__name__}: it knows models that TransformerLens can "
-        f"bridge, and models built like HF's GPT-2 or Llama"
+        f"bridge, and decoders whose modules have the names that transformers gives them"
     )

@@ -111,6 +111,9 @@ class Driver(ABC):
         wanted = set(capture) - {Point(At.LOGITS)}
         kept: dict[Point, Tensor] = {}
         edits = _without_mid(edits)
+        for point in filter(self.lacks, (*edits, *wanted)):
+            where = str(point.at) if point.layer < 0 else f"{point.at} of layer {point.layer}"
+            raise NO_POINT.error(f"{where} cannot be hooked: no module of this model is known to show it")
 
         def at(point: Point) -> Edit:
             def handle(x: Tensor) -> Tensor:
@@ -132,6 +135,10 @@ class Driver(ABC):
         except _Done:
             return kept
         return kept | {Point(At.LOGITS): logits}
+
+    def lacks(self, point: Point) -> bool:
+        """Whether it is known without a pass that a point cannot be hooked."""
+        return False
 
     @abstractmethod
     def _hooked(self, handlers: Mapping[Point, Edit]) -> Any:

@@ -96,7 +96,8 @@ def _with_bias(parts: Tensor, whole: Tensor) -> Tensor:
 def _unproved(driver: Driver, graph: ResidualGraph, ids: Tensor) -> dict[Point, str]:
     """The points inside nodes that are not what they should be, and why."""
     try:
-        got = driver.run(ids, {}, [*points_of(graph), *inner_points(graph)])
+        inner = [point for point in inner_points(graph) if not driver.lacks(point)]
+        got = driver.run(ids, {}, [*points_of(graph), *inner])
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
         return dict.fromkeys(inner_points(graph), str(error))
     refused: dict[Point, str] = {}

@@ -81,9 +81,17 @@ def _readable(tell: Tell) -> Generator[None]:
             yield tensor
         tell(len(listed), len(listed))
 
-    names, bar = gguf.get_tensor_name_map, reading.tqdm
-    gguf.get_tensor_name_map, reading.tqdm = cache(names), told
+    places: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        (gguf, "get_tensor_name_map", cache),
+        (reading, "tqdm", lambda _: told),
+    ]
+    # Another version of either may lack one: then its progress is not told, or its map made each time.
+    before = [(module, name, getattr(module, name)) for module, name, _ in places if hasattr(module, name)]
+    for module, name, put in places:
+        if hasattr(module, name):
+            setattr(module, name, put(getattr(module, name)))
     try:
         yield
     finally:
-        gguf.get_tensor_name_map, reading.tqdm = names, bar
+        for module, name, value in before:
+            setattr(module, name, value)

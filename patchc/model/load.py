@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from patchc.diagnostics import RULES
 from patchc.ir.graph import ResidualGraph
@@ -31,9 +31,10 @@ from patchc.model.folders import (
 )
 from patchc.model.gguf_files import gguf_model, is_gguf
 from patchc.model.identity import identity
-from patchc.model.packaged import PACKAGED
+from patchc.model.packaged import PACKAGED, Packaged
 from patchc.model.pieces import TracedPieces
 from patchc.model.placed import refuse_placement
+from patchc.model.probe import probe, probes_alike
 from patchc.model.prove import is_causal, prove, prove_insides, prove_parts
 from patchc.model.state import (
     CHANGED,
@@ -67,6 +68,8 @@ class LoadedModel:
     """Its classes and settings, hashed; None where they may compute anything."""
     packaged: str | None = None
     """The file of an installed package that its weights are from, by its path there; `fingerprint` is that file's."""
+    probed: Tensor | None = None
+    """Where `settings` is None: its own logits of a short prompt, `[pos, d_vocab]`, as they were when it was traced."""
 
     @property
     def element(self) -> int:
@@ -85,9 +88,18 @@ class LoadedModel:
             raise CHANGED.error(
                 f"the weights of {self.name} were changed after it was traced", fix="load the model again"
             )
-        if identity(self.eager) != self.settings:
+        if identity(self.eager) != self.settings or not self._computes_as_before():
             changed = f"the settings or the code of {self.name} were changed after it was traced"
             raise CHANGED.error(changed, fix="load the model again")
+
+    def _computes_as_before(self) -> bool:
+        """Where the settings cannot be told: whether the logits of a short prompt are still what they were."""
+        if self.probed is None:
+            return True
+        try:
+            return probes_alike(self.probed, probe(self.eager, self.graph.d_vocab, self.graph.n_ctx))
+        except Exception:  # a module that was edited may raise anything
+            return False
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,8 @@ class _Source:
     folder: Path | None = None
     tokenizer: Any | None = None
     packaged: str | None = None
+    fingerprint: str | None = None
+    """Of its files, where it is from any."""
 
 
 def load(
@@ -145,7 +159,9 @@ def _traced(source: _Source, bos: bool | None, progress: Progress) -> LoadedMode
             pieces = _proved(module, source.name, progress)
             if key is not None:
                 keep_trace(key, pieces, module)
-    fingerprint = content if source.folder is None else files_fingerprint(source.folder)
+    fingerprint = source.fingerprint or content
+    settings = None if key is None else key["module"]
+    probed = probe(module, pieces.graph.d_vocab, pieces.graph.n_ctx) if settings is None else None
     return LoadedModel(
         source.name,
         module,
@@ -155,8 +171,9 @@ def _traced(source: _Source, bos: bool | None, progress: Progress) -> LoadedMode
         fingerprint,
         bos,
         content,
-        None if key is None else key["module"],
+        settings,
         source.packaged,
+        probed,
     )
 
 
@@ -219,14 +236,24 @@ class _Options:
 
 def _named(model: str | Path, options: _Options, base: Path) -> _Source:
     folder = model_folder(model, base, options.revision)
+    packaged = PACKAGED.get(str(model)) if is_gguf(folder) else None
+    fingerprint = files_fingerprint(folder)
+    if packaged is not None:
+        _check_file(packaged, folder, fingerprint)
     config = read_config(folder)
     if is_native(config):
         module = _native(folder, config)
         module = module if options.dtype is None else module.to(options.dtype)
     else:
         module = _gguf(str(model), folder, config, options) if is_gguf(folder) else _hf(folder, options)
-    packaged = PACKAGED.get(str(model)) if is_gguf(folder) else None
-    return _Source(str(model), module.eval(), folder, read_tokenizer(folder), packaged and packaged.file)
+    return _Source(str(model), module.eval(), folder, read_tokenizer(folder), packaged and packaged.file, fingerprint)
+
+
+def _check_file(package: Packaged, file: Path, fingerprint: str) -> None:
+    """Refuse a file that is not the one the package came with."""
+    if fingerprint != f"sha256:{package.sha256}":
+        message = f"{file} is not the file of {package.distribution} {package.version}: its hash is another"
+        raise BAD_WEIGHTS.error(message, fix=f"`{package.install('--force-reinstall ')}`")
 
 
 def _native(folder: Path, config: dict[str, Any]) -> nn.Module:

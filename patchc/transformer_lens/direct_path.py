@@ -21,7 +21,7 @@ from patchc.transformer_lens.activations import Activation
 from patchc.transformer_lens.cells import NodePaths, Rows
 from patchc.transformer_lens.errors import BAD_SWEEP, SweepError, SweepIndexError, failure
 from patchc.transformer_lens.numbers import MetricFn, Metrics, measured
-from patchc.transformer_lens.runs import CLEAN, CORRUPTED, Cache, Runs, alike, entry, runs
+from patchc.transformer_lens.runs import CLEAN, CORRUPTED, Cache, Runs, entry, runs, same
 from patchc.transformer_lens.traced import ANY_MODEL
 
 COMPONENTS = ("q", "k", "v")
@@ -159,7 +159,7 @@ class Edges:
     def _are_own(self, x: Activation) -> bool:
         """Whether both caches have what the runs themselves have."""
         corrupted = self._corrupted(x)
-        return self.found.is_own(x) and (corrupted is None or alike(corrupted, self.found.own(x, CORRUPTED), x))
+        return self.found.is_own(x) and (corrupted is None or same(corrupted, self.found.own(x, CORRUPTED), x))
 
     def _corrupted(self, x: Activation) -> Tensor | None:
         cache = self.corrupted_cache

@@ -111,11 +111,12 @@ class Runs:
 
     # ---- are a cache's numbers the model's?
     def is_own(self, x: Activation) -> bool:
-        """Whether the clean activation is the clean run's own, to rounding."""
+        """Whether the clean activation is known to be the clean run's own. Of a cache in half precision it never is:
+        its rounding is as large as edits are, so the cache's own numbers are patched in."""
         if not self.knows_clean:
             return False
         if x.hook not in self._same:
-            self._same[x.hook] = self.cache is None or alike(self.clean(x), self.own(x, CLEAN), x)
+            self._same[x.hook] = self.cache is None or same(self.clean(x), self.own(x, CLEAN), x)
         return self._same[x.hook]
 
     def check_place(self, x: Activation) -> None:
@@ -138,9 +139,23 @@ class Runs:
 
     def _compare(self, x: Activation, theirs: Tensor) -> None:
         if not alike(theirs, self.own(x, CORRUPTED), x):
-            message = f"{x.hook} of this bridge is not the site {x.name} of the model: their numbers differ"
-            raise failure(SweepError, OTHER_ACTIVATION, message)
+            raise failure(SweepError, OTHER_ACTIVATION, *self._why_other(x))
         self.model.checked.add(x.hook)
+
+    def _why_other(self, x: Activation) -> tuple[str, str]:
+        """What is wrong with a bridge's hook, and what to do instead."""
+        message = f"{x.hook} of this bridge is not the site {x.name} of the model: their numbers differ"
+        attention = getattr(self.model.bridge.blocks[x.layer], "attn", None) if self.model.bridge is not None else None
+        if x.name in ("q", "k") and getattr(attention, f"{x.name}_norm", None) is not None:
+            message = f"{x.hook} of this bridge stands before the norm of {x.name}, and the site {x.name} after it"
+            message += f", which a spec sets by `head[l, h].{x.name}`"
+            return message, f"write a spec: `patch node head[l, h].{x.name} with clean`"
+        return message, "give the model itself, `bridge.original_model`, and the clean tokens"
+
+
+def same(theirs: Tensor, own: Tensor, x: Activation) -> bool:
+    """Whether two tensors are surely the same, in a dtype whose rounding is far smaller than any edit."""
+    return torch.finfo(x.pieces.dtype).bits >= 32 and alike(theirs, own, x)
 
 
 def alike(theirs: Tensor, own: Tensor, x: Activation) -> bool:

@@ -17,14 +17,15 @@ from torch import nn
 from patchc.api import Model, load
 from patchc.diagnostics import PatchcError
 from patchc.ir.experiment import ModelChoice
+from patchc.model.folders import model_folder, silent_transformers
 from patchc.model.load import LoadedModel
-from patchc.model.state import CHANGED, refuse_hooks
+from patchc.model.state import CHANGED, files_fingerprint, refuse_hooks
 from patchc.transformer_lens.errors import BAD_SWEEP, SweepError, failure
 
 ANY_MODEL = Model | nn.Module | str | Path
 
-_named: dict[str, Model] = {}
-"""The last model that was asked for by name."""
+_named: dict[tuple[Path, str], Model] = {}
+"""The last model that was asked for by name, by where its files are and their fingerprint."""
 
 NOTHING = nn.Identity()
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
@@ -52,10 +53,17 @@ def traced(model: ANY_MODEL) -> Traced:
         return Traced(model.loaded)
     if isinstance(model, nn.Module):
         return _of_module(model)
-    if str(model) not in _named:
+    return Traced(_of_name(model))
+
+
+def _of_name(model: str | Path) -> LoadedModel:
+    with silent_transformers():
+        folder = model_folder(model, Path()).resolve()
+    key = (folder, files_fingerprint(folder))
+    if key not in _named:
         _named.clear()
-        _named[str(model)] = load(ModelChoice(str(model)))
-    return Traced(_named[str(model)].loaded)
+        _named[key] = load(ModelChoice(str(model)))
+    return _named[key].loaded
 
 
 def _of_module(module: nn.Module) -> Traced:

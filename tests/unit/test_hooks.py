@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from patchc.diagnostics import PatchcError
+from patchc.execute.hook_points import At, Point
+from patchc.execute.hook_proof import driver_for
 from patchc.execute.hooks import Oracle
 from patchc.ir.experiment import (
     FromWorld,
@@ -270,6 +272,18 @@ def test_a_model_that_nothing_can_hook_is_refused_by_name() -> None:
     with pytest.raises(PatchcError, match="cannot hook a Sequential") as error:
         Oracle(nn.Sequential(nn.Embedding(50, 32)), graph, prompts(4))
     assert error.value.exit == 3
+
+
+@pytest.mark.parametrize("point", [Point(At.HEADS_OUT, 1), Point(At.RESID_MID, 0), Point(At.EMBED, 7)])
+def test_a_point_that_no_module_shows_is_refused_and_not_dropped(point: Point) -> None:
+    model, graph = gpt2()
+    driver, ids = driver_for(model, graph, "forward_hooks"), torch.tensor([[1, 2, 3]])
+    assert driver.lacks(point)
+    with pytest.raises(PatchcError, match=f"hooks-point.*{point.at} of layer {point.layer} cannot be hooked"):
+        driver.run(ids, {}, [point])
+    if point.at is not At.RESID_MID:  # an edit of that is made on either side
+        with pytest.raises(PatchcError, match="hooks-point"):
+            driver.run(ids, {point: lambda x: x * 0}, [Point(At.LOGITS)])
 
 
 def test_a_graph_of_another_model_is_refused() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from patchc.diagnostics import PatchcError
 from patchc.model import folders
 from patchc.model.load import load
+from patchc.model.probe import probes_alike
 from patchc.model.state import content_fingerprint, files_fingerprint
 from tests.models import D_VOCAB, gpt2, llama, logits_of, native
 
@@ -143,6 +144,45 @@ def test_settings_changed_after_tracing_are_noticed(change: str) -> None:
     with pytest.raises(PatchcError, match="the settings or the code of") as caught:
         loaded.check_unchanged()
     assert code_of(caught) == "model-changed"
+
+
+class Scaled(torch.nn.Module):
+    """A class of the user's own, with a setting that is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * self.by
+
+
+def test_settings_of_code_that_cannot_be_told_are_noticed() -> None:
+    module: Any = gpt2()
+    module.transformer.h[0].mlp.act = scaled = Scaled()
+    loaded = load(module)
+    assert loaded.settings is None
+    module.train()
+    loaded.check_unchanged()
+    assert scaled.training
+    for changed in (1.01, "no number"):
+        scaled.by = changed  # type: ignore[assignment]
+        with pytest.raises(PatchcError, match="the settings or the code of") as caught:
+            loaded.check_unchanged()
+        assert code_of(caught) == "model-changed"
+    scaled.by = 1.0
+    loaded.check_unchanged()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_probe_allows_for_rounding_alone(dtype: torch.dtype) -> None:
+    one, eps = torch.linspace(-3, 3, 60).reshape(2, 30).to(dtype), torch.finfo(dtype).eps
+    assert probes_alike(one, one * (1 + 2 * eps))
+    hidden = one.index_fill(1, torch.tensor([3]), -torch.inf)
+    assert probes_alike(hidden, hidden * (1 + 2 * eps))
+    assert not probes_alike(one, hidden)
+    assert not probes_alike(one, one * 1.5)
+    assert not probes_alike(one, one[:1])
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])

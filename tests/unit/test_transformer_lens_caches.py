@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from transformer_lens import patching as theirs
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import patchc
 from patchc import transformer_lens as ours
@@ -19,6 +21,7 @@ from patchc.ir.experiment import ModelChoice
 from patchc.transformer_lens import runs as running
 from patchc.transformer_lens import traced as tracing
 from patchc.transformer_lens.traced import Traced, traced
+from tests.models import gpt2, olmo2
 from tests.transformer_lens_bridges import Setting, bridge, metric, setting
 from tests.unit.test_transformer_lens_arguments import TOLERANCE, assert_equal
 
@@ -298,6 +301,89 @@ def test_a_model_is_traced_once_and_again_when_it_has_changed(monkeypatch: pytes
     del made, cache, traces[:]
     gc.collect()
     assert alive() is None
+
+
+def test_a_setting_of_a_bridge_that_is_edited_is_followed() -> None:
+    made, s = bridge("llama"), setting("llama")
+    sweep = ours.get_act_patch_mlp_out
+    before, loaded = sweep(made, s.corrupted, s.clean, metric), traced(made).loaded
+    for module in made.original_model.modules():
+        if isinstance(getattr(module, "variance_epsilon", None), float):
+            module.variance_epsilon = 0.5
+    with torch.no_grad():
+        _, cache = made.run_with_cache(s.clean)
+    want = theirs.get_act_patch_mlp_out(made, s.corrupted, cache, metric)
+    assert float((want - before).abs().max()) > 0.01
+    assert_equal(want, sweep(made, s.corrupted, s.clean, metric))
+    assert_equal(want, sweep(made, s.corrupted, cache, metric))
+    with pytest.raises(patchc.PatchcError, match="model-changed"):
+        loaded.check_unchanged()
+
+
+def test_using_a_bridge_does_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, s = bridge("gpt2"), setting("gpt2")
+    loaded = traced(made).loaded
+    monkeypatch.setattr(tracing, "load", lambda _: pytest.fail("it was traced again"))
+    made.run_with_cache(s.clean)
+    made.run_with_hooks(s.clean, fwd_hooks=[("blocks.0.attn.hook_z", lambda x, hook: x * 0)])
+    for flag in ("use_attn_result", "use_split_qkv_input"):
+        getattr(made, f"set_{flag}")(True)
+        made.run_with_cache(s.clean)
+        loaded.check_unchanged()
+        getattr(made, f"set_{flag}")(False)
+        loaded.check_unchanged()
+    assert traced(made).loaded.pieces is loaded.pieces
+
+
+def test_files_that_were_written_anew_are_read_anew(tmp_path: Path) -> None:
+    module, s = cast(Any, gpt2()), setting("gpt2")
+    sweep = ours.get_act_patch_attn_out
+    got = list[Tensor]()
+    for by in (1.0, 1.3):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(by)
+        module.save_pretrained(tmp_path)
+        got.append(sweep(tmp_path, s.corrupted, s.clean, metric))
+        assert_equal(sweep(module, s.corrupted, s.clean, metric), got[-1])
+        assert traced(tmp_path).loaded is traced(str(tmp_path)).loaded
+    assert float((got[0] - got[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edited_cache_in_half_precision(dtype: torch.dtype) -> None:
+    """Rounding is as large as the edit there: what the cache has is patched in, whatever the clean run has."""
+    module: Any = gpt2("eager").to(dtype)
+    made: Any = build_bridge_from_module(module, "GPT2LMHeadModel", hf_config=module.config)
+    made.eval()
+    s = setting("gpt2")
+    with torch.no_grad():
+        _, whole = made.run_with_cache(s.clean)
+    cache = {k: v * 1.05 if k.endswith("hook_z") else v for k, v in whole.items()}
+
+    def per_token(logits: Tensor) -> Tensor:
+        return logits[:, -1].float().square().mean()
+
+    sweep = "get_act_patch_attn_head_out_all_pos"
+    want, got = (getattr(m, sweep)(made, s.corrupted, cache, per_token) for m in (theirs, ours))
+    torch.testing.assert_close(got.float(), want.float(), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    unedited = getattr(ours, sweep)(made, s.corrupted, whole, per_token)
+    assert not torch.equal(got, unedited)
+    found = running.runs(made, s.corrupted, whole)
+    assert not found.is_own(found.activation("blocks.0.attn.hook_z"))
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_a_hook_before_a_norm_over_all_heads_is_refused(name: str) -> None:
+    module: Any = olmo2("eager")
+    made: Any = build_bridge_from_module(module, "Olmo2ForCausalLM", hf_config=module.config)
+    made.eval()
+    s = setting("gpt2")
+    sweep = getattr(ours, f"get_act_patch_attn_head_{name}_all_pos")
+    with pytest.raises(ValueError, match="other-activation") as caught:
+        sweep(made, s.corrupted, s.clean, metric)
+    assert f"attn.hook_{name} of this bridge stands before the norm of {name}" in str(caught.value)
+    assert f"the site {name} after it, which a spec sets by `head[l, h].{name}`" in str(caught.value)
 
 
 def test_hooks_and_training_are_refused() -> None:
