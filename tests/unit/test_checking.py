@@ -16,6 +16,7 @@ from patchc import checking
 from patchc.diagnostics import PatchcError
 from patchc.model import blank, load
 from patchc.model import outline as outlines
+from patchc.model.folders import BAD_CONFIG
 from patchc.resources import builtin_model
 from tests.unit.commands import DATA, HEADS, MODEL, ONE, Run, spec
 
@@ -80,7 +81,7 @@ def test_what_is_wrong_with_a_model_is_said_in_each_spec_and_found_once(monkeypa
 
     def refuse(folder: Path, *_: Any) -> Any:
         traced.append(folder)
-        raise blank.BAD_CONFIG.error("no model")
+        raise BAD_CONFIG.error("no model")
 
     monkeypatch.setenv("PATCHC_CACHE", "off")
     monkeypatch.setattr(blank, "blank_facts", refuse)
