@@ -124,12 +124,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "native-attn-only": lambda: native(attn_only=True),
     "neox-parallel": neox,
     "gemma2": gemma2,
-    "gemma3-sdpa": gemma3,
 }
 """Kinds of models that patchc supports, by name."""
 
 
-TRACED: dict[str, Callable[[], nn.Module]] = {**MODELS, "gemma3-eager": lambda: gemma3("eager"), "olmo2": olmo2}
+TRACED: dict[str, Callable[[], nn.Module]] = {
+    **MODELS,
+    "gemma3-sdpa": gemma3,
+    "gemma3-eager": lambda: gemma3("eager"),
+    "olmo2": olmo2,
+}
 """Those, and more of their kinds, which fewer tests run."""
 
 

@@ -38,7 +38,7 @@ def equal(kind: str, data: Prompts, cells: list[Cell]) -> None:
     must_agree(loaded_model(kind), data, experiment(cells))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "gemma3-sdpa"])
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("lengths", [(5,), (4, 6)], ids=["one prompt", "two lengths"])
 def test_random_cells(kind: str, lengths: tuple[int, ...]) -> None:
     rng = Random(f"inside {kind} {lengths}")

@@ -70,7 +70,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the same graph
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "gemma3-sdpa"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_an_outline_has_the_graph_that_loading_gives(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     loaded = loaded_model(kind)  # First: it is kept for other tests, and knows the libraries by their own functions.
     request.getfixturevalue("no_weights")
